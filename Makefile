@@ -1,0 +1,46 @@
+# The targets for everyday work. Each one first makes sure that .venv is complete, which takes no time when it is.
+PYTHON ?= python3
+BIN := .venv/bin
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full lint format dist clean
+
+help:
+	@echo 'make setup      create or complete .venv (CPU, or GPU where there is one)'
+	@echo 'make demo       serve a small model with the plugin and ask it about photographs'
+	@echo 'make test       the tests; TESTS="tests/packaging -k docker" selects'
+	@echo 'make test-full  the tests, those that take long included'
+	@echo 'make lint       ruff and mypy;  make format  lets ruff repair what it can'
+	@echo 'make dist       wheel and sdist in dist/, proven in a fresh environment'
+
+setup:
+	@$(PYTHON) .ci/cpu_env.py
+
+demo: setup
+	$(BIN)/fsr-vllm demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not full" $(TESTS)
+
+test-full: setup
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# No isolation: the setuptools that vLLM pins is recent enough, so nothing is downloaded. `build` makes the wheel from
+# the sdist, which proves both.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python .ci/prove_wheel.py dist
+
+clean:
+	rm -rf dist build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

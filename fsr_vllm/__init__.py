@@ -1,0 +1,33 @@
+"""Focus-Scan-Refine visual token pruning for vLLM.
+
+Names are loaded when first used: vLLM imports this package in every process to find its plugin, torch can wait.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .methods import MethodInfo, PrunedTokens, VisualTokens, get_method, methods, prune
+
+__version__ = "0.1.0"
+__all__ = ["MethodInfo", "PrunedTokens", "VisualTokens", "__version__", "get_method", "methods", "prune", "stats"]
+
+
+def stats(llm: Any) -> dict[str, Any]:
+    """Counts of pruned images and kept tokens of a running `vllm.LLM`."""
+    from .engine.worker import stats as worker_stats
+
+    return worker_stats(llm)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    package = import_module(f"{__name__}.methods")
+    return package if name == "methods" else getattr(package, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,66 @@
+"""One image's budget as requests and servers write it: an integer, a share, or "off"; and the tokens it comes to."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Literal
+
+MAX_BUDGET = 1_000_000
+
+Budget = int | float | Literal["off"]
+
+_BUDGET_ALLOWED = (
+    f"an integer from 1 to {MAX_BUDGET:,} (visual tokens kept per image), a number above 0 and below 1 "
+    '(share kept), or "off"'
+)
+
+
+class FieldError(ValueError):
+    """A value that may not be asked for; `field` names the request field or server option."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def parse_budget(value: Any, field: str = "fsr_budget") -> Budget:
+    """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError otherwise."""
+    if value == "off" and isinstance(value, str):
+        return "off"
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_BUDGET:
+        return value
+    if isinstance(value, float) and 0.0 < value < 1.0:  # NaN fails both comparisons
+        return value
+    shown = json.dumps(value, default=repr)
+    raise FieldError(field, f"{field} must be {_BUDGET_ALLOWED}; got {shown[:80]}")
+
+
+def parse_budgets(value: Any, field: str = "fsr_budget") -> Budget | list[Budget]:
+    """One budget for all images, or a non-empty list with one per image of the whole conversation."""
+    if not isinstance(value, (list, tuple)):
+        return parse_budget(value, field)
+    if not value:
+        raise FieldError(field, f"{field} as a list needs one entry per image; got an empty list")
+    return [parse_budget(item, field) for item in value]
+
+
+def parse_budget_text(text: str, field: str) -> Budget | list[Budget]:
+    """A budget written as text (header, command line): 128, 0.22, off, or a JSON list of these."""
+    stripped = text.strip()
+    if stripped.lower() in ("off", '"off"'):
+        return "off"
+    try:
+        value = json.loads(stripped)
+    except ValueError:
+        value = stripped
+    return parse_budgets(value, field)
+
+
+def resolve_budget(budget: Budget, total: int) -> int:
+    """Tokens kept of `total`: K = min(budget, N); a share keeps max(1, floor(share * N + 0.5)); "off" keeps all."""
+    if budget == "off":
+        return total
+    if isinstance(budget, float):
+        return max(1, math.floor(budget * total + 0.5))
+    return min(int(budget), total)

@@ -1,0 +1,46 @@
+"""The `fsr-vllm` command: demo, methods."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from fsr_vllm.methods import methods
+
+    rows = [("method", "needs", "query", "fidelity", "licence", "paper")]
+    for name, info in methods().items():
+        query = "yes" if info.query_aware else "no"
+        rows.append((name, ", ".join(info.needs) or "-", query, info.fidelity, info.licence, info.paper))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from fsr_vllm.demo import run
+
+    return run(args.model, args.log)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    import fsr_vllm
+
+    parser = argparse.ArgumentParser(prog="fsr-vllm", description="Visual-token pruning for vLLM, per request.")
+    parser.add_argument("--version", action="version", version=fsr_vllm.__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    listing = commands.add_parser("methods", help="list the pruning methods and what they need")
+    listing.set_defaults(run=_methods)
+    demo = commands.add_parser("demo", help="serve a small model with the plugin and ask about real photographs")
+    demo.add_argument("--model", help="a LLaVA checkpoint instead of the generated one")
+    demo.add_argument("--log", help="keep the server's log in this file")
+    demo.set_defaults(run=_demo)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The vLLM side: placeholders and cache identity (processor), selection (adapter), model families, workers."""

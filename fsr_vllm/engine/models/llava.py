@@ -1,0 +1,54 @@
+"""LLaVA-1.5 with a CLIP tower: one grid of patches per image, [CLS] attention, two-layer projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from fsr_vllm import compat
+from fsr_vllm.engine.adapter import FsrModelMixin
+from fsr_vllm.engine.processor import FsrProcessorMixin, processor_factory
+
+_STOCK = compat.stock_factories(LlavaForConditionalGeneration)
+
+
+def unsupported(hf_config: Any) -> str | None:
+    """Why this checkpoint cannot be pruned: FSR's saliency is the attention of a CLIP tower's [CLS] to the patches."""
+    tower = hf_config.vision_config.model_type
+    if tower != "clip_vision_model":
+        return (
+            f"LlavaForConditionalGeneration with a {tower} vision tower is not supported (supported: clip_vision_model)"
+        )
+    if not isinstance(hf_config.vision_feature_layer, int):
+        return "LlavaForConditionalGeneration with several vision feature layers is not supported"
+    if hf_config.vision_feature_select_strategy != "default":
+        return "LlavaForConditionalGeneration is supported with vision_feature_select_strategy default only"
+    return None
+
+
+class LlavaFsrProcessor(FsrProcessorMixin):
+    fsr_signals = frozenset({"saliency", "metric", "cls_row", "attention"})
+
+    def fsr_total(self, items: Any, index: int) -> int:
+        return self.info.get_max_image_tokens()  # every image is resized to the tower's one size
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    processor_factory(_STOCK.processor, LlavaFsrProcessor, unsupported),
+    info=_STOCK.info,
+    dummy_inputs=_STOCK.dummy_inputs,
+)
+class FsrLlavaForConditionalGeneration(FsrModelMixin, LlavaForConditionalGeneration):
+    fsr_unsupported = staticmethod(unsupported)
+
+    def fsr_attention(self) -> torch.nn.Module:
+        return compat.last_attention(self.vision_tower)
+
+    def fsr_encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # "full" keeps the [CLS] row at 0; without it this is exactly what the stock model projects.
+        full = self.vision_tower(pixel_values, feature_select_strategy="full")
+        projected = self.multi_modal_projector(full)
+        return full[:, 1:], projected[:, 1:], projected[:, 0]

@@ -1,0 +1,206 @@
+"""Exactly K placeholders per image, cache identities that say what was kept, and the plan on its way to the model.
+
+A plan rides on the item list it belongs to (`MultiModalDataItems.fsr_plans`), so that the processor itself stays
+stateless: several renderer threads may be inside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
+from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
+
+from fsr_vllm import compat
+from fsr_vllm.params import (
+    HOW_TO_ACTIVATE,
+    PREFIX,
+    SELECTION_VERSION,
+    SETTINGS_KEY,
+    FieldError,
+    ImagePlan,
+    RequestFields,
+    ServerSettings,
+    resolve,
+)
+
+PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
+RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on the processed input, for whoever reports it
+
+
+def read_settings(hf_config: Any) -> ServerSettings | None:
+    """The server's settings as put into the model config at start; None while the plugin is not active."""
+    text = getattr(hf_config, SETTINGS_KEY, None)
+    return None if text is None else ServerSettings.model_validate_json(text)
+
+
+def identity(base: str, plan: ImagePlan, settings: ServerSettings) -> str:
+    """Cache identity of a planned image; an unpruned one keeps vLLM's own, whoever asked for it and how."""
+    if not plan.pruned:
+        return base
+    # The encoder and sign shape relevance: they matter where KV blocks outlive this server.
+    parts = ("fsr", str(SELECTION_VERSION), str(settings.text_encoder), str(settings.relevance_sign), base)
+    digest = hashlib.sha256("\0".join(parts).encode())
+    digest.update(b"\0" + plan.encode())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass
+class PlannedInputs(ProcessorInputs):
+    """vLLM's processor inputs, without our request fields and with one plan per image."""
+
+    fsr_plans: Sequence[ImagePlan] = ()
+    fsr_settings: ServerSettings | None = None
+    fsr_dummy: bool = False
+
+    def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
+        """Identities for processor cache, encoder cache and KV blocks: vLLM's own hash, then what we keep of it."""
+        hashes = super().get_mm_hashes(*args, **kwargs)
+        if self.fsr_plans and self.fsr_settings is not None:
+            pairs = zip(hashes["image"], self.fsr_plans, strict=True)
+            hashes["image"] = [identity(base, plan, self.fsr_settings) for base, plan in pairs]
+        return hashes
+
+
+class FsrProcessorMixin(BaseMultiModalProcessor):
+    """Before a model family's stock processor; without settings every path is the stock one."""
+
+    fsr_unsupported: str | None = None  # why this model's images cannot be pruned; also read by the HTTP side
+    fsr_signals: frozenset[str] = frozenset()  # VisualTokens fields the family's model side can fill
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fsr_settings = read_settings(self.info.get_hf_config())
+        self.fsr_counts = {"images": 0, "pruned_images": 0, "visual_tokens_kept": 0, "visual_tokens_total": 0}
+        self._fsr_lock = threading.Lock()
+
+    # What a family may have to override --------------------------------------------------------------------------
+
+    def fsr_total(self, items: Any, index: int) -> int:
+        """Visual tokens of an image without pruning; must not need the pixels, which a cached image comes without."""
+        raise NotImplementedError
+
+    def fsr_shorten(self, placeholder: Any, plan: ImagePlan) -> Any:
+        """The placeholder sequence of a pruned image, cut from the stock one."""
+        return placeholder[: plan.keep]
+
+    # Steps of vLLM's processor, in order -------------------------------------------------------------------------
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """Profiling inputs, planned at the largest budget any request can have."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        if self.fsr_settings is None or self.fsr_unsupported:
+            return inputs
+        fields = {"fsr_budget": self.fsr_settings.max_budget} if self.fsr_settings.max_budget else {"fsr_budget": "off"}
+        return self._planned(inputs, fields, dummy=True)
+
+    def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(inputs, PlannedInputs):
+            inputs = self._plan_request(inputs)
+        result = super().apply(inputs, *args, **kwargs)
+        if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
+            result[RESULT_KEY] = self._count(inputs.fsr_plans)
+        return result
+
+    def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
+        is_cached, missing = super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
+        plans = getattr(mm_data_items, "fsr_plans", None)
+        if plans:
+            missing.fsr_plans = [plan for plan, cached in zip(plans, is_cached["image"], strict=True) if not cached]
+        return is_cached, missing
+
+    def _apply_hf_processor_main(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply_hf_processor_main(*args, **kwargs)
+        plans = getattr(compat.mm_items_of(args, kwargs), "fsr_plans", None)
+        if plans:
+            encoded = [torch.frombuffer(bytearray(plan.encode()), dtype=torch.uint8) for plan in plans]
+            compat.processed_data_of(result)[PLAN_FIELD] = encoded
+        return result
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_kwargs))
+        if PLAN_FIELD in hf_inputs:
+            # Read by Python in the worker: on the device it would cost a synchronisation per batch.
+            fields[PLAN_FIELD] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(self, mm_items: MultiModalDataItems, *args: Any, **kwargs: Any) -> Any:
+        updates = super()._get_prompt_updates(mm_items, *args, **kwargs)
+        plans = getattr(mm_items, "fsr_plans", None)
+        return [self._shortened(update, plans) for update in updates] if plans else updates
+
+    # Helpers -----------------------------------------------------------------------------------------------------
+
+    def _plan_request(self, inputs: ProcessorInputs) -> ProcessorInputs:
+        fields = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k.startswith(PREFIX) and v is not None}
+        images = inputs.mm_data_items.get("image")
+        embeds = images is not None and not isinstance(images, ImageProcessorItems)
+        if self.fsr_settings is None:
+            if fields:
+                raise compat.request_error(f"{min(fields)}: plugin fsr is not active; {HOW_TO_ACTIVATE}", min(fields))
+            return inputs
+        if self.fsr_unsupported or embeds:
+            if fields:
+                reason = "precomputed image embeddings cannot be pruned" if embeds else self.fsr_unsupported
+                raise compat.request_error(f"{min(fields)}: {reason}", min(fields))
+            return inputs
+        return self._planned(inputs, fields) if images is not None else self._without(inputs)
+
+    def _without(self, inputs: ProcessorInputs, **more: Any) -> PlannedInputs:
+        """The same inputs without our fields, which are neither the Hugging Face processor's nor hash factors."""
+        values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(ProcessorInputs)}
+        rest = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if not k.startswith(PREFIX)}
+        return PlannedInputs(**{**values, "hf_processor_mm_kwargs": rest}, **more)
+
+    def _planned(self, inputs: ProcessorInputs, values: Mapping[str, Any], dummy: bool = False) -> PlannedInputs:
+        settings = self.fsr_settings
+        assert settings is not None
+        items = inputs.mm_data_items
+        count = items.get_count("image", strict=False)
+        totals = [self.fsr_total(items["image"], index) for index in range(count)]
+        signals = self.fsr_signals | ({"relevance"} if settings.text_encoder != "none" else set())
+        try:
+            plans = resolve(RequestFields.parse(values, settings), settings, totals, signals)
+        except FieldError as error:
+            raise compat.request_error(str(error), error.field) from None
+        items.fsr_plans = plans
+        return self._without(inputs, fsr_plans=plans, fsr_settings=settings, fsr_dummy=dummy)
+
+    def _shortened(self, update: Any, plans: Sequence[ImagePlan]) -> Any:
+        if update.modality != "image":
+            return update
+        stock = update.replacement
+
+        def replacement(index: int) -> Any:
+            placeholder = stock(index) if callable(stock) else stock
+            return self.fsr_shorten(placeholder, plans[index]) if plans[index].pruned else placeholder
+
+        return dataclasses.replace(update, replacement=replacement)
+
+    def _count(self, plans: Sequence[ImagePlan]) -> tuple[int, int]:
+        kept, total = sum(plan.keep for plan in plans), sum(plan.total for plan in plans)
+        with self._fsr_lock:
+            self.fsr_counts["images"] += len(plans)
+            self.fsr_counts["pruned_images"] += sum(plan.pruned for plan in plans)
+            self.fsr_counts["visual_tokens_kept"] += kept
+            self.fsr_counts["visual_tokens_total"] += total
+        return kept, total
+
+
+def processor_factory(stock: Callable[..., Any], mixin: type, unsupported: Callable[[Any], str | None]) -> Any:
+    """A factory for vLLM's registry: the stock processor of this checkpoint with the family's mixin before it."""
+
+    def build(info: Any, dummy_inputs: Any) -> Any:
+        processor = stock(info, dummy_inputs)
+        kind = type(processor)
+        built = type(f"Fsr{kind.__name__}", (mixin, kind), {})(info, dummy_inputs)
+        built.fsr_unsupported = unsupported(info.get_hf_config())
+        return built
+
+    return build

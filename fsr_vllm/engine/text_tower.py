@@ -1,0 +1,166 @@
+"""The question's side of relevance: a CLIP text tower loaded beside the model, or the model's own embeddings."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fsr_vllm import compat
+from fsr_vllm.signals.relevance import (
+    clip_relevance,
+    embedding_relevance,
+    known_partner,
+    pool_chunks,
+    relevance_sign,
+    wrap_chunks,
+)
+
+WEIGHTS = "fsr_text."  # prefix of the text side's tensors in the loader's stream and in the model's modules
+CACHED_QUESTIONS = 4096  # text embeddings kept per worker: 3 kB each for CLIP-L
+MAX_LLM_TOKENS = 256  # of a question, when the language model's embeddings stand in for a text tower
+
+_WAYS_OUT = (
+    "give its path or name with --fsr-text-encoder PATH, use the language model's embeddings with "
+    "--fsr-text-encoder llm, or do without query relevance with --fsr-text-encoder none"
+)
+
+
+def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str, int]:
+    """The text encoder to load (a path or name, "llm" or "none") and the sign of its patch-text cosine.
+
+    auto: MODEL/text_encoder if the model is a folder that has one, else the tower's known partner. There is no silent
+    fallback: ValueError names the ways out if no encoder is known or its configuration cannot be read.
+    """
+    if setting in ("llm", "none"):
+        return setting, relevance_sign(sign, None, None)
+    path: str | None = setting
+    if setting == "auto":
+        beside = os.path.join(model_config.model, "text_encoder")
+        path = beside if os.path.isdir(beside) else known_partner(model_config.hf_config.vision_config)
+        if path is None:
+            raise ValueError(f"plugin fsr knows no text encoder for this model's vision tower: {_WAYS_OUT}")
+    try:
+        config = _encoder_config(path)
+    except Exception as error:
+        raise ValueError(f"plugin fsr cannot load the text encoder {path!r} ({error}): {_WAYS_OUT}") from error
+    width = model_config.hf_config.vision_config.hidden_size
+    if config.vision_config.hidden_size != width:
+        raise ValueError(
+            f"text encoder {path!r} belongs to a vision tower of width {config.vision_config.hidden_size}, "
+            f"this model's has {width}: {_WAYS_OUT}"
+        )
+    return str(path), relevance_sign(sign, path, getattr(config, "fsr_relevance_sign", None))
+
+
+def _encoder_config(path: str | None) -> Any:
+    from transformers import CLIPConfig
+
+    return CLIPConfig.from_pretrained(path)
+
+
+class _QuestionCache:
+    """Least-recently-used text embeddings of one worker, by question."""
+
+    def __init__(self, encode: Callable[[str], torch.Tensor]) -> None:
+        self._encode = encode
+        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
+
+    def get(self, text: str) -> torch.Tensor:
+        if text not in self._entries:
+            self._entries[text] = self._encode(text)
+            if len(self._entries) > CACHED_QUESTIONS:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(text)
+        return self._entries[text]
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+class ClipText(nn.Module):
+    """CLIP's text tower with the vision tower's post layernorm and projection: texts and patches in one space.
+
+    The modules carry the names of a published CLIP checkpoint, so its tensors load as they are.
+    """
+
+    def __init__(self, path: str, sign: int) -> None:
+        super().__init__()
+        from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+        config = _encoder_config(path)
+        self.path, self.sign = path, sign
+        self.text = CLIPTextModelWithProjection(config.text_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.post_layernorm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
+        self.requires_grad_(False)
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self.loaded = False
+        self._max_length = config.text_config.max_position_embeddings
+        self._cache = _QuestionCache(self._encode)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Take our tensors out of a CLIP checkpoint's; returns the parameter names filled. ValueError if one lacks."""
+        wanted = dict(self.named_parameters())
+        loaded = set()
+        for name, tensor in weights:
+            ours = name.removeprefix("vision_model.")
+            if name.startswith(("text_model.", "text_projection.")):
+                ours = f"text.{name}"
+                if ours not in wanted:  # transformers has moved this nesting before
+                    ours = f"text.{name.removeprefix('text_model.')}"
+            if ours in wanted:
+                wanted[ours].data.copy_(tensor)
+                loaded.add(ours)
+        missing = sorted(set(wanted) - loaded)
+        if missing:
+            raise ValueError(
+                f"text encoder {self.path!r} lacks {missing[0]} and {len(missing) - 1} more tensors: {_WAYS_OUT}"
+            )
+        self.loaded = True
+        self._cache.clear()
+        return loaded
+
+    @torch.inference_mode()
+    def _encode(self, text: str) -> torch.Tensor:
+        tokenizer = self._tokenizer
+        # CLIP was trained on lower-cased text; the slow tokenizer does that itself, saved fast ones need not.
+        ids = tokenizer(text.lower(), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        device = self.visual_projection.weight.device
+        embeds = []
+        for chunk in wrap_chunks(ids, tokenizer.bos_token_id, tokenizer.eos_token_id, self._max_length):
+            embeds.append(self.text(input_ids=torch.tensor([chunk], device=device)).text_embeds[0])
+        return pool_chunks(torch.stack(embeds))
+
+    def relevance(self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
+        """(B, N) float32, higher = more relevant, from the tower's features (B, N, Dv); "" gives a constant map."""
+        texts = torch.stack([self._cache.get(question) for question in questions])
+        return clip_relevance(features, texts, self.post_layernorm, self.visual_projection, self.sign)
+
+
+class LlmText:
+    """Fallback without a CLIP text tower: mean input embedding of the question against the projected patches."""
+
+    def __init__(self, language_model: nn.Module, tokenizer: Any, sign: int) -> None:
+        # Not an nn.Module: it borrows the language model, which must not be registered twice.
+        self._language_model, self._tokenizer, self.sign = language_model, tokenizer, sign
+        self._cache = _QuestionCache(self._encode)
+
+    @torch.inference_mode()
+    def _encode(self, text: str) -> torch.Tensor:
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_LLM_TOKENS]
+        device = next(self._language_model.parameters()).device
+        embeds = compat.embed_text_ids(self._language_model, torch.tensor(ids or [0], device=device))
+        return embeds.float().mean(0)
+
+    def clear(self) -> None:
+        self._cache.clear()
+
+    def relevance(self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
+        """(B, N) float32 cosine of projected patches (B, N, D) and each image's question."""
+        texts = torch.stack([self._cache.get(question) for question in questions])
+        return embedding_relevance(projected, texts, self.sign)

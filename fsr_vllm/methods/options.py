@@ -1,0 +1,53 @@
+"""Hyper-parameters as dataclass fields: what each may be, and the error where it is not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import Field, field, fields
+from typing import Any
+
+
+def option(
+    default: Any, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), doc: str = ""
+) -> Any:
+    """A hyper-parameter of the default's type (an int will do for a float), from low to high, both included."""
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices, "doc": doc})
+
+
+def check_options(method: Any) -> None:
+    """ValueError that names the option and what is allowed; an int given for a float becomes one."""
+    for item in fields(method):
+        value = getattr(method, item.name)
+        if not _fits(value, item):
+            raise ValueError(f"{item.name} must be {allowed(item)}; got {value!r}")
+        if isinstance(item.default, float):
+            setattr(method, item.name, float(value))
+
+
+def allowed(item: Field[Any]) -> str:
+    """What may be given for this field, in words."""
+    if choices := item.metadata.get("choices"):
+        return "one of " + ", ".join(map(repr, choices))
+    if not _is_number(item.default):
+        return f"of type {type(item.default).__name__}"
+    low, high = item.metadata.get("low"), item.metadata.get("high")
+    bounds = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
+    kind = "a finite number" if isinstance(item.default, float) else "an integer"
+    return " ".join([kind, " and ".join(bounds)]).strip()
+
+
+def _fits(value: Any, item: Field[Any]) -> bool:
+    if choices := item.metadata.get("choices"):
+        return isinstance(value, str) and value in choices
+    if not _is_number(item.default):
+        return isinstance(value, type(item.default))
+    if not _is_number(value) or not (isinstance(value, int) or isinstance(item.default, float)):
+        return False
+    if not math.isfinite(value):
+        return False
+    low, high = item.metadata.get("low"), item.metadata.get("high")
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,180 @@
+"""The one entry point vLLM calls, in every process: registers models and wraps the three places settings pass.
+
+Importing this module and calling `register()` must stay cheap and safe to repeat: the API server, the engine core,
+every worker and vLLM's model inspection load it before any configuration exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+from typing import Any
+
+from fsr_vllm import compat
+from fsr_vllm.engine.models import FAMILIES
+
+logger = logging.getLogger("vllm.fsr_vllm")
+
+CLI_KEYS = ("budget", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets")
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins: fsr`."""
+    from vllm import ModelRegistry
+
+    for architecture, target in FAMILIES.items():
+        ModelRegistry.register_model(architecture, target)
+    compat.wrap_engine_args(add_cli_args, merge_cli_args, put_settings, finish_settings)
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+class PluginAction(argparse.Action):
+    """`--plugin NAME[,NAME]`: names installed plugins before any child process starts."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        names = [name.strip() for name in str(values).split(",") if name.strip()]
+        installed = compat.installed_plugins()
+        for name in names:
+            if name not in installed:
+                raise argparse.ArgumentError(
+                    self, f"no vLLM plugin named {name!r} is installed (installed: {', '.join(installed)})"
+                )
+        compat.enable_plugins(names)
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), *names])
+
+
+def _budget(text: str) -> Any:
+    from fsr_vllm import params
+
+    try:
+        return params.parse_budget(json.loads(text) if text != "off" else text, "--fsr-budget")
+    except (params.FieldError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_cli_args(parser: Any) -> None:
+    """Add `--plugin` and the `--fsr-*` options; another package may already have brought `--plugin`."""
+    group = parser.add_argument_group("Plugins", "Options of installed vLLM plugins (fsr-vllm).")
+    try:
+        group.add_argument(
+            "--plugin",
+            action=PluginAction,
+            metavar="NAME[,NAME]",
+            help="Activate installed vLLM plugins, in addition to VLLM_PLUGINS. Repeatable.",
+        )
+    except argparse.ArgumentError:
+        logger.debug("--plugin is already defined")
+    add = group.add_argument
+    add("--fsr-budget", type=_budget, help="Visual tokens kept per image when a request does not say: a number of "
+        'tokens, a share between 0 and 1, or "off" (default).')  # fmt: skip
+    add("--fsr-min-budget", type=int, help="Smallest budget a request may ask for.")
+    add("--fsr-max-budget", type=int, help="Largest budget a request may ask for; vLLM profiles with it.")
+    add("--fsr-method", help="Method used when a request does not say (default: fsr). See `fsr-vllm methods`.")
+    add("--fsr-text-encoder", help="CLIP text tower for query relevance: auto, a path or model name, llm, or none.")
+    add("--fsr-relevance-sign", help="Sign of the tower's patch-text cosine: auto, 1 or -1.")
+    add("--fsr-detail-budgets", type=json.loads, help="Budgets for image_url.detail, e.g. '{\"low\": 64}'.")
+    parse = parser.parse_known_args
+
+    def parse_and_check(*args: Any, **kwargs: Any) -> Any:
+        # Some front ends fail in their own way before they build engine arguments; ours is the clearer message.
+        namespace, rest = parse(*args, **kwargs)
+        reason = conflict(namespace)
+        if reason:
+            parser.error(reason)
+        return namespace, rest
+
+    parser.parse_known_args = parse_and_check
+
+
+def conflict(args: Any) -> str | None:
+    """What speaks against these parsed options, or None."""
+    given = [key for key in CLI_KEYS if getattr(args, f"fsr_{key}", None) is not None]
+    active = compat.PLUGIN in compat.named_plugins() or "fsr" in (getattr(args, "additional_config", None) or {})
+    if given and not active:
+        from fsr_vllm.params import HOW_TO_ACTIVATE
+
+        return f"--fsr-{given[0].replace('_', '-')} needs the plugin: {HOW_TO_ACTIVATE}"
+    bypass = compat.python_front_end_bypassed(args) if active else None
+    if bypass:
+        return f"{bypass} answers requests outside the Python front end, where plugin fsr cannot work"
+    return None
+
+
+def merge_cli_args(args: Any) -> None:
+    """Move `--fsr-*` values into additional_config, vLLM's own channel, which child processes get with their args."""
+    reason = conflict(args)  # again: a namespace need not come from our parser
+    if reason:
+        raise SystemExit(f"vllm: error: {reason}")
+    given = {key: getattr(args, f"fsr_{key}", None) for key in CLI_KEYS}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given:
+        additional = dict(getattr(args, "additional_config", None) or {})
+        args.additional_config = {**additional, "fsr": {**(additional.get("fsr") or {}), **given}}
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def _given(engine_args: Any) -> dict[str, Any] | None:
+    """This server's fsr settings as given; None while the plugin is not active."""
+    additional = engine_args.additional_config
+    if isinstance(additional, dict) and "fsr" in additional:
+        return dict(additional["fsr"] or {})
+    return {} if compat.PLUGIN in compat.named_plugins() else None
+
+
+def put_settings(engine_args: Any) -> None:
+    """Before the model config is made: validated settings into hf_overrides, and our worker extension."""
+    from fsr_vllm import params
+
+    given = _given(engine_args)
+    if given is not None:
+        settings = params.ServerSettings.parse(given)
+        if compat.is_online(engine_args):
+            compat.enable_plugins([compat.PLUGIN])  # additional_config alone must also open the HTTP face
+        overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
+        engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
+        if not engine_args.worker_extension_cls:
+            engine_args.worker_extension_cls = "fsr_vllm.engine.worker.FsrWorkerExtension"
+    if compat.is_online(engine_args):
+        from fsr_vllm.engine.conversation import image_details, image_questions
+        from fsr_vllm.server import requests
+
+        requests.install(image_questions, image_details, tuple(FAMILIES))
+
+
+def finish_settings(engine_args: Any, model_config: Any) -> None:
+    """After the model config is made: find the text encoder, refuse what cannot work, say what is in force."""
+    if _given(engine_args) is None:
+        return
+    from fsr_vllm import params
+    from fsr_vllm.engine import text_tower
+
+    settings = params.ServerSettings.model_validate_json(getattr(model_config.hf_config, params.SETTINGS_KEY))
+    family = next((name for name in model_config.architectures if name in FAMILIES), None)
+    reason = unsupported(model_config)
+    if reason:
+        if settings.prunes_by_default:
+            raise ValueError(f"plugin fsr: a default budget is set, but {reason}")
+        logger.warning("fsr_vllm: %s; requests are served unpruned, and requests with fsr fields are refused", reason)
+        return
+    encoder, sign = text_tower.find_encoder(model_config, settings.text_encoder, settings.relevance_sign)
+    settings = settings.model_copy(update={"text_encoder": encoder, "relevance_sign": sign})
+    overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
+    model_config.hf_config.update(overrides)
+    model_config.hf_overrides = compat.with_overrides(model_config.hf_overrides, overrides)
+    logger.info("fsr_vllm: active for %s with %s", family, settings.model_dump_json())
+
+
+def unsupported(model_config: Any) -> str | None:
+    """Why this model's images cannot be pruned, or None."""
+    for architecture in model_config.architectures:
+        if architecture in FAMILIES:
+            family = importlib.import_module(FAMILIES[architecture].partition(":")[0])
+            return family.unsupported(model_config.hf_config)
+    names = ", ".join(model_config.architectures)
+    return f"architecture {names} is not supported (supported: {', '.join(FAMILIES)})"

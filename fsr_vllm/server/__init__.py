@@ -1,0 +1,22 @@
+"""The HTTP side: attached to vLLM's FastAPI app by its endpoint-plugin group, so inside CORS and API-key auth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FsrEndpointPlugin:
+    """Entry point `vllm.endpoint_plugins: fsr`; vLLM loads it only when VLLM_PLUGINS names fsr."""
+
+    name = "fsr"
+    required_tasks = None
+
+    def attach_router(self, app: Any) -> None:
+        from fsr_vllm.server.explain import router
+        from fsr_vllm.server.middleware import FsrMiddleware
+
+        app.include_router(router)
+        app.add_middleware(FsrMiddleware)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Nothing to prepare: the routes read the registry only."""

@@ -1,0 +1,37 @@
+"""Pure ASGI middleware: the budget in by request header, kept/total out by response header. It never reads a body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fsr_vllm.server.requests import RequestReport, current_report
+
+BUDGET_HEADER = b"x-fsr-budget"
+TOKENS_HEADER = b"x-fsr-visual-tokens"
+
+
+class FsrMiddleware:
+    """Opens a report for each HTTP request; the renderer hook fills it before the response starts."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = [value.decode("latin-1") for name, value in scope["headers"] if name == BUDGET_HEADER]
+        report = RequestReport(budget_header=", ".join(headers) if headers else None)
+
+        async def send_with_header(message: Any) -> None:
+            if message["type"] == "http.response.start" and report.total:
+                value = f"{report.kept}/{report.total}".encode()
+                message = {**message, "headers": [*message.get("headers", ()), (TOKENS_HEADER, value)]}
+            await send(message)
+
+        # A variable of this task and its children: the endpoint, and whatever vLLM starts for it, see the same report.
+        token = current_report.set(report)
+        try:
+            await self.app(scope, receive, send_with_header)
+        finally:
+            current_report.reset(token)

@@ -1,0 +1,30 @@
+"""What methods score by: saliency of the vision tower, relevance to the question, and which text is the question.
+
+Pure torch: neither vLLM nor transformers is imported here, and nothing else of this package.
+"""
+
+from .instruction import image_details, image_questions, materialise
+from .relevance import (
+    clip_relevance,
+    embedding_relevance,
+    known_partner,
+    pool_chunks,
+    relevance_sign,
+    wrap_chunks,
+)
+from .saliency import attention_map, cls_attention, received_attention
+
+__all__ = [
+    "attention_map",
+    "clip_relevance",
+    "cls_attention",
+    "embedding_relevance",
+    "image_details",
+    "image_questions",
+    "known_partner",
+    "materialise",
+    "pool_chunks",
+    "received_attention",
+    "relevance_sign",
+    "wrap_chunks",
+]

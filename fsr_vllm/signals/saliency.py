@@ -1,0 +1,79 @@
+"""Saliency of patches, recomputed from the queries and keys that one attention layer of the vision tower used anyway.
+
+Attention kernels give no weights back, so the few rows that are needed are formed again here, in float32 whatever the
+tower's precision. Every function sums over the heads it is given: under tensor parallelism a rank holds some of the
+heads, and only the caller's all-reduce, divided by the layer's full head count, is the mean of FSR's equation (1).
+"""
+
+import torch
+from torch import Tensor
+
+# Score elements (batch x heads x query rows x keys) formed at once: 64 MiB of float32.
+_BLOCK_ELEMENTS = 1 << 24
+
+
+def cls_attention(query: Tensor, key: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Attention of [CLS] to every patch, summed over heads (FSR, equation (1), before the division by H).
+
+    The softmax runs over all 1 + N keys and the [CLS] column is dropped afterwards, as in the code of FSR's relatives
+    (VisPruner, VisionZip); a softmax over the patches alone would weigh the heads differently.
+
+    Shapes: query, key (B, 1 + N, num_heads * dim), [CLS] at row 0 -> (B, N) float32.
+    Errors: ValueError for other shapes.
+    """
+    q, k = _split_heads(query[:, :1], key, num_heads, prefix=1)
+    return _attend(q, k, scale)[:, :, 0, 1:].sum(1)
+
+
+def attention_map(query: Tensor, key: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Attention of every patch to every patch, summed over heads; what a patch gives to [CLS] is left out of its row.
+
+    Shapes: query, key (B, 1 + N, num_heads * dim), [CLS] at row 0 -> (B, N, N) float32, rows are queries.
+    Errors: ValueError for other shapes.
+    """
+    q, k = _split_heads(query, key, num_heads, prefix=1)
+    total = q.new_zeros(q.shape[0], q.shape[2] - 1, q.shape[2] - 1)
+    # Head by head: one (B, N, N) score block beside the result, instead of one per head.
+    for head in range(num_heads):
+        total += _attend(q[:, head, 1:], k[:, head], scale)[..., 1:]
+    return total
+
+
+def received_attention(query: Tensor, key: Tensor, num_heads: int, scale: float, prefix: int = 0) -> Tensor:
+    """Attention a patch receives, mean over the patches that give it, summed over heads: for towers without [CLS].
+
+    The paper says only "aggregated self-attention" for such towers; the column mean is the plainest reading. `prefix`
+    leading rows (class or register tokens) are keys like any other, but neither counted as givers nor returned.
+
+    Shapes: query, key (B, prefix + N, num_heads * dim) -> (B, N) float32.
+    Errors: ValueError for other shapes.
+    """
+    q, k = _split_heads(query, key, num_heads, prefix=prefix)
+    batch, heads, rows, _ = q.shape
+    step = max(1, _BLOCK_ELEMENTS // (batch * heads * rows))
+    total = q.new_zeros(batch, rows)
+    for start in range(prefix, rows, step):
+        total += _attend(q[:, :, start : start + step], k, scale).sum((1, 2))
+    return total[:, prefix:] / (rows - prefix)
+
+
+def _attend(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return torch.softmax((q @ k.transpose(-1, -2)) * scale, dim=-1)
+
+
+def _split_heads(query: Tensor, key: Tensor, num_heads: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """(B, S, heads * dim) -> (B, heads, S, dim) in float32, after checking that the layer looks as promised."""
+    if query.ndim != 3 or key.ndim != 3 or query.shape[::2] != key.shape[::2]:
+        shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
+        raise ValueError(f"query and key must be (batch, tokens, heads * dim) of one layer, got {shapes}")
+    if num_heads < 1 or query.shape[2] % num_heads:
+        raise ValueError(f"a width of {query.shape[2]} does not divide into {num_heads} heads")
+    if prefix < 0 or key.shape[1] <= prefix:
+        raise ValueError(f"{key.shape[1]} tokens leave no patch after {prefix} leading ones")
+    if query.shape[1] not in (1, key.shape[1]):
+        raise ValueError(f"query has {query.shape[1]} tokens, key {key.shape[1]}")
+
+    def split(x: Tensor) -> Tensor:
+        return x.float().unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+    return split(query), split(key)

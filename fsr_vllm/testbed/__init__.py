@@ -1,0 +1,6 @@
+"""Small models and pictures to try the plugin on without downloading anything."""
+
+from .checkpoint import build_checkpoint, build_clip_less, build_text_model
+from .photos import data_url, photos
+
+__all__ = ["build_checkpoint", "build_clip_less", "build_text_model", "data_url", "photos"]
