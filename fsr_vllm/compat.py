@@ -221,13 +221,13 @@ def processed_data_of(result: Any) -> Any:
 # --- model ----------------------------------------------------------------------------------------------------------
 
 
-def last_attention(vision_tower: nn.Module) -> nn.Module:
-    """The attention op of the tower's last computed layer: called with (query, key, value), each (B, 1+N, heads*dim).
+def tower_attentions(vision_tower: nn.Module) -> list[nn.Module]:
+    """The attention ops of a CLIP tower's computed blocks: called with (query, key, value), each (B, 1+N, heads*dim).
 
     Why: it sees the q and k vLLM computed anyway, behind LoRA wrappers and quantisation. Attributes num_heads,
     head_size and scale are the local ones under tensor parallelism. Read in 0.26-0.33.
     """
-    return vision_tower.vision_model.encoder.layers[-1].self_attn.attn  # type: ignore[union-attr, index]
+    return [block.self_attn.attn for block in vision_tower.vision_model.encoder.layers]  # type: ignore[union-attr]
 
 
 def weight_source(path: str, prefix: str) -> Any:
@@ -242,6 +242,13 @@ def tensor_parallel_sum(value: torch.Tensor) -> torch.Tensor:
     from vllm.distributed import tensor_model_parallel_all_reduce
 
     return tensor_model_parallel_all_reduce(value)
+
+
+def tensor_parallel_gather(value: torch.Tensor) -> torch.Tensor:
+    """The last dimension of all ranks, in rank order: heads in their own order."""
+    from vllm.distributed import tensor_model_parallel_all_gather
+
+    return tensor_model_parallel_all_gather(value)
 
 
 def tensor_parallel_size() -> int:

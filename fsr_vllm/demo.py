@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ def run(model: str | None = None, log: str | None = None) -> int:
 
 
 @contextlib.contextmanager
-def serve(model: str, log_path: Path, options: tuple[str, ...] = SERVE_OPTIONS) -> Iterator[str]:
+def serve(
+    model: str, log_path: Path, options: Sequence[str] = SERVE_OPTIONS, environment: Mapping[str, str] = ENVIRONMENT
+) -> Iterator[str]:
     """A running `vllm serve`; yields its base URL. RuntimeError with the log's end if it does not come up."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,7 +62,7 @@ def serve(model: str, log_path: Path, options: tuple[str, ...] = SERVE_OPTIONS) 
     with log_path.open("w") as log:
         # A session of its own, so that the whole family of processes can be stopped together.
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT}, start_new_session=True
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
         )
         try:
             _wait_until_healthy(process, f"http://127.0.0.1:{port}", log_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import time
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ import torch
 
 from fsr_vllm import compat
 from fsr_vllm.engine.processor import PLAN_FIELD, read_settings
+from fsr_vllm.engine.tap import AttentionTap, Clock, shallow_key
 from fsr_vllm.engine.text_tower import WEIGHTS, ClipText, LlmText
-from fsr_vllm.methods import VisualTokens, get_method
+from fsr_vllm.methods import VisualTokens, get_method, methods
 from fsr_vllm.params import ImagePlan
-from fsr_vllm.signals.saliency import attention_map, cls_attention
 
 
 @functools.lru_cache(maxsize=256)
@@ -24,93 +24,39 @@ def _method(name: str, options: str) -> Any:
     return get_method(name, **json.loads(options))
 
 
-class AttentionTap:
-    """Reads signals off the tower's last attention layer while it runs, so that no weights are stored or recomputed."""
-
-    def __init__(self, attention: torch.nn.Module) -> None:
-        self.wanted: frozenset[str] | None = None  # signals to form; None: the layer runs untouched
-        self.signals: dict[str, torch.Tensor] = {}
-        attention.register_forward_pre_hook(self._read, with_kwargs=True)
-
-    def _read(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.wanted is None:
-            return
-        query, key = (*args, kwargs.get("query"), kwargs.get("key"))[:2]
-        ranks = compat.tensor_parallel_size()
-
-        def over_heads(summed: torch.Tensor) -> torch.Tensor:
-            total = compat.tensor_parallel_sum(summed) if ranks > 1 else summed
-            return total / (layer.num_heads * ranks)
-
-        self.signals = {"saliency": over_heads(cls_attention(query, key, layer.num_heads, layer.scale))}
-        if "attention" in self.wanted:
-            self.signals["attention"] = over_heads(attention_map(query, key, layer.num_heads, layer.scale))
-
-
-class Clock:
-    """Seconds spent in named parts: wall time on the CPU, CUDA events read when asked (never in the hot path)."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, Any, Any]] = []
-
-    def start(self, device: torch.device) -> Any:
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self, part: str, started: Any) -> None:
-        if isinstance(started, float):
-            self._seconds[part] += time.perf_counter() - started
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append((part, started, event))
-        if len(self._events) > 1000 and self._events[0][2].query():
-            self._settle(self._events.pop(0))
-
-    def _settle(self, entry: tuple[str, Any, Any]) -> None:
-        part, first, last = entry
-        self._seconds[part] += first.elapsed_time(last) / 1000
-
-    def read(self) -> dict[str, float]:
-        while self._events:
-            self._events[0][2].synchronize()
-            self._settle(self._events.pop(0))
-        return dict(self._seconds)
-
-
 class FsrModelMixin:
     """Before a stock vLLM model class; inactive, it passes every call through."""
 
-    fsr_text: Any = None
+    # Declared, not assigned: a class attribute would hide the submodule of the same name.
+    fsr_text: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
         self.fsr_active = read_settings(config) is not None and self.fsr_unsupported(config) is None
         if not self.fsr_active:
+            self.fsr_text = None
             return
         settings = read_settings(config)
         assert settings is not None
         # vLLM counts an image by its rows when it maps LoRA onto tower tokens, and ours are fewer than the tower's.
         self.supports_tower_connector_lora = False
-        self.fsr_tap = AttentionTap(self.fsr_attention())
+        shallow = {info.shallow_layer for info in methods().values() if info.shallow_layer}
+        self.fsr_tap = AttentionTap(*self.fsr_attention(), shallow)
         self.fsr_clock = Clock()
         self.fsr_counts: dict[str, Any] = defaultdict(int)
         # The scheduler packs images by the rows they leave. The tower must not be handed more at once than it would
         # get unpruned: that is what memory was profiled for.
         self._fsr_tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
-        self.fsr_text = self._fsr_text_side(vllm_config.model_config, settings)
+        tokenizer = functools.partial(compat.tokenizer_of, vllm_config.model_config)
+        self._fsr_words = LlmText(self.language_model, tokenizer, settings.relevance_sign)  # type: ignore[attr-defined]
+        self.fsr_text = self._fsr_text_side(settings)
 
-    def _fsr_text_side(self, model_config: Any, settings: Any) -> Any:
+    def _fsr_text_side(self, settings: Any) -> Any:
         if settings.text_encoder == "none":
             return None
         if settings.text_encoder == "llm":
-            tokenizer = compat.tokenizer_of(model_config)
-            return LlmText(self.language_model, tokenizer, settings.relevance_sign)  # type: ignore[attr-defined]
+            return self._fsr_words
         self.secondary_weights = [compat.weight_source(settings.text_encoder, WEIGHTS)]
         return ClipText(settings.text_encoder, settings.relevance_sign)
 
@@ -121,8 +67,8 @@ class FsrModelMixin:
         """Why this checkpoint's images cannot be pruned, or None."""
         raise NotImplementedError
 
-    def fsr_attention(self) -> torch.nn.Module:
-        """The attention op whose [CLS] row is the saliency."""
+    def fsr_attention(self) -> tuple[Sequence[torch.nn.Module], int]:
+        """The attention ops of the tower's computed blocks, in order, and how many blocks the whole tower has."""
         raise NotImplementedError
 
     def fsr_encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,9 +78,9 @@ class FsrModelMixin:
     # vLLM's calls ---------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        if self.fsr_active:
+            self._fsr_words.clear()
         if not isinstance(self.fsr_text, ClipText):
-            if self.fsr_text is not None:
-                self.fsr_text.clear()
             return super().load_weights(weights)  # type: ignore[misc]
         ours: list[tuple[str, torch.Tensor]] = []
 
@@ -165,30 +111,31 @@ class FsrModelMixin:
     # Selection ------------------------------------------------------------------------------------------------------
 
     def _fsr_embed(self, pixel_values: torch.Tensor, plans: Sequence[ImagePlan]) -> list[torch.Tensor]:
-        groups: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[str, str, int, str], list[int]] = defaultdict(list)
         for index, plan in enumerate(plans):
             if plan.pruned:
-                groups[plan.method, plan.options, plan.keep].append(index)
-        wanted = {name for method, options, _ in groups for name in _needs(_method(method, options))}
+                # The text of a question is one input for a whole call, where a method reads it at all.
+                text = plan.question if "text" in _needs(_method(plan.method, plan.options)) else ""
+                groups[plan.method, plan.options, plan.keep, text].append(index)
         clock, device = self.fsr_clock, pixel_values.device
         started = clock.start(device)
-        self.fsr_tap.wanted = frozenset(wanted)
+        self.fsr_tap.wanted = frozenset().union(*(_wanted(_method(name, options)) for name, options, *_ in groups))
         try:
             features, projected, cls_row = self.fsr_encode(pixel_values)
         finally:
-            self.fsr_tap.wanted = None
-        signals, self.fsr_tap.signals = self.fsr_tap.signals, {}
+            self.fsr_tap.wanted = frozenset()
+        signals = self.fsr_tap.take() | {"metric": features, "cls_row": cls_row}
         clock.stop("tower", started)
         started = clock.start(device)
-        signals |= {"metric": features, "cls_row": cls_row}
         rows = list(projected.unbind(0))
-        for (name, options, keep), places in groups.items():
+        for (name, options, keep, _), places in groups.items():
             method = _method(name, options)
             questions = [plans[place].question for place in places]
             pruned = method.prune(self._fsr_tokens(method, projected, signals, places, questions), keep, validate=False)
             tokens = pruned.tokens
             if compat.tensor_parallel_size() > 1:
-                tokens = compat.broadcast_from_first(tokens)  # ranks must not disagree about a near tie
+                # Ranks must not disagree about a near tie. Rank 0's rows settle its choice and what it merged.
+                tokens = compat.broadcast_from_first(tokens)
             for place, kept in zip(places, tokens, strict=True):
                 rows[place] = kept
             self._fsr_count(pruned, len(places) * keep)
@@ -207,15 +154,21 @@ class FsrModelMixin:
         questions: list[str],
     ) -> VisualTokens:
         """The method's inputs for one group of images of equal shape, budget and method."""
-        whole = len(places) == projected.shape[0]
-        pick = torch.tensor(places, device="cpu")
+        pick = None if len(places) == projected.shape[0] else torch.tensor(places, device=projected.device)
 
         def of_group(value: torch.Tensor) -> torch.Tensor:
-            return value if whole else value[pick.to(value.device)]
+            return value if pick is None else value[pick]
 
         needs = _needs(method)
-        given: dict[str, Any] = {name: of_group(value) for name, value in signals.items() if name in needs}
         features = of_group(projected)
+        given: dict[str, Any] = {name: of_group(value) for name, value in signals.items() if name in needs}
+        if "shallow_saliency" in needs:
+            given["shallow_saliency"] = of_group(signals[shallow_key(method.shallow_layer)])
+        if "grid" in needs:
+            side = math.isqrt(features.shape[1])
+            given["grid"] = (side, features.shape[1] // side)
+        if "text" in needs:
+            given["text"] = self._fsr_words.embeddings(questions[0]).to(features.device)
         if "relevance" in needs and self.fsr_text is not None:
             relevance = features.new_ones(features.shape[:2], dtype=torch.float32)
             asked = [place for place, question in enumerate(questions) if question]
@@ -235,4 +188,10 @@ class FsrModelMixin:
 
 
 def _needs(method: Any) -> tuple[str, ...]:
-    return (*method.needs, *method.uses)
+    return (*method.required(), *method.uses)
+
+
+def _wanted(method: Any) -> set[str]:
+    """What the tap has to form for a method."""
+    needs = set(_needs(method))
+    return needs | {shallow_key(method.shallow_layer)} if "shallow_saliency" in needs else needs

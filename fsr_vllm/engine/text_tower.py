@@ -143,19 +143,23 @@ class ClipText(nn.Module):
 
 
 class LlmText:
-    """Fallback without a CLIP text tower: mean input embedding of the question against the projected patches."""
+    """The language model's input embeddings of a question: relevance without a text tower, and `text` for methods."""
 
-    def __init__(self, language_model: nn.Module, tokenizer: Any, sign: int) -> None:
+    def __init__(self, language_model: nn.Module, tokenizer: Callable[[], Any], sign: int) -> None:
         # Not an nn.Module: it borrows the language model, which must not be registered twice.
         self._language_model, self._tokenizer, self.sign = language_model, tokenizer, sign
         self._cache = _QuestionCache(self._encode)
 
     @torch.inference_mode()
-    def _encode(self, text: str) -> torch.Tensor:
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_LLM_TOKENS]
+    def embeddings(self, text: str) -> torch.Tensor:
+        """One row per token of the question, (T, D); T = 0 without a question."""
+        ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"][:MAX_LLM_TOKENS] if text else []
         device = next(self._language_model.parameters()).device
         embeds = compat.embed_text_ids(self._language_model, torch.tensor(ids or [0], device=device))
-        return embeds.float().mean(0)
+        return embeds[: len(ids)]
+
+    def _encode(self, text: str) -> torch.Tensor:
+        return self.embeddings(text).float().mean(0)
 
     def clear(self) -> None:
         self._cache.clear()

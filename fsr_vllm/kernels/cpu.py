@@ -1,7 +1,8 @@
 """The three greedy loops for CPU serving: numpy views of the same memory, one image after the other.
 
-A step touches a few vectors of N floats, so the cost of a call matters more than its arithmetic: numpy's is about a quarter of torch's. Nothing is allocated
-inside a loop except where a step gathers rows. Parameters as in `reference.py`, and the same indices.
+A step touches a few vectors of N floats, so the cost of a call matters more than its arithmetic: numpy's is about a
+quarter of torch's. Nothing is allocated inside a loop except where a step gathers rows. Parameters as in
+`reference.py`, and the same indices.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def farthest(
         for t in range(rounds):
             j = int((nearest if scale is None else np.multiply(nearest, scale, out=distance)).argmax())
             out[t] = j
-            np.subtract(1.0, sim[j], out=distance)
+            np.subtract(1.0, sim[:, j], out=distance)
             if t == 0 and not chosen:
                 nearest[:] = distance  # the stand-in distance 1 of an empty start must not cap the first real ones
             else:
@@ -71,7 +72,8 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
     rows = kernel.detach().numpy()
     factor = np.empty((steps, tokens), np.float32)
     block = np.empty((_BLOCK + 1, tokens), np.float32)
-    # Contiguous on purpose: numpy adds the rows of a C-ordered array one after the other, which is the order of the reference.
+    # Contiguous on purpose: numpy adds the rows of a C-ordered array one after the other, which is the order of the
+    # reference.
     explained = np.empty(tokens, np.float32)
     threshold, one = np.float32(eps), np.float32(1)
     for b in range(batch):
@@ -100,40 +102,44 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
 
 
 class _Gains:
-    """Gain of every candidate, kept up to date from the tokens whose cover rose: in all K steps that is about 5 N rows read, not K N.
+    """Gain of every candidate, kept up to date from the tokens whose cover rose.
 
-    A token i whose cover rises from lo to hi lowers gain_j by w_i (clip(S_ij, lo, hi) - lo). Sums being exact (see `grid.py`), updating is recomputing.
-    Similarities and covers are kept shifted by SHIFT, where adding rounds to the grid and differences are those of the unshifted values.
+    A token i whose cover rises from lo to hi lowers gain_j by w_i (clip(S_ij, lo, hi) - lo). As sums are exact
+    (`grid.py`), updating is recomputing, at about 5 N rows read in all instead of K N. Similarities and covers are kept
+    shifted by SHIFT, where adding rounds to the grid and differences are those of the unshifted values.
     """
 
-    def __init__(self, sim: np.ndarray, weight: np.ndarray | None):
+    def __init__(self, sim: np.ndarray, weight: np.ndarray | None, cover: np.ndarray):
         self.sim = sim
-        self.weight = None if weight is None else weight.astype(np.float64)
-        self.values = np.zeros(len(sim))
+        self.weight = None if weight is None else weight.astype(np.float64)[:, None]
         self.block = np.empty((min(_BLOCK, len(sim)), len(sim)), np.float32)
+        self.values = np.zeros(len(sim))
+        # From a cover that no token can reach, lowering it to `cover` brings in every gain.
+        self._drop(np.arange(len(sim)), cover, np.full(len(sim), np.inf, np.float32))
+        np.negative(self.values, out=self.values)
 
-    def add(self, tokens: np.ndarray, low: np.ndarray, high: np.ndarray | None, sign: float) -> None:
-        """values += sign * sum over `tokens` of w_i (clip(S_i, low_i, high_i) - low_i); no upper end if `high` is None."""
+    def rise(self, low: np.ndarray, high: np.ndarray) -> None:
+        """The cover rises from `low` to `high`."""
+        risen = np.flatnonzero(high > low)
+        self._drop(risen, low[risen], high[risen])
+
+    def _drop(self, tokens: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         for start in range(0, len(tokens), _BLOCK):
             part = slice(start, start + _BLOCK)
-            index = tokens[part]
-            x, lo = self.block[: len(index)], low[part, None]
-            np.take(self.sim, index, axis=0, out=x, mode="clip")
+            index, lo, hi = tokens[part], low[part, None], high[part, None]
+            x = self.block[: len(index)]
+            np.take(self.sim, index, axis=0, out=x, mode="clip")  # the other modes copy once more
             np.add(x, SHIFT, out=x)
             np.maximum(x, lo, out=x)
-            if high is not None:
-                np.minimum(x, high[part, None], out=x)
-            np.subtract(x, lo, out=x)
-            if self.weight is not None:
-                total = self.weight[index] @ x.astype(np.float64)
-            elif high is not None and float((high[part] - low[part]).sum()) < 8:
-                total = x.sum(0)  # multiples of 2^-20 below 16 are exact in float32 too, and twice as fast to add
+            np.minimum(x, hi, out=x)
+            # Not a matrix product: its threads would fight with those of the server for these few thousand additions.
+            if self.weight is None:
+                self.values -= x.sum(0, dtype=np.float64)
+                self.values += lo.sum(dtype=np.float64)
             else:
-                total = x.sum(0, dtype=np.float64)
-            if sign > 0:
-                self.values += total
-            else:
-                self.values -= total
+                weight = self.weight[index]
+                self.values -= (weight * x).sum(0)
+                self.values += (weight * lo).sum()
 
 
 def coverage(
@@ -158,8 +164,7 @@ def coverage(
         cover = covers[b] + np.float32(SHIFT)
         if chosen:
             np.maximum(cover, sim[start].max(0) + np.float32(SHIFT), out=cover)
-        gains = _Gains(sim, None if row_weights is None else row_weights[b])
-        gains.add(np.arange(tokens), cover, None, 1.0)
+        gains = _Gains(sim, None if row_weights is None else row_weights[b], cover)
         gains.values[start] = -np.inf
         # A chosen token stays at -inf; its factor becomes 1 because -inf * 0 would be NaN.
         scale = None if scales is None else scales[b].astype(np.float64)
@@ -179,7 +184,6 @@ def coverage(
             if t + 1 == rounds:
                 break
             higher = np.maximum(cover, sim[j] + np.float32(SHIFT))
-            risen = np.flatnonzero(higher > cover)
-            gains.add(risen, cover[risen], higher[risen], -1.0)
+            gains.rise(cover, higher)
             cover = higher
     return torch.from_numpy(picks)

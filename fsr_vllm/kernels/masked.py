@@ -1,7 +1,8 @@
 """The three greedy loops in torch operations of fixed shape: for GPUs where the Triton kernels cannot run.
 
-Every image takes the same number of steps and what a row does not need is thrown away, so nothing is read back from the device and a CUDA graph can record the loop.
-Parameters as in `reference.py`. Indices are the same too, except that `dpp` adds in another order and may differ where two variances agree to a few float32 roundings.
+Every image takes the same number of steps and what a row does not need is thrown away, so nothing is read back from the
+device and a CUDA graph can record the loop. Parameters as in `reference.py`. Indices are the same too, except that
+`dpp` adds in another order and may differ where two variances agree to a few float32 roundings.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .reference import inverse_root
 
 
 def _pick(score: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(B,) lowest index of each row's largest value (torch.argmax does not promise which of equal values it returns)."""
+    """(B,) lowest index of each row's largest value (torch.argmax does not promise which of equal ones it returns)."""
     return torch.where(score == score.amax(-1, keepdim=True), places, places.shape[0] - 1).amin(-1)
 
 
@@ -23,7 +24,7 @@ def _row(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _is_chosen(prefix: torch.Tensor, count: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(B, N) bool: is among the first `count` of `prefix`. Counts, since entries behind the prefix may repeat one of its tokens."""
+    """(B, N) bool: is among the first `count` of `prefix`. Later entries may repeat one of those: hence a count."""
     inside = torch.arange(prefix.shape[1], device=prefix.device) < count[:, None]
     seen = torch.zeros((prefix.shape[0], tokens), dtype=torch.int32, device=prefix.device)
     return seen.scatter_add_(1, prefix, inside.int()) > 0

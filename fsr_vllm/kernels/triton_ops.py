@@ -1,9 +1,10 @@
 """The three greedy loops as Triton kernels: one program per image runs the whole loop in one launch.
 
-Running state (distances, variances, gains) stays in registers; a step reads one row of the matrix (`dpp`: also the factor's rows so far; `coverage`: also the rows
-of the tokens whose cover rose). Step counts are read on the device, so nothing is sent back to the host. Parameters as in `reference.py`, and the same indices:
-multiplications and additions are never fused (`enable_fp_fusion=False`), roots and divisions are the correctly rounded ones, ties go to the lower index.
-Where a program reads back what other threads of it wrote to global memory, a barrier stands between.
+Running state (distances, variances, gains) stays in registers; a step reads one row of the matrix (`dpp`: also the
+factor's rows so far; `coverage`: also the rows of the tokens whose cover rose). Step counts are read on the device, so
+nothing is sent back to the host. Parameters as in `reference.py`, and the same indices: multiplications and additions
+are never fused (`enable_fp_fusion=False`), roots and divisions are the correctly rounded ones, ties go to the lower
+index. Where a program reads back what other threads of it wrote to global memory, a barrier stands between.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows read at a time in the inner loops: independent loads that wait together. Partial sums in float32 on the grid of `grid.py` stay exact up to 4 rows.
+# Rows read at a time in the inner loops: independent loads that wait together. Partial sums in float32 on the grid of
+# `grid.py` stay exact up to 4 rows.
 _UNROLL = 4
 
 
-@triton.jit
+# Sizes that differ between requests are not specialised on: each new kind would compile in the middle of serving.
+@triton.jit(do_not_specialize=["prefix_stride", "width"])
 def _farthest(
     similarity, prefix, prefix_stride, count, steps, weight, picks, tokens, width,
-    WEIGHTED: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr,
+    WEIGHTED: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
@@ -31,12 +34,14 @@ def _farthest(
     rounds = tl.load(steps + image).to(tl.int32)
     # +inf: nothing chosen yet. -inf: may not be picked (chosen, or beyond the last token); minimum keeps it.
     nearest = tl.where(inside, float("inf"), float("-inf"))
-    for t in range(chosen):
-        j = tl.load(prefix + t)
-        row = tl.load(similarity + j * tokens + place, mask=inside, other=0.0)
-        nearest = tl.where(place == j, float("-inf"), tl.minimum(nearest, 1.0 - row))
-        if EMIT:
-            tl.store(picks + t, j)
+    for start in range(0, chosen, UNROLL):
+        for u in tl.static_range(UNROLL):
+            t = tl.minimum(start + u, chosen - 1)  # past the end the last one again, which changes nothing
+            j = tl.load(prefix + t)
+            row = tl.load(similarity + j * tokens + place, mask=inside, other=0.0)
+            nearest = tl.where(place == j, float("-inf"), tl.minimum(nearest, 1.0 - row))
+            if EMIT:
+                tl.store(picks + t, j)
     if EMIT:
         picks += chosen
     if WEIGHTED:
@@ -44,20 +49,20 @@ def _farthest(
     for t in range(rounds):
         score = tl.where(nearest == float("inf"), 1.0, nearest)
         if WEIGHTED:
-            score = tl.where(nearest == float("-inf"), nearest, score * scale)
+            score *= tl.where(nearest == float("-inf"), 1.0, scale)  # -inf * 0 would be NaN
         j = tl.argmax(score, 0, tie_break_left=True).to(tl.int64)
         tl.store(picks + t, j)
         row = tl.load(similarity + j * tokens + place, mask=inside, other=0.0)
         nearest = tl.where(place == j, float("-inf"), tl.minimum(nearest, 1.0 - row))
 
 
-@triton.jit
-def _dpp(kernel, factor, picks, tokens, steps, eps, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+@triton.jit(do_not_specialize=["steps"])
+def _dpp(kernel, factor, factor_stride, picks, tokens, steps, eps, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < tokens
     kernel += image * tokens * tokens
-    factor += image * steps * tokens
+    factor += image * factor_stride
     picks += image * steps
     variance = tl.load(kernel + place.to(tl.int64) * (tokens + 1), mask=inside, other=float("-inf"))
     for t in range(steps):
@@ -66,10 +71,8 @@ def _dpp(kernel, factor, picks, tokens, steps, eps, BLOCK: tl.constexpr, UNROLL:
         explained = tl.zeros([BLOCK], tl.float32)
         for start in range(0, t, UNROLL):
             for u in tl.static_range(UNROLL):
-                s = start + u
-                past = factor + s * tokens
-                share = tl.load(past + j, mask=s < t, other=0.0)
-                explained += share * tl.load(past + place, mask=inside & (s < t), other=0.0)
+                past = factor + (start + u) * tokens  # rows not written yet are zeros
+                explained += tl.load(past + j) * tl.load(past + place, mask=inside, other=0.0)
         residual = tl.load(kernel + j.to(tl.int64) * tokens + place, mask=inside, other=0.0) - explained
         is_noise = best <= eps
         row = residual * tl.div_rn(1.0, tl.sqrt_rn(tl.where(is_noise, 1.0, best)))
@@ -79,23 +82,27 @@ def _dpp(kernel, factor, picks, tokens, steps, eps, BLOCK: tl.constexpr, UNROLL:
         variance = tl.where(place == j, float("-inf"), variance - row * row)
 
 
-@triton.jit
-def _cover(similarity, prefix, prefix_stride, count, covered, tokens, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["prefix_stride"])
+def _cover(similarity, prefix, prefix_stride, count, covered, tokens, COLUMNS: tl.constexpr, UNROLL: tl.constexpr):
     """covered = max(covered, similarity to the chosen tokens), one program per image and block of tokens."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = place < tokens
     covered += image * tokens
     cover = tl.load(covered + place, mask=inside, other=0.0)
-    for t in range(tl.load(count + image).to(tl.int32)):
-        j = tl.load(prefix + image * prefix_stride + t)
-        row = tl.load(similarity + (image * tokens + j) * tokens + place, mask=inside, other=0.0)
-        cover = tl.maximum(cover, (row + 12.0) - 12.0)  # grid.SHIFT
+    chosen = tl.load(count + image).to(tl.int32)
+    for start in range(0, chosen, UNROLL):
+        for u in tl.static_range(UNROLL):
+            j = tl.load(prefix + image * prefix_stride + tl.minimum(start + u, chosen - 1))
+            row = tl.load(similarity + (image * tokens + j) * tokens + place, mask=inside, other=0.0)
+            cover = tl.maximum(cover, (row + 12.0) - 12.0)  # grid.SHIFT
     tl.store(covered + place, cover, mask=inside)
 
 
 @triton.jit
-def _gains(similarity, covered, row_weight, gains, tokens, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gains(
+    similarity, covered, row_weight, gains, tokens, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Gain of every candidate before the first pick, one program per image and block of candidates."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -112,12 +119,13 @@ def _gains(similarity, covered, row_weight, gains, tokens, WEIGHTED: tl.constexp
     tl.store(gains + image * tokens + place, total, mask=place < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_stride", "width"])
 def _coverage(
-    similarity, prefix, prefix_stride, count, steps, covered, gains, row_weight, scale, bonus, picks, risen, low, high, tokens, width,
+    similarity, prefix, prefix_stride, count, steps, covered, gains, row_weight, scale, bonus,
+    picks, risen, low, high, tokens, width,
     WEIGHTED: tl.constexpr, SCALED: tl.constexpr, RAISED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Gains are updated, not recomputed: token i whose cover rises from low to high lowers gain_j by w_i (clip(S_ij, low, high) - low)."""
+    """A token i whose cover rises from low to high lowers gain_j by w_i (clip(S_ij, low, high) - low)."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < tokens
@@ -164,7 +172,8 @@ def _coverage(
                 i = tl.load(risen + q, mask=q < many, other=0)
                 lo = tl.load(low + q, mask=q < many, other=0.0)
                 hi = tl.load(high + q, mask=q < many, other=0.0)
-                row = tl.load(similarity + i.to(tl.int64) * tokens + place, mask=inside & (q < many), other=0.0)
+                # Behind the list's end this is row 0, clipped to 0..0.
+                row = tl.load(similarity + i.to(tl.int64) * tokens + place, mask=inside, other=0.0)
                 fall = tl.minimum(tl.maximum((row + 12.0) - 12.0, lo), hi) - lo
                 if WEIGHTED:
                     gain -= fall.to(tl.float64) * tl.load(row_weight + i, mask=q < many, other=0.0).to(tl.float64)
@@ -194,8 +203,8 @@ def farthest(
     picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
     block, options = _launch(tokens)
     _farthest[(batch,)](
-        similarity, prefix, prefix.stride(0), count, steps, similarity if weight is None else weight, picks, tokens, width,
-        WEIGHTED=weight is not None, EMIT=emit_prefix, BLOCK=block, **options,
+        similarity, prefix, prefix.stride(0), count, steps, similarity if weight is None else weight,
+        picks, tokens, width, WEIGHTED=weight is not None, EMIT=emit_prefix, BLOCK=block, UNROLL=_UNROLL, **options,
     )  # fmt: skip
     return picks
 
@@ -204,9 +213,11 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
     """Fast greedy MAP of a determinantal point process, one launch; the factor (B, K, N) lies in global memory."""
     batch, tokens, _ = kernel.shape
     picks = torch.empty((batch, steps), dtype=torch.int64, device=kernel.device)
-    factor = torch.empty((batch, steps, tokens), dtype=torch.float32, device=kernel.device)
+    # Zeros, and whole groups of rows: the inner loop needs no masks.
+    rows = triton.cdiv(steps, _UNROLL) * _UNROLL
+    factor = torch.zeros((batch, rows, tokens), dtype=torch.float32, device=kernel.device)
     block, options = _launch(tokens)
-    _dpp[(batch,)](kernel, factor, picks, tokens, steps, eps, BLOCK=block, UNROLL=_UNROLL, **options)
+    _dpp[(batch,)](kernel, factor, factor.stride(0), picks, tokens, steps, eps, BLOCK=block, UNROLL=_UNROLL, **options)
     return picks
 
 
@@ -221,23 +232,28 @@ def coverage(
     candidate_bonus: torch.Tensor | None,
     width: int,
 ) -> torch.Tensor:
-    """Coverage rounds in three launches: cover of the given tokens and first gains in parallel over blocks, then one program per image for the loop."""
+    """Coverage rounds in three launches: first cover and first gains, in parallel over blocks; then the loop."""
     batch, tokens, _ = similarity.shape
     picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
     block, options = _launch(tokens)
     columns = min(64, block)
     grid = (batch, triton.cdiv(tokens, columns))
-    cover = covered.clone()
-    _cover[grid](similarity, prefix, prefix.stride(0), count, cover, tokens, COLUMNS=columns, num_warps=1, enable_fp_fusion=False)
-    gains = torch.empty((batch, tokens), dtype=torch.float64, device=similarity.device)
-    weight = similarity if row_weight is None else row_weight  # never read when None
+    # Never read where absent: any pointer will do.
+    weight, scale, bonus = (similarity if x is None else x for x in (row_weight, candidate_weight, candidate_bonus))
+    cover, low, high = covered.clone(), torch.empty_like(covered), torch.empty_like(covered)
+    gains = torch.empty_like(covered, dtype=torch.float64)
+    risen = torch.empty_like(covered, dtype=torch.int32)
+    _cover[grid](
+        similarity, prefix, prefix.stride(0), count, cover, tokens,
+        COLUMNS=columns, UNROLL=_UNROLL, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
     _gains[grid](
-        similarity, cover, weight, gains, tokens, WEIGHTED=row_weight is not None, ROWS=32, COLUMNS=columns, num_warps=4, enable_fp_fusion=False
-    )
+        similarity, cover, weight, gains, tokens,
+        WEIGHTED=row_weight is not None, ROWS=32, COLUMNS=columns, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     _coverage[(batch,)](
-        similarity, prefix, prefix.stride(0), count, steps, cover, gains, weight,
-        similarity if candidate_weight is None else candidate_weight, similarity if candidate_bonus is None else candidate_bonus,
-        picks, torch.empty_like(gains, dtype=torch.int32), torch.empty_like(cover), torch.empty_like(cover), tokens, width,
+        similarity, prefix, prefix.stride(0), count, steps, cover, gains, weight, scale, bonus,
+        picks, risen, low, high, tokens, width,
         WEIGHTED=row_weight is not None, SCALED=candidate_weight is not None, RAISED=candidate_bonus is not None,
         BLOCK=block, UNROLL=_UNROLL, **options,
     )  # fmt: skip

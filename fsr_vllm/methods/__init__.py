@@ -18,6 +18,24 @@ __all__ = ["MethodInfo", "PrunedTokens", "VisualTokens", "get_method", "methods"
 # name -> "module.Class" inside this package, imported when first asked for. One line per method; this order is shown.
 _REGISTRY: dict[str, str] = {
     "fsr": "fsr.FSR",
+    "cdpruner": "cdpruner.CDPruner",
+    "divprune": "divprune.DivPrune",
+    "vispruner": "vispruner.VisPruner",
+    "visionzip": "visionzip.VisionZip",
+    "holov": "holov.HoloV",
+    "scope": "scope.Scope",
+    "zspaprune": "zspaprune.ZSPAPrune",
+    "codebook": "codebook.Codebook",
+    "hiprune": "hiprune.HiPrune",
+    "prumerge": "prumerge.PruMerge",
+    "vscan": "vscan.VScan",
+    "vflowopt": "vflowopt.VFlowOpt",
+    "visiondrop": "visiondrop.VisionDrop",
+    "quota": "quota.Quota",
+    "fastv": "fastv.FastV",
+    "sparsevlm": "sparsevlm.SparseVLM",
+    "dart": "dart.DART",
+    "ivc": "ivc.IVC",
     "fastervlm": "fastervlm.FasterVLM",
     "none": "none.NoSelection",
     "random": "random.Random",
@@ -34,6 +52,7 @@ class MethodInfo:
     needs: tuple[str, ...]  # fields of VisualTokens it cannot run without
     uses: tuple[str, ...]  # fields it profits from where given
     query_aware: bool
+    shallow_layer: int  # block of a 24-block tower that shallow_saliency is read at; 0: not needed
     paper: str
     licence: str  # of the authors' published code; ours is written from the paper
     fidelity: Fidelity
@@ -69,6 +88,7 @@ def methods() -> dict[str, MethodInfo]:
             needs=cls.needs,
             uses=cls.uses,
             query_aware=cls.query_aware,
+            shallow_layer=cls.shallow_layer,
             paper=cls.paper,
             licence=cls.licence,
             fidelity=cls.fidelity,

@@ -92,6 +92,7 @@ class Method:
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()  # fields of VisualTokens it cannot run without
     uses: ClassVar[tuple[str, ...]] = ()  # fields it profits from where given
+    shallow_layer: ClassVar[int] = 0  # which block of a 24-block tower `shallow_saliency` is read at
     query_aware: ClassVar[bool] = False  # whether the result can depend on the question
     paper: ClassVar[str] = ""
     licence: ClassVar[str] = ""  # of the authors' published code

@@ -1,4 +1,4 @@
-"""The set-up script: what it installs by hand, how it looks for PyTorch's index, and what it says when it cannot go on."""
+"""The set-up script: what it installs by hand, how it looks for PyTorch's index, what it says when it gives up."""
 
 import importlib.util
 import socket

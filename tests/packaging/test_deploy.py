@@ -1,4 +1,4 @@
-"""Dockerfile, compose file and Kubernetes manifests: against their schemas, against each other, and against vLLM's parser.
+"""Dockerfile, compose file and Kubernetes manifests against their schemas, each other, and vLLM's own parser.
 
 No container is built or started here.
 """

@@ -1,4 +1,4 @@
-"""pyproject.toml and the repository: one source for each fact, entry points that exist, nothing of a private machine."""
+"""pyproject.toml and the repository: one source for each fact, entry points that exist, nothing private."""
 
 import ast
 import re

@@ -1,10 +1,13 @@
 """Questions and details of images in chat messages: counts, order, and that the past never changes."""
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from fsr_vllm.signals.instruction import image_details, image_questions, materialise
 
@@ -134,3 +137,13 @@ def test_materialise_leaves_lists_and_odd_content_alone():
     assert messages[0]["content"] is parts
     assert [m["content"] for m in messages[1:5]] == [None, b"x", {"type": "text"}, 5]
     assert messages[5]["content"] == [IMAGE, "tuple"]
+
+
+def test_content_that_pydantic_validates_lazily():
+    """Validated requests hold one-shot iterators where the API's types say Iterable (vLLM's own models among them)."""
+    adapter = TypeAdapter(dict[str, str | Iterable[dict[str, Any]]])  # kept alive: the iterator validates with it
+    image = {"type": "image_url", "image_url": URL | {"detail": "low"}}
+    messages = [adapter.validate_python(user(image, {"type": "text", "text": "Q?"}))]
+    assert not isinstance(messages[0]["content"], list)
+    materialise(messages)
+    assert image_questions(messages) == ["Q?"] and image_details(messages) == ["low"]

@@ -10,7 +10,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from fsr_vllm import compat
 from fsr_vllm.engine.adapter import FsrModelMixin
-from fsr_vllm.engine.processor import FsrProcessorMixin, processor_factory
+from fsr_vllm.engine.processor import TAP_SIGNALS, FsrProcessorMixin, processor_factory
 
 _STOCK = compat.stock_factories(LlavaForConditionalGeneration)
 
@@ -30,7 +30,7 @@ def unsupported(hf_config: Any) -> str | None:
 
 
 class LlavaFsrProcessor(FsrProcessorMixin):
-    fsr_signals = frozenset({"saliency", "metric", "cls_row", "attention"})
+    fsr_signals = TAP_SIGNALS
 
     def fsr_total(self, items: Any, index: int) -> int:
         return self.info.get_max_image_tokens()  # every image is resized to the tower's one size
@@ -44,8 +44,8 @@ class LlavaFsrProcessor(FsrProcessorMixin):
 class FsrLlavaForConditionalGeneration(FsrModelMixin, LlavaForConditionalGeneration):
     fsr_unsupported = staticmethod(unsupported)
 
-    def fsr_attention(self) -> torch.nn.Module:
-        return compat.last_attention(self.vision_tower)
+    def fsr_attention(self) -> tuple[list[torch.nn.Module], int]:
+        return compat.tower_attentions(self.vision_tower), self.config.vision_config.num_hidden_layers
 
     def fsr_encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # "full" keeps the [CLS] row at 0; without it this is exactly what the stock model projects.

@@ -1,0 +1,25 @@
+"""Shared by all tests: the small random checkpoints, built once, and photographs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """LLaVA-1.5 architecture, 576 visual tokens, random weights, with its text_encoder/."""
+    from fsr_vllm.testbed import build_checkpoint
+
+    return build_checkpoint(tmp_path_factory.mktemp("checkpoint") / "llava")
+
+
+@pytest.fixture(scope="session")
+def pictures() -> dict[str, str]:
+    """Real photographs as data URLs, by name."""
+    from fsr_vllm.testbed import data_url, photos
+
+    return {name: data_url(image, size=(400, 300)) for name, image in photos().items()}

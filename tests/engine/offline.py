@@ -1,0 +1,75 @@
+"""Run in a process of its own: one offline `LLM` and a list of steps, results as JSON.
+
+Usage: python offline.py SPEC OUT. A step is a list of requests generated together, in one batch. A request is
+{"parts": [...], "fields": {...} or absent}: a part that names a photograph is that image, any other is text.
+A failing step is reported as {"error": ..., "type": [...]}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def prompt_of(request, pictures):
+    images = [pictures[part] for part in request["parts"] if part in pictures]
+    text = "\n".join("<image>" if part in pictures else part for part in request["parts"])
+    prompt = {"prompt": f"USER: {text} ASSISTANT:"}
+    if images:
+        prompt["multi_modal_data"] = {"image": images}
+    if "fields" in request:
+        prompt["mm_processor_kwargs"] = request["fields"]
+    return prompt
+
+
+def generate(llm, requests, pictures):
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=10, temperature=0, logprobs=1)
+    outputs = llm.generate([prompt_of(request, pictures) for request in requests], sampling, use_tqdm=False)
+    return [
+        {
+            "prompt": len(out.prompt_token_ids),
+            "cached": out.num_cached_tokens or 0,
+            "tokens": list(out.outputs[0].token_ids),
+            "logprobs": [
+                step[token].logprob
+                for token, step in zip(out.outputs[0].token_ids, out.outputs[0].logprobs, strict=True)
+            ],
+        }
+        for out in outputs
+    ]
+
+
+def main(spec_path: str, out_path: str) -> None:
+    from vllm import LLM
+
+    import fsr_vllm
+    from fsr_vllm.testbed import photos
+
+    spec = json.loads(Path(spec_path).read_text())
+    pictures = photos()
+    llm = LLM(
+        dtype="float32",
+        enforce_eager=True,
+        kv_cache_memory_bytes=256 << 20,
+        max_model_len=2048,
+        limit_mm_per_prompt={"image": 3},
+        **spec["llm"],
+    )
+    results = []
+    for step in spec["steps"]:
+        try:
+            results.append(generate(llm, step, pictures))
+        except Exception as error:
+            results.append({"error": str(error), "type": [kind.__name__ for kind in type(error).__mro__]})
+    try:
+        stats = fsr_vllm.stats(llm)
+    except ValueError as error:
+        stats = {"error": str(error)}
+    signals = llm.collective_rpc("probe_signals", args=tuple(spec["probe"])) if "probe" in spec else None
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    Path(out_path).write_text(json.dumps({"results": results, "stats": stats, "blocks": blocks, "signals": signals}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,20 @@
+"""A user's own worker extension, beside ours: reads signals for given pixels off the model inside a real worker."""
+
+from base64 import b64decode
+
+import torch
+
+from fsr_vllm.engine.worker import FsrWorkerExtension
+
+
+class ProbeExtension(FsrWorkerExtension):
+    @torch.inference_mode()
+    def probe_signals(self, pixels: str, question: str) -> dict[str, list[float]]:
+        """Saliency and relevance of one image, whose float32 pixels come as base64."""
+        model = self.model_runner.get_model()
+        values = torch.frombuffer(bytearray(b64decode(pixels)), dtype=torch.float32).view(1, 3, 336, 336)
+        model.fsr_tap.wanted = frozenset({"saliency"})
+        features, projected, _ = model.fsr_encode(values)
+        model.fsr_tap.wanted = frozenset()
+        relevance = model.fsr_text.relevance(features, projected, [question])
+        return {"saliency": model.fsr_tap.take()["saliency"][0].tolist(), "relevance": relevance[0].tolist()}

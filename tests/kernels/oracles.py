@@ -1,0 +1,105 @@
+"""The three selection rules in float64 numpy, written from their definitions, and the matrices that tests run on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+# Same examples in every run: a failure is a change of the code.
+quick = settings(max_examples=150, deadline=None, derandomize=True)
+
+KINDS = ("random", "clustered", "duplicates", "lattice", "ring", "constant", "identity", "opposite")
+
+
+def features(kind: str, tokens: int, seed: int) -> torch.Tensor:
+    """(N, D) unit rows: each kind breaks another kind of greedy loop."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 12, generator=generator)
+    if kind == "clustered":  # near ties inside a cluster
+        centers = torch.randn(4, 12, generator=generator)
+        x = 4 * centers[torch.randint(4, (tokens,), generator=generator)] + 0.1 * x
+    elif kind == "duplicates":  # exact ties, rank far below N
+        x = x[torch.randint(max(1, tokens // 4), (tokens,), generator=generator)]
+    elif kind == "lattice":  # few distinct similarities: equal sums of different addends
+        x = torch.randint(-1, 2, (tokens, 4), generator=generator) + torch.tensor([0.0, 0.0, 0.0, 0.5])
+    elif kind == "ring":  # every token sees the same similarities in another order
+        angle = torch.arange(tokens) * (2 * torch.pi / tokens)
+        x = torch.stack([angle.cos(), angle.sin()], 1)
+    elif kind == "constant":
+        x = torch.ones(tokens, 3)
+    elif kind == "identity":  # all distances equal
+        x = torch.eye(tokens)
+    elif kind == "opposite":  # cosines at both ends
+        x = x[:1] * (1 - 2 * torch.randint(2, (tokens, 1), generator=generator))
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def matrix(kind: str, tokens: int, seed: int, batch: int = 1) -> torch.Tensor:
+    """(B, N, N) float32 cosines."""
+    x = torch.stack([features(kind, tokens, seed + 1000 * b) for b in range(batch)])
+    return x @ x.mT
+
+
+def coarse(values: torch.Tensor, step: float) -> torch.Tensor:
+    """Rounded to multiples of a power of two: float32 arithmetic on them is exact, and ties are many."""
+    return (values / step).round() * step
+
+
+cases = st.tuples(st.sampled_from(KINDS), st.integers(1, 24), st.integers(0, 999))
+fractions = st.integers(0, 24)
+
+
+def draws(tokens: int, seed: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (B, N) in quarters, zeros among them, and a random choice of about a quarter of the tokens (B, N)."""
+    generator = torch.Generator().manual_seed(seed + 7)
+    weight = torch.randint(0, 5, (batch, tokens), generator=generator) / 4
+    return weight, torch.rand(batch, tokens, generator=generator) < 0.25
+
+
+def _best(score: dict[int, float]) -> int:
+    """Lowest index among the largest values."""
+    return min(score, key=lambda i: (-score[i], i))
+
+
+def farthest(similarity, chosen: list[int], steps: int, weight=None) -> list[int]:
+    """argmax over i not in A of w_i min over j in A of (1 - S_ij); with A empty every minimum counts as 1."""
+    s = np.asarray(similarity, dtype=np.float64)
+    w = np.ones(len(s)) if weight is None else np.asarray(weight, dtype=np.float64)
+    taken, picks = list(chosen), []
+    for _ in range(min(steps, len(s) - len(taken))):
+        score = {i: w[i] * min((1 - s[i, j] for j in taken), default=1.0) for i in range(len(s)) if i not in taken}
+        picks.append(_best(score))
+        taken.append(picks[-1])
+    return picks
+
+
+def coverage(similarity, steps: int, rows=None, candidates=None, bonus=None, covered=None, chosen=()) -> list[int]:
+    """argmax over j not in A of a_j sum_i w_i max(0, S_ij - c_i) + b_j c_i = max(c0_i, max over j in A of S_ij)."""
+    s = np.asarray(similarity, dtype=np.float64)
+    ones, zeros = np.ones(len(s)), np.zeros(len(s))
+    w = ones if rows is None else np.asarray(rows, dtype=np.float64)
+    a = ones if candidates is None else np.asarray(candidates, dtype=np.float64)
+    b = zeros if bonus is None else np.asarray(bonus, dtype=np.float64)
+    start = zeros if covered is None else np.asarray(covered, dtype=np.float64)
+    taken, picks = list(chosen), []
+    for _ in range(min(steps, len(s) - len(taken))):
+        c = np.max(np.vstack([start, s[taken]]), axis=0)
+        score = {
+            j: float(a[j] * np.sum(w * np.maximum(0, s[:, j] - c)) + b[j]) for j in range(len(s)) if j not in taken
+        }
+        picks.append(_best(score))
+        taken.append(picks[-1])
+    return picks
+
+
+def dpp_variances(kernel, taken: list[int]) -> np.ndarray:
+    """det L[A + i] / det L[A] for every i not in A, -inf for those in A; A must have a determinant."""
+    full = np.asarray(kernel, dtype=np.float64)
+    variance = np.diag(full).copy()
+    if taken:
+        cross = full[taken]
+        variance -= np.sum(cross * np.linalg.solve(full[np.ix_(taken, taken)], cross), axis=0)
+        variance[taken] = -np.inf
+    return variance

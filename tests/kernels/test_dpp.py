@@ -1,0 +1,90 @@
+"""Greedy DPP inference: every pick multiplies the determinant most, and all exact implementations pick the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+from fsr_vllm.kernels import dpp_greedy
+
+from . import oracles
+from .oracles import cases, fractions, matrix, quick
+
+EXACT = ("reference", "torch")
+BACKENDS = (*EXACT, "masked")
+
+
+def kernel(kind: str, tokens: int, seed: int, batch: int = 1, ridge: float = 0.0) -> torch.Tensor:
+    """Relevance x similarity x relevance, as CDPruner builds it."""
+    quality = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) + 0.05
+    similarity = matrix(kind, tokens, seed, batch) + ridge * torch.eye(tokens)
+    return quality[:, :, None] * similarity * quality[:, None, :]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@quick
+@given(cases, fractions)
+def test_every_pick_multiplies_the_determinant_most(backend, case, k):
+    kind, tokens, seed = case
+    matrix_ = kernel(kind, tokens, seed, ridge=0.01)
+    picks = dpp_greedy(matrix_, min(max(k, 1), tokens), backend=backend)[0].tolist()
+    for t, pick in enumerate(picks):
+        variance = oracles.dpp_variances(matrix_[0].numpy(), picks[:t])
+        # float32 loses what it subtracts from the diagonal: relative to that, not to what is left.
+        assert variance[pick] >= variance.max() - 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_float64_where_no_two_variances_are_close(backend):
+    clear = 0
+    for seed in range(20):
+        matrix_ = kernel("random", 20, seed, ridge=0.1)
+        expected: list[int] = []
+        for _ in range(10):
+            variance = oracles.dpp_variances(matrix_[0].numpy(), expected)
+            if np.diff(np.sort(variance)[-2:])[0] < 1e-5:
+                break
+            expected.append(int(variance.argmax()))
+            clear += 1
+        assert dpp_greedy(matrix_, 10, backend=backend)[0, : len(expected)].tolist() == expected
+    assert clear > 150
+
+
+@quick
+@given(cases)
+def test_exact_backends_agree_far_beyond_the_rank(case):
+    kind, tokens, seed = case
+    for matrix_ in (matrix(kind, tokens, seed, batch=2), kernel(kind, tokens, seed, batch=2)):
+        assert torch.equal(*(dpp_greedy(matrix_, tokens, backend=name) for name in EXACT))
+
+
+@pytest.mark.parametrize("kind", ["random", "duplicates", "clustered"])
+def test_exact_backends_agree_across_blocks_of_rows(kind):
+    # Longer than the blocks in which cpu.py adds up the factor's rows.
+    matrix_ = kernel(kind, 180, 4)
+    assert torch.equal(*(dpp_greedy(matrix_, 150, backend=name) for name in EXACT))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_duplicates_and_nothing_left(backend):
+    assert dpp_greedy(torch.eye(6)[None], 6, backend=backend).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert dpp_greedy(torch.ones(1, 1, 1), 1, backend=backend).tolist() == [[0]]
+    # Two of each: the first of each pair comes before any second one, and nothing turns into NaN after that.
+    pairs = torch.eye(4).repeat(2, 1)
+    assert dpp_greedy((pairs @ pairs.T)[None], 8, backend=backend).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert dpp_greedy(torch.zeros(1, 5, 5), 5, backend=backend).tolist() == [[0, 1, 2, 3, 4]]
+    for kind in oracles.KINDS:
+        picks = dpp_greedy(matrix(kind, 23, 6), 23, backend=backend)[0]
+        assert sorted(picks.tolist()) == list(range(23))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_are_independent_and_strides_do_not_matter(backend):
+    wide = kernel("random", 24, 9, batch=3)
+    small = wide[:, ::2, ::2]
+    picks = dpp_greedy(small, 7, backend=backend)
+    assert picks.shape == (3, 7) and picks.dtype == torch.int64
+    for row in range(3):
+        assert torch.equal(picks[row], dpp_greedy(small[row : row + 1].clone(), 7, backend=backend)[0])

@@ -1,0 +1,72 @@
+"""Real servers for the tests of this folder: one per configuration, started when first asked for."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from fsr_vllm.demo import ENVIRONMENT, SERVE_OPTIONS, serve
+
+WITHOUT_PLUGIN = SERVE_OPTIONS[2:]
+KEY = "secret"
+NAME = "fsr-demo"
+
+
+class Server:
+    """A running server and the ways the tests talk to it."""
+
+    def __init__(self, url: str, log: Path, pictures: dict[str, str]) -> None:
+        self.url, self.log, self.pictures = url, log, pictures
+        self.client = OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120)
+
+    def messages(self, *parts: str) -> list[dict[str, Any]]:
+        """One user message; parts that name a photograph are images, the others text."""
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": self.pictures[part]}}
+            if part in self.pictures
+            else {"type": "text", "text": part}
+            for part in parts
+        ]
+        return [{"role": "user", "content": content}]
+
+    def ask(self, *parts: str, headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:
+        """A chat completion by the OpenAI SDK: text, prompt tokens and the kept/total header."""
+        raw = self.client.chat.completions.with_raw_response.create(
+            model=NAME,
+            messages=self.messages(*parts),
+            max_tokens=8,
+            temperature=0,
+            extra_body=fields,
+            extra_headers=headers,
+        )
+        answer = raw.parse()
+        return {
+            "text": answer.choices[0].message.content,
+            "prompt": answer.usage.prompt_tokens,
+            "tokens": raw.headers.get("x-fsr-visual-tokens"),
+        }
+
+    def post(self, body: Any, **options: Any) -> httpx.Response:
+        """A raw POST to /v1/chat/completions; the body may be anything."""
+        headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json", **options.pop("headers", {})}
+        content = body if isinstance(body, (str, bytes)) else json.dumps(body)
+        return httpx.post(f"{self.url}/chat/completions", content=content, headers=headers, timeout=120, **options)
+
+
+@pytest.fixture(scope="package")
+def start(tmp_path_factory, pictures):
+    """A context manager that serves a checkpoint with the given options."""
+    folder = tmp_path_factory.mktemp("servers")
+
+    @contextlib.contextmanager
+    def started(name: str, model: Path, *options: str, plugin: bool = True, environment: dict[str, str] | None = None):
+        log = folder / f"{name}.log"
+        base = SERVE_OPTIONS if plugin else WITHOUT_PLUGIN
+        with serve(str(model), log, (*base, *options), {**ENVIRONMENT, **(environment or {})}) as url:
+            yield Server(url, log, pictures)
+
+    return started

@@ -1,0 +1,109 @@
+"""Other servers: bounds and defaults behind two API servers, an inactive plugin, models that cannot be pruned."""
+
+import os
+import subprocess
+import sys
+
+import openai
+import pytest
+
+from fsr_vllm.demo import ENVIRONMENT
+
+from .conftest import NAME
+
+pytestmark = pytest.mark.engine
+
+WHAT = "What is this?"
+
+
+def refused(server, field, *parts, **fields):
+    with pytest.raises(openai.BadRequestError) as error:
+        server.ask(*(parts or ("chelsea", WHAT)), **fields)
+    assert error.value.body["param"] == field
+    return error.value.body["message"]
+
+
+def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint):
+    options = ("--fsr-min-budget", "16", "--fsr-max-budget", "128", "--fsr-detail-budgets", '{"low": 32, "high": 0.2}')
+    with start("bounds", checkpoint, "--api-server-count", "2", *options) as server:
+        for _ in range(4):  # both servers get some
+            assert server.ask("chelsea", WHAT)["tokens"] == "128/576"
+            assert server.ask("chelsea", WHAT, fsr_budget=16)["tokens"] == "16/576"
+            for budget in (15, 129, 1000, "off", 0.5, 0.01):
+                assert "128" in refused(server, "fsr_budget", fsr_budget=budget) or budget in (15, 0.01)
+        messages = server.messages("chelsea", WHAT)
+        for detail, kept in (("low", 32), ("high", 115), ("auto", 128)):
+            messages[0]["content"][0]["image_url"]["detail"] = detail
+            raw = server.client.chat.completions.with_raw_response.create(model=NAME, messages=messages, max_tokens=1)
+            assert raw.headers["x-fsr-visual-tokens"] == f"{kept}/576"
+            override = server.client.chat.completions.with_raw_response.create(
+                model=NAME, messages=messages, max_tokens=1, extra_body={"fsr_budget": 20}
+            )
+            assert override.headers["x-fsr-visual-tokens"] == "20/576"
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoint):
+    with start("inactive", checkpoint, plugin=False) as server:
+        plain = server.ask("chelsea", WHAT)
+        assert plain["tokens"] is None
+        for fields in ({"fsr_budget": 64}, {"fsr_method": "fsr"}, {"mm_processor_kwargs": {"fsr_budget": 64}}):
+            message = refused(server, "fsr_method" if "fsr_method" in fields else "fsr_budget", **fields)
+            assert "--plugin fsr" in message
+        assert server.ask("chelsea", WHAT) == plain
+
+
+def test_text_model_names_its_architecture(start, tmp_path):
+    from fsr_vllm.testbed import build_text_model
+
+    options = ("--limit-mm-per-prompt", "{}")
+    with start("text", build_text_model(tmp_path / "text"), *options) as server:
+        assert server.ask(WHAT)["tokens"] is None
+        assert "LlamaForCausalLM" in refused(server, "fsr_budget", WHAT, fsr_budget=64)
+
+
+def test_llava_without_clip_names_its_tower(start, tmp_path):
+    from fsr_vllm.testbed import build_clip_less
+
+    with start("siglip", build_clip_less(tmp_path / "siglip")) as server:
+        plain = server.ask("chelsea", WHAT)
+        assert plain["tokens"] is None
+        assert "siglip" in refused(server, "fsr_budget", fsr_budget=64)
+        assert server.ask("chelsea", WHAT) == plain
+
+
+# Starts that must fail, each with the words a user needs to see.
+
+
+def vllm_serve(model, *options, environment=None, timeout=120):
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *options]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **ENVIRONMENT, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "words"),
+    [
+        (("--plugin", "nosuch"), {}, ["nosuch", "installed: fsr"]),
+        (("--plugin", "fsr", "--grpc"), {}, ["--grpc", "fsr"]),
+        (("--plugin", "fsr"), {"VLLM_USE_RUST_FRONTEND": "1"}, ["Rust", "fsr"]),
+        (("--fsr-budget", "64"), {}, ["--fsr-budget", "--plugin fsr"]),
+        (("--plugin", "fsr", "--fsr-budget", "1.5"), {}, ["--fsr-budget", "off"]),
+        (("--plugin", "fsr", "--fsr-budget", "200", "--fsr-max-budget", "100"), {}, ["fsr.budget", "100"]),
+        (("--plugin", "fsr", "--fsr-method", "nope"), {}, ["fsr.method", "random"]),
+        (("--plugin", "fsr", "--fsr-text-encoder", "nowhere/at-all"), {}, ["nowhere/at-all", "llm", "none"]),
+        (("--plugin", "fsr", "--additional-config", '{"fsr": {"bugdet": 3}}'), {}, ["bugdet", "max_budget"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_start_is_refused(checkpoint, options, environment, words):
+    output = vllm_serve(checkpoint, *options, environment=environment)
+    for word in words:
+        assert word in output, output[-2000:]

@@ -1,0 +1,183 @@
+"""The main way: `vllm serve MODEL --plugin fsr` and the openai SDK, each request with its own budget."""
+
+import json
+
+import httpx
+import openai
+import pytest
+
+from .conftest import KEY
+
+pytestmark = pytest.mark.engine
+
+WHAT = "What is this?"
+
+
+@pytest.fixture(scope="module")
+def server(start, checkpoint):
+    with start("main", checkpoint, "--api-key", KEY) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def unpruned(server):
+    return server.ask("chelsea", WHAT)
+
+
+def test_a_budget_per_request(server, unpruned):
+    assert unpruned["tokens"] == "576/576"
+    for budget, kept in ((128, 128), (64, 64), (1, 1), (0.5, 288), (0.22, 127), ("off", 576), (576, 576), (1000, 576)):
+        answer = server.ask("chelsea", WHAT, fsr_budget=budget)
+        assert answer["tokens"] == f"{kept}/576"
+        assert answer["prompt"] == unpruned["prompt"] - 576 + kept
+        if kept == 576:
+            assert answer["text"] == unpruned["text"]
+
+
+def test_null_counts_as_absent(server, unpruned):
+    assert server.ask("chelsea", WHAT, fsr_budget=None, fsr_method=None) == unpruned
+
+
+def test_streaming(server):
+    whole = server.ask("chelsea", WHAT, fsr_budget=64)
+    raw = server.client.chat.completions.with_raw_response.create(
+        model="fsr-demo",
+        messages=server.messages("chelsea", WHAT),
+        max_tokens=8,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"fsr_budget": 64},
+    )
+    chunks = list(raw.parse())
+    assert raw.headers["x-fsr-visual-tokens"] == "64/576" == whole["tokens"]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole["text"]
+    assert chunks[-1].usage.prompt_tokens == whole["prompt"]
+
+
+def test_header(server):
+    by_field = server.ask("chelsea", WHAT, fsr_budget=64)
+    assert server.ask("chelsea", WHAT, headers={"x-fsr-budget": "64"}) == by_field
+    assert server.ask("chelsea", WHAT, headers={"X-FSR-Budget": "64"}, fsr_budget=64) == by_field
+    assert server.ask("chelsea", WHAT, headers={"x-fsr-budget": "0.5"})["tokens"] == "288/576"
+    assert server.ask("chelsea", "rocket", WHAT, headers={"x-fsr-budget": '[8, "off"]'})["tokens"] == "584/1152"
+
+
+def test_several_images(server):
+    parts = ("First", "chelsea", "then", "rocket", WHAT)
+    whole = server.ask(*parts)
+    assert whole["tokens"] == "1152/1152"
+    for budget, kept in ((64, 128), ([64, "off"], 640), ([1, 0.25], 145)):
+        answer = server.ask(*parts, fsr_budget=budget)
+        assert answer["tokens"] == f"{kept}/1152"
+        assert answer["prompt"] == whole["prompt"] - 1152 + kept
+
+
+def test_text_only_has_nothing_to_prune(server):
+    plain = server.ask(WHAT)
+    assert server.ask(WHAT, fsr_budget=64, fsr_method="fsr", fsr_question="x") == plain
+    assert plain["tokens"] is None
+
+
+def test_the_question_matters_and_can_be_given(server):
+    derived = server.ask("chelsea", WHAT, fsr_budget=32)
+    assert server.ask("chelsea", WHAT, fsr_budget=32, fsr_question=WHAT) == derived
+    texts = {server.ask("chelsea", WHAT, fsr_budget=32, fsr_question=q)["text"] for q in (WHAT, "a red flag", "")}
+    assert len(texts) > 1
+
+
+def test_methods_and_options(server):
+    texts = {server.ask("chelsea", WHAT, fsr_budget=48, fsr_method=m)["text"] for m in ("fsr", "random", "uniform")}
+    assert len(texts) > 1
+    paper = server.ask("chelsea", WHAT, fsr_budget=48, fsr_options={"preset": "paper"})
+    assert paper["tokens"] == "48/576"
+    assert (
+        server.ask("chelsea", WHAT, fsr_budget=48, fsr_options={"rho": 0.2, "scan": "coverage"})["tokens"] == "48/576"
+    )
+
+
+def test_a_later_turn_leaves_the_image_as_it_was(server):
+    first = server.messages("chelsea", WHAT)
+    later = [*first, {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "Which colour?"}]
+    raw = server.client.chat.completions.with_raw_response.create(
+        model="fsr-demo", messages=later, max_tokens=4, extra_body={"fsr_budget": 32}
+    )
+    assert raw.headers["x-fsr-visual-tokens"] == "32/576"
+
+
+def test_methods_are_listed_behind_the_key(server):
+    listed = httpx.get(f"{server.url}/fsr/methods", headers={"authorization": f"Bearer {KEY}"})
+    assert "fsr" in [entry["id"] for entry in listed.json()["data"]]
+    assert httpx.get(f"{server.url}/fsr/methods").status_code == 401
+
+
+BAD_BUDGETS = [0, -1, 1.0, 1.5, 2.0, True, "many", "128", 10**12, [], [64, 64, 64], [0], {}, [[64]]]
+
+
+@pytest.mark.parametrize("budget", BAD_BUDGETS, ids=repr)
+def test_bad_budgets(server, budget):
+    refused(server, "fsr_budget", {"fsr_budget": budget})
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("fsr_method", {"fsr_method": "nope"}),
+        ("fsr_method", {"fsr_method": 3}),
+        ("fsr_options", {"fsr_options": {"nope": 1}}),
+        ("fsr_options", {"fsr_options": {"rho": 1.5}}),
+        ("fsr_options", {"fsr_options": {"alpha": "three"}}),
+        ("fsr_options", {"fsr_options": {"preset": "best"}}),
+        ("fsr_options", {"fsr_options": [1]}),
+        ("fsr_question", {"fsr_question": 5}),
+        ("fsr_question", {"fsr_question": ["a", "b"]}),
+        ("fsr_bugdet", {"fsr_bugdet": 64}),
+        ("fsr_budget", {"fsr_budget": 64, "mm_processor_kwargs": {"fsr_budget": 32}}),
+        ("mm_processor_kwargs", {"fsr_budget": 64, "mm_processor_kwargs": {"num_crops": 4}}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_fields(server, field, fields, stream):
+    refused(server, field, {"fsr_budget": 64, **fields, "stream": stream})
+
+
+def refused(server, field, fields, headers=None):
+    """HTTP 400 in the OpenAI error shape, naming the field."""
+    with pytest.raises(openai.BadRequestError) as error:
+        server.ask("chelsea", WHAT, headers=headers, **fields)
+    assert error.value.body["param"] == field and error.value.body["code"] == 400
+    assert field in error.value.body["message"]
+
+
+def test_bad_headers(server):
+    for value in ("many", "0", "1.0", "NaN", "true", "", "64, 65"):
+        refused(server, "x-fsr-budget", {}, headers={"x-fsr-budget": value})
+    refused(server, "fsr_budget", {"fsr_budget": 64}, headers={"x-fsr-budget": "65"})
+
+
+def body(server, **fields):
+    return {"model": "fsr-demo", "messages": server.messages("chelsea", WHAT), "max_tokens": 2, **fields}
+
+
+def test_nan_is_refused_although_json_readers_take_it(server):
+    text = json.dumps(body(server, fsr_budget="HERE")).replace('"HERE"', "NaN")
+    answer = server.post(text)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "fsr_budget"
+
+
+def test_what_vllm_answers_itself_stays_as_it_is(server):
+    assert server.post("{not json").status_code in (400, 422)
+    assert server.post("{}").status_code in (400, 422)
+    assert server.post(json.dumps(body(server)), headers={"content-type": "text/plain"}).status_code in (400, 415, 422)
+    messages = server.messages("chelsea", WHAT)
+    messages[0]["content"][0]["image_url"]["url"] = "data:image/png;base64,aGVsbG8="
+    corrupt = server.post({**body(server, fsr_budget=64), "messages": messages})
+    assert 400 <= corrupt.status_code < 500 and "error" in corrupt.json()
+    unauthorised = server.post(body(server, fsr_budget="many"), headers={"authorization": "Bearer wrong"})
+    assert unauthorised.status_code == 401
+
+
+def test_the_server_lives_on(server, unpruned):
+    assert server.ask("chelsea", WHAT) == unpruned
+    assert "Traceback" not in server.log.read_text()
