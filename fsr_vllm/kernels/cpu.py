@@ -54,7 +54,7 @@ def farthest(
         for t in range(rounds):
             j = int((nearest if scale is None else np.multiply(nearest, scale, out=distance)).argmax())
             out[t] = j
-            np.subtract(1.0, sim[:, j], out=distance)
+            np.subtract(1.0, sim[j], out=distance)
             if t == 0 and not chosen:
                 nearest[:] = distance  # the stand-in distance 1 of an empty start must not cap the first real ones
             else:
@@ -82,10 +82,8 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
             j = int(variance.argmax())
             picks[b, t] = j
             best = variance[j]
-            row = factor[t]
             if best <= threshold:
-                row.fill(0.0)  # only rounding noise is left, see the reference
-                variance[j] = -np.inf
+                variance[j] = -np.inf  # from here on only rounding noise is left, see the reference
                 continue
             explained.fill(0.0)
             for s in range(0, t, _BLOCK):
@@ -93,6 +91,7 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
                 block[0] = explained  # carries the sum over, so that its order is that of one long sum
                 np.multiply(factor[s : s + size], factor[s : s + size, j, None], out=block[1 : size + 1])
                 np.add.reduce(block[: size + 1], axis=0, out=explained)
+            row = factor[t]
             np.subtract(rows[b, j], explained, out=row)
             np.multiply(row, one / np.sqrt(best), out=row)
             np.multiply(row, row, out=explained)

@@ -42,6 +42,12 @@ def matrix(kind: str, tokens: int, seed: int, batch: int = 1) -> torch.Tensor:
     return x @ x.mT
 
 
+def lopsided(tokens: int, seed: int, batch: int = 1) -> torch.Tensor:
+    """(B, N, N) not quite symmetric, as a GEMM may leave it: which of a row and a column is read then matters."""
+    noise = torch.randn(batch, tokens, tokens, generator=torch.Generator().manual_seed(seed))
+    return matrix("random", tokens, seed, batch) + 0.05 * noise
+
+
 def coarse(values: torch.Tensor, step: float) -> torch.Tensor:
     """Rounded to multiples of a power of two: float32 arithmetic on them is exact, and ties are many."""
     return (values / step).round() * step

@@ -11,7 +11,7 @@ from fsr_vllm.kernels import coverage_greedy
 from fsr_vllm.kernels.grid import snap, snap_weights
 
 from . import oracles
-from .oracles import cases, coarse, draws, fractions, matrix, quick
+from .oracles import cases, coarse, draws, fractions, lopsided, matrix, quick
 
 BACKENDS = ("reference", "torch", "masked")
 switches = st.tuples(*[st.booleans()] * 5)
@@ -61,9 +61,18 @@ def test_backends_agree_where_sums_are_long(kind):
     # Many more tokens than a block of rows in cpu.py; the ring and the lattice have ties in different orders of adding.
     similarity = matrix(kind, 300, 3)
     weight = torch.rand(1, 300, generator=torch.Generator().manual_seed(3)) ** 6 * 50
-    for rows in (None, weight):
-        first, *others = (coverage_greedy(similarity, 30, rows, weight, backend=name) for name in BACKENDS)
+    tenth = torch.full((1, 300), 0.1)
+    for rows, candidates, covered in ((None, None, tenth), (weight, weight, None), (tenth, None, weight / 100)):
+        first, *others = (coverage_greedy(similarity, 30, rows, candidates, covered, backend=name) for name in BACKENDS)
         assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 40])
+def test_backends_read_the_same_rows_of_a_matrix_that_is_not_symmetric(tokens):
+    similarity = lopsided(tokens, 1, batch=3)
+    _, selected = draws(tokens, 1, batch=3)
+    first, *others = (coverage_greedy(similarity, tokens, selected=selected, backend=name) for name in BACKENDS)
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fsr_vllm.kernels import farthest_from_prefix, farthest_point
 
 from . import oracles
-from .oracles import cases, coarse, draws, fractions, matrix, quick
+from .oracles import cases, coarse, draws, fractions, lopsided, matrix, quick
 
 BACKENDS = ("reference", "torch", "masked")
 
@@ -37,6 +37,14 @@ def test_backends_agree_on_unrounded_similarities(case, steps, weighted):
     weight, selected = draws(tokens, seed, batch=2)
     weight = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) * weight if weighted else None
     first, *others = (farthest_point(similarity, selected, steps, weight, backend=name) for name in BACKENDS)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 40])
+def test_backends_read_the_same_rows_of_a_matrix_that_is_not_symmetric(tokens):
+    similarity = lopsided(tokens, 1, batch=3)
+    _, selected = draws(tokens, 1, batch=3)
+    first, *others = (farthest_point(similarity, selected, tokens, backend=name) for name in BACKENDS)
     assert all(torch.equal(first, other) for other in others)
 
 

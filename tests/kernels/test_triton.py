@@ -14,7 +14,7 @@ import torch
 
 from fsr_vllm import kernels
 
-from .oracles import KINDS, draws, matrix
+from .oracles import KINDS, draws, lopsided, matrix
 
 pytest.importorskip("triton")
 
@@ -34,13 +34,15 @@ def calls(sizes: dict[int, int]) -> dict[str, Call]:
             own = torch.tensor([steps, steps // 2])
             count = torch.tensor([steps // 3, tokens])
             kernel = weight[:, :, None] * similarity * weight[:, None, :]
+            uneven = lopsided(tokens, number, batch=2)
             everything = {"row_weight": weight, "candidate_weight": quarters, "covered": weight - 0.5}
             rounds: dict[str, Call] = {
-                "farthest": ("farthest_point", (similarity, selected, own), {"max_steps": steps}),
+                "farthest": ("farthest_point", (uneven, selected, own), {"max_steps": steps}),
                 "farthest empty, weighted": ("farthest_point", (similarity, None, steps, weight), {}),
                 "prefix": ("farthest_from_prefix", (similarity, order, count, steps, quarters), {}),
                 "dpp": ("dpp_greedy", (kernel if number % 2 else similarity, steps), {}),
-                "coverage": ("coverage_greedy", (similarity, own), {"max_steps": steps, "selected": selected}),
+                "dpp, full rank": ("dpp_greedy", (uneven + torch.eye(tokens), steps), {}),
+                "coverage": ("coverage_greedy", (uneven, own), {"max_steps": steps, "selected": selected}),
                 "coverage, everything": (
                     "coverage_greedy",
                     (similarity, steps),

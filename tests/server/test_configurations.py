@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -73,37 +74,49 @@ def test_llava_without_clip_names_its_tower(start, tmp_path):
 
 
 # Starts that must fail, each with the words a user needs to see.
+REFUSED_STARTS = {
+    "unknown plugin": (("--plugin", "nosuch"), {}, ["nosuch", "installed: fsr"]),
+    "grpc": (("--plugin", "fsr", "--grpc"), {}, ["--grpc", "fsr"]),
+    "rust": (("--plugin", "fsr"), {"VLLM_USE_RUST_FRONTEND": "1"}, ["Rust", "fsr"]),
+    "option without plugin": (("--fsr-budget", "64"), {}, ["--fsr-budget", "--plugin fsr"]),
+    "bad budget": (("--plugin", "fsr", "--fsr-budget", "1.5"), {}, ["--fsr-budget", "off"]),
+    "budget over maximum": (
+        ("--plugin", "fsr", "--fsr-budget", "200", "--fsr-max-budget", "100"),
+        {},
+        ["fsr.budget", "100"],
+    ),
+    "unknown method": (("--plugin", "fsr", "--fsr-method", "nope"), {}, ["fsr.method", "random"]),
+    "no text encoder": (
+        ("--plugin", "fsr", "--fsr-text-encoder", "nowhere/at-all"),
+        {},
+        ["nowhere/at-all", "--fsr-text-encoder llm", "--fsr-text-encoder none"],
+    ),
+    "unknown setting": (
+        ("--plugin", "fsr", "--additional-config", '{"fsr": {"bugdet": 3}}'),
+        {},
+        ["bugdet", "max_budget"],
+    ),
+}
 
 
-def vllm_serve(model, *options, environment=None, timeout=120):
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *options]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **ENVIRONMENT, **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+@pytest.fixture(scope="module")
+def refused_starts(checkpoint):
+    """What each of these starts printed before it gave up; two run at a time."""
+
+    def start(name):
+        options, environment, _ = REFUSED_STARTS[name]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *options]
+        environment = {**os.environ, **ENVIRONMENT, **environment}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield dict(zip(REFUSED_STARTS, pool.map(start, REFUSED_STARTS), strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED_STARTS)
+def test_start_is_refused(refused_starts, name):
+    done = refused_starts[name]
+    output = done.stdout + done.stderr
     assert done.returncode != 0
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "environment", "words"),
-    [
-        (("--plugin", "nosuch"), {}, ["nosuch", "installed: fsr"]),
-        (("--plugin", "fsr", "--grpc"), {}, ["--grpc", "fsr"]),
-        (("--plugin", "fsr"), {"VLLM_USE_RUST_FRONTEND": "1"}, ["Rust", "fsr"]),
-        (("--fsr-budget", "64"), {}, ["--fsr-budget", "--plugin fsr"]),
-        (("--plugin", "fsr", "--fsr-budget", "1.5"), {}, ["--fsr-budget", "off"]),
-        (("--plugin", "fsr", "--fsr-budget", "200", "--fsr-max-budget", "100"), {}, ["fsr.budget", "100"]),
-        (("--plugin", "fsr", "--fsr-method", "nope"), {}, ["fsr.method", "random"]),
-        (("--plugin", "fsr", "--fsr-text-encoder", "nowhere/at-all"), {}, ["nowhere/at-all", "llm", "none"]),
-        (("--plugin", "fsr", "--additional-config", '{"fsr": {"bugdet": 3}}'), {}, ["bugdet", "max_budget"]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
-)
-def test_start_is_refused(checkpoint, options, environment, words):
-    output = vllm_serve(checkpoint, *options, environment=environment)
-    for word in words:
+    for word in REFUSED_STARTS[name][2]:
         assert word in output, output[-2000:]

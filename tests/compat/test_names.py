@@ -1,0 +1,220 @@
+"""Fails when a name of vLLM that `fsr_vllm/compat.py` touches has moved; each test says which."""
+
+import argparse
+import inspect
+import os
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from fsr_vllm import compat, plugin
+
+
+def parameters(function):
+    return list(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+def test_engine_args():
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    assert parameters(EngineArgs.add_cli_args) == ["parser"]
+    assert parameters(EngineArgs.from_cli_args)[-1:] == ["args"]
+    assert parameters(EngineArgs.create_model_config) == ["self"]
+    assert issubclass(AsyncEngineArgs, EngineArgs)
+    for name in ("additional_config", "hf_overrides", "worker_extension_cls"):
+        assert name in EngineArgs.__dataclass_fields__
+
+
+def test_renderer():
+    from vllm.renderers import online_renderer
+
+    hooked = online_renderer.OnlineRenderer.preprocess_chat
+    assert inspect.iscoroutinefunction(inspect.unwrap(hooked))
+    assert parameters(hooked)[:3] == ["self", "request", "messages"]
+    assert "validate_request_mm_kwargs" in inspect.getsource(online_renderer)
+    assert parameters(online_renderer.validate_request_mm_kwargs)[0] == "mm_processor_kwargs"
+
+
+def test_request_error_is_a_client_error_with_a_field():
+    from vllm.exceptions import VLLMValidationError
+
+    error = compat.request_error("fsr_budget is wrong", "fsr_budget")
+    assert isinstance(error, VLLMValidationError) and isinstance(error, ValueError)
+    assert error.parameter == "fsr_budget" and "is wrong" in str(error)
+
+
+def test_processor_hooks():
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+    from vllm.multimodal.inputs import MultiModalFieldConfig
+    from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
+
+    factories = compat.stock_factories(LlavaForConditionalGeneration)
+    assert callable(factories.info) and callable(factories.processor) and callable(factories.dummy_inputs)
+    assert parameters(BaseMultiModalProcessor._get_cache_missing_items) == [
+        "self",
+        "cache",
+        "mm_data_items",
+        "mm_hashes",
+    ]
+    assert parameters(BaseMultiModalProcessor._get_prompt_updates)[:2] == ["self", "mm_items"]
+    assert "mm_items" in parameters(BaseMultiModalProcessor._apply_hf_processor_main)
+    assert "keep_on_cpu" in parameters(MultiModalFieldConfig.batched)
+    assert {"mm_data_items", "hf_processor_mm_kwargs"} <= set(ProcessorInputs.__dataclass_fields__)
+    assert parameters(ProcessorInputs.get_mm_hashes)[0] == "self"
+    assert parameters(BaseMultiModalProcessor.get_dummy_inputs)[0] == "self"
+
+
+def test_model_parts():
+    from vllm.distributed.parallel_state import GroupCoordinator
+    from vllm.model_executor.layers.attention import MMEncoderAttention
+    from vllm.model_executor.models import clip, llava
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    assert "self.attn(query_states, key_states" in inspect.getsource(clip.CLIPAttention.forward)
+    attention = inspect.getsource(MMEncoderAttention.__init__)
+    assert "self.num_heads" in attention and "self.scale" in attention
+    assert "feature_select_strategy" in parameters(clip.CLIPVisionModel.forward)
+    assert {"vision_tower", "multi_modal_projector", "language_model"} <= set(
+        inspect.getsource(llava.LlavaForConditionalGeneration.__init__).replace("=", " ").replace(".", " ").split()
+    )
+    assert "input_ids" in parameters(LlamaForCausalLM.embed_input_ids)
+    assert parameters(GroupCoordinator.broadcast)[1:3] == ["input_", "src"]
+    source = compat.weight_source("somewhere", "prefix.")
+    assert source.model_or_path == "somewhere" and source.prefix == "prefix."
+    from vllm.model_executor.model_loader import default_loader
+
+    assert '"secondary_weights"' in inspect.getsource(default_loader)
+
+
+def test_collectives_and_tokenizer():
+    import vllm.distributed as distributed
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    for name in (
+        "tensor_model_parallel_all_reduce",
+        "tensor_model_parallel_all_gather",
+        "get_tensor_model_parallel_world_size",
+    ):
+        assert callable(getattr(distributed, name))
+    assert callable(cached_tokenizer_from_config)
+
+
+def test_endpoint_plugin_protocol():
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    from fsr_vllm.server import FsrEndpointPlugin
+
+    assert isinstance(FsrEndpointPlugin(), EndpointPlugin)
+
+
+def test_groups_that_load_by_themselves():
+    import vllm.plugins as plugins
+
+    groups = {value for name, value in vars(plugins).items() if name.endswith("_GROUP")}
+    assert groups == {*compat.AUTO_GROUPS, compat.ENDPOINT_GROUP}
+
+
+def test_only_compat_names_private_parts_of_vllm():
+    """Our subclasses may override single-underscore names of vLLM; calling and patching them is for compat alone."""
+    from pathlib import Path
+
+    package = Path(compat.__file__).parent
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        if path.name != "compat.py":
+            assert "from vllm.v1" not in text and "import vllm.v1" not in text, path
+            assert "monkeypatch" not in text and "setattr(EngineArgs" not in text, path
+
+
+# --- choosing plugins -----------------------------------------------------------------------------------------------
+
+
+def entry(name):
+    return SimpleNamespace(name=name)
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    found = {
+        "vllm.general_plugins": ["fsr", "lora", "other"],
+        "vllm.platform_plugins": ["board"],
+        "vllm.endpoint_plugins": ["fsr", "other"],
+    }
+    monkeypatch.setattr(compat, "entry_points", lambda group: [entry(name) for name in found.get(group, [])])
+
+
+def test_naming_a_plugin_keeps_all_that_loaded_by_itself(groups, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    compat.enable_plugins(["fsr"])
+    named = os.environ["VLLM_PLUGINS"].split(",")
+    assert set(named) == {"lora", "board", "fsr"}  # not "other": that would open its endpoint
+    compat.enable_plugins(["fsr"])
+    assert os.environ["VLLM_PLUGINS"].split(",") == named
+
+
+def test_a_set_variable_is_only_added_to(groups, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "lora")
+    compat.enable_plugins(["fsr", "other"])
+    assert os.environ["VLLM_PLUGINS"] == "lora,fsr,other"
+
+
+def parse(*argv):
+    parser = argparse.ArgumentParser()
+    plugin.add_cli_args(parser)
+    return parser.parse_args(argv)
+
+
+def test_plugin_option_takes_lists_and_repeats(groups, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    args = parse("--plugin", "fsr,lora", "--plugin", "other", "--fsr-budget", "64")
+    assert args.plugin == ["fsr", "lora", "other"] and args.fsr_budget == 64
+
+
+def test_another_package_may_have_brought_the_option(groups):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--plugin")
+    plugin.add_cli_args(parser)
+    assert parser.parse_args(["--plugin", "anything"]).plugin == "anything"
+
+
+def test_options_become_additional_config_beside_the_users_own(groups, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "fsr")
+    args = parse("--fsr-max-budget", "128", "--fsr-detail-budgets", '{"low": 16}')
+    args.additional_config = {"theirs": 1, "fsr": {"method": "random", "max_budget": 5}}
+    plugin.merge_cli_args(args)
+    plugin.merge_cli_args(args)  # child processes do it again
+    fsr = {"method": "random", "max_budget": 128, "detail_budgets": {"low": 16}}
+    assert args.additional_config == {"theirs": 1, "fsr": fsr}
+
+
+def upper(config):
+    config["name"] = config["name"].upper()
+    return config
+
+
+def test_callable_overrides_are_composed_and_can_be_pickled():
+    composed = compat.with_overrides(upper, {"fsr_settings": "a"})
+    composed = pickle.loads(pickle.dumps(compat.with_overrides(composed, {"fsr_settings": "b"})))
+    assert composed({"name": "x"}) == {"name": "X", "fsr_settings": "b"}
+    assert compat.with_overrides({"theirs": 1}, {"fsr_settings": "a"}) == {"theirs": 1, "fsr_settings": "a"}
+    assert compat.with_overrides(None, {"fsr_settings": "a"}) == {"fsr_settings": "a"}
+
+
+def test_importing_the_plugin_is_cheap():
+    code = (
+        "import sys, fsr_vllm.plugin; print(sorted({'torch', 'vllm', 'transformers', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_registering_twice_wraps_once():
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    wrapped = EngineArgs.create_model_config
+    plugin.register()
+    assert EngineArgs.create_model_config is wrapped

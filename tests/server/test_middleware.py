@@ -1,0 +1,77 @@
+"""The ASGI middleware alone: headers in and out, bodies untouched, every other message passed on."""
+
+import asyncio
+
+from fsr_vllm.server.middleware import FsrMiddleware
+from fsr_vllm.server.requests import current_report
+
+
+def call(app, headers=(), kind="http"):
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(FsrMiddleware(app)({"type": kind, "headers": list(headers)}, receive, send))
+    return sent
+
+
+async def answer(send):
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+    await send({"type": "http.response.body", "body": b"x"})
+
+
+def test_the_report_becomes_a_header():
+    async def app(scope, receive, send):
+        report = current_report.get()
+        assert report.budget_header == "64"
+        report.kept, report.total = 64, 576
+        await answer(send)
+
+    sent = call(app, [(b"x-fsr-budget", b"64"), (b"host", b"h")])
+    assert sent[0]["headers"] == [(b"a", b"b"), (b"x-fsr-visual-tokens", b"64/576")]
+    assert sent[1] == {"type": "http.response.body", "body": b"x"}
+
+
+def test_nothing_to_report_changes_nothing():
+    async def app(scope, receive, send):
+        assert current_report.get().budget_header is None
+        await answer(send)
+
+    assert call(app)[0]["headers"] == [(b"a", b"b")]
+
+
+def test_a_report_belongs_to_one_request():
+    async def app(scope, receive, send):
+        await asyncio.sleep(0)
+        report = current_report.get()
+        report.kept = report.total = int(report.budget_header)
+        await answer(send)
+
+    async def both():
+        results = []
+        for value in (b"1", b"2"):
+            sent = []
+
+            async def send(message, sent=sent):
+                sent.append(message)
+
+            results.append(
+                (sent, FsrMiddleware(app)({"type": "http", "headers": [(b"x-fsr-budget", value)]}, None, send))
+            )
+        await asyncio.gather(*(task for _, task in results))
+        return [sent[0]["headers"][-1][1] for sent, _ in results]
+
+    assert asyncio.run(both()) == [b"1/1", b"2/2"]
+    assert current_report.get() is None
+
+
+def test_other_protocols_pass():
+    async def app(scope, receive, send):
+        assert current_report.get() is None
+        await send({"type": "websocket.accept"})
+
+    assert call(app, kind="websocket") == [{"type": "websocket.accept"}]

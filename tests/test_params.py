@@ -1,0 +1,169 @@
+"""What may be asked, and what it comes to: budgets, bounds, methods, identities."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fsr_vllm.params import (
+    FieldError,
+    ImagePlan,
+    RequestFields,
+    ServerSettings,
+    parse_budget_text,
+    parse_budgets,
+    resolve,
+    resolve_budget,
+)
+
+ALL = {"saliency", "relevance", "metric", "keys", "cls_row", "attention"}
+
+
+def plans(fields, totals=(576,), signals=ALL, **settings):
+    server = ServerSettings.parse(settings)
+    return resolve(RequestFields.parse(fields, server), server, totals, signals)
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.0, 1.5, 2.0, 0.0, True, False, "many", "128", 10**12, 1_000_001, {}, b"off"]
+)
+def test_no_budget(value):
+    with pytest.raises(FieldError, match="fsr_budget must be") as error:
+        parse_budgets(value)
+    assert error.value.field == "fsr_budget"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, [], [None], [64, 1.0], [[64]]])
+def test_no_budgets(value):
+    with pytest.raises(FieldError):
+        parse_budgets(value)
+
+
+@given(st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.lists(st.integers())))
+def test_a_budget_is_valid_or_refused_by_name(value):
+    try:
+        budgets = parse_budgets(value)
+    except FieldError as error:
+        assert error.field == "fsr_budget"
+        return
+    for budget in budgets if isinstance(budgets, list) else [budgets]:
+        assert 1 <= resolve_budget(budget, 576) <= 576
+
+
+@given(st.floats(0, 1, exclude_min=True, exclude_max=True), st.integers(1, 5000))
+def test_shares(share, total):
+    assert resolve_budget(share, total) == max(1, math.floor(share * total + 0.5)) <= total
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("128", 128), (" 0.5 ", 0.5), ("off", "off"), ("OFF", "off"), ('"off"', "off"), ('[8, "off"]', [8, "off"])],
+)
+def test_budget_as_text(text, value):
+    assert parse_budget_text(text, "x-fsr-budget") == value
+
+
+@pytest.mark.parametrize("text", ["", "many", "1.0", "NaN", "true", "null", "64,65", "{}", "[]", "1e3"])
+def test_no_budget_as_text(text):
+    with pytest.raises(FieldError) as error:
+        parse_budget_text(text, "x-fsr-budget")
+    assert error.value.field == "x-fsr-budget"
+
+
+def test_one_plan_per_image():
+    kept = [plan.keep for plan in plans({"fsr_budget": [64, "off", 0.25, 9999]}, totals=(576,) * 4)]
+    assert kept == [64, 576, 144, 576]
+    assert [plan.pruned for plan in plans({}, totals=(576, 10))] == [False, False]
+    for wrong in ([64], [64, 64, 64]):
+        with pytest.raises(FieldError, match="2 image"):
+            plans({"fsr_budget": wrong}, totals=(576, 576))
+
+
+def test_all_that_keeps_everything_is_one_plan():
+    same = {
+        plans({"fsr_budget": b, "fsr_method": m}, max_budget=None)[0]
+        for b in ("off", 576, 1000)
+        for m in ("fsr", "random")
+    }
+    assert same == {ImagePlan(576, 576)}
+
+
+def test_resolved_values_not_spellings_make_the_plan():
+    spelled = [
+        {"fsr_budget": 144},
+        {"fsr_budget": 0.25},
+        {"fsr_budget": 0.2501},
+        {"fsr_budget": 144, "fsr_options": {"rho": 0.9}},
+    ]
+    spelled += [{"fsr_budget": 144, "fsr_options": {"alpha": 3}}, {"fsr_budget": 144, "fsr_options": None}]
+    assert len({plans({**fields, "fsr_question": " q "})[0] for fields in spelled}) == 1
+    different = [{"fsr_budget": 143}, {"fsr_question": "p"}, {"fsr_method": "random"}, {"fsr_options": {"rho": 0.8}}]
+    base = {"fsr_budget": 144, "fsr_question": "q"}
+    assert len({plans({**base, **fields})[0] for fields in [{}, *different]}) == 5
+
+
+def test_the_question_counts_only_where_it_can_matter():
+    for fields, signals in (({"fsr_method": "fastervlm"}, ALL), ({}, ALL - {"relevance"})):
+        one, two = (plans({"fsr_budget": 64, "fsr_question": q, **fields}, signals=signals)[0] for q in ("p", "q"))
+        assert one == two
+    asked = plans({"fsr_budget": 64, "fsr_question": ["p", ""]}, totals=(576, 576))
+    assert [plan.question for plan in asked] == ["p", ""]
+
+
+def test_a_method_without_its_signal_is_refused():
+    with pytest.raises(FieldError, match="relevance") as error:
+        plans({"fsr_budget": 64, "fsr_method": "cdpruner"}, signals=ALL - {"relevance"})
+    assert error.value.field == "fsr_method"
+
+
+def test_plans_survive_the_way_to_the_worker():
+    (plan,) = plans({"fsr_budget": 64, "fsr_question": "Wer hat die rote Fahne? 旗"})
+    assert ImagePlan.decode(plan.encode()) == plan
+    assert json.loads(plan.options)["rho"] == 0.9
+
+
+def test_bounds_and_default():
+    assert plans({}, max_budget=128)[0].keep == 128
+    assert plans({}, max_budget=128, budget=32)[0].keep == 32
+    assert plans({"fsr_budget": 0.5}, min_budget=64)[0].keep == 288
+    for asked in ("off", 129, 0.5, 15, 0.01, 1000):
+        with pytest.raises(FieldError) as error:
+            plans({"fsr_budget": asked}, min_budget=16, max_budget=128)
+        assert error.value.field == "fsr_budget"
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"bugdet": 1}, "fsr.bugdet"),
+        ({"budget": 1.0}, "fsr.budget"),
+        ({"budget": "off", "max_budget": 64}, "fsr.budget"),
+        ({"budget": 8, "min_budget": 16}, "fsr.budget"),
+        ({"max_budget": 0}, "fsr.max_budget"),
+        ({"max_budget": True}, "fsr.max_budget"),
+        ({"max_budget": "64"}, "fsr.max_budget"),
+        ({"min_budget": 65, "max_budget": 64}, "fsr.min_budget"),
+        ({"method": "nope"}, "fsr.method"),
+        ({"method": 3}, "fsr.method"),
+        ({"relevance_sign": 2}, "fsr.relevance_sign"),
+        ({"detail_budgets": {"medium": 3}}, "fsr.detail_budgets"),
+        ({"detail_budgets": {"low": 1.0}}, "fsr.detail_budgets"),
+        ({"detail_budgets": [1]}, "fsr.detail_budgets"),
+        ({"text_encoder": None}, "fsr.text_encoder"),
+    ],
+    ids=str,
+)
+def test_no_settings(settings, field):
+    with pytest.raises(FieldError) as error:
+        ServerSettings.parse(settings)
+    assert error.value.field == field
+
+
+def test_settings_survive_the_model_config():
+    settings = ServerSettings.parse(
+        {"budget": 0.5, "max_budget": 300, "relevance_sign": "-1", "detail_budgets": {"low": 4}}
+    )
+    assert ServerSettings.model_validate_json(settings.model_dump_json()) == settings
+    assert settings.relevance_sign == -1
