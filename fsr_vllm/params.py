@@ -6,6 +6,7 @@ the caller turns it into the error of its own surface.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +25,14 @@ from fsr_vllm.budgets import (
 )
 
 __all__ = [
-    "HOW_TO_ACTIVATE", "MAX_BUDGET", "PREFIX", "REQUEST_FIELDS", "SELECTION_VERSION", "SERVED_DEFAULTS", "SETTINGS_KEY",
-    "Budget", "FieldError", "ImagePlan", "RequestFields", "ServerSettings", "build_method", "parse_budget",
-    "parse_budget_text", "parse_budgets", "per_image", "resolve", "resolve_budget",
+    "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_QUESTION", "PREFIX", "REQUEST_FIELDS", "SELECTION_VERSION",
+    "SERVED_DEFAULTS", "SETTINGS_KEY", "Budget", "FieldError", "ImagePlan", "RequestFields", "ServerSettings",
+    "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "per_image", "resolve", "resolve_budget",
 ]  # fmt: skip
 
 PREFIX = "fsr_"
+# Characters of a question that are read: a text tower runs once per 75 tokens, inside the engine's step.
+MAX_QUESTION = 4096
 SETTINGS_KEY = "fsr_settings"  # of the model config: how settings reach processors and workers
 HOW_TO_ACTIVATE = 'start the server with --plugin fsr (offline: additional_config={"fsr": {}}, or VLLM_PLUGINS=fsr)'
 REQUEST_FIELDS = ("fsr_budget", "fsr_method", "fsr_question", "fsr_options")
@@ -65,6 +68,12 @@ class ServerSettings(BaseModel):
     text_encoder: str = "auto"
     relevance_sign: Any = "auto"
     detail_budgets: dict[str, Any] = {}
+
+    @classmethod
+    @functools.lru_cache(maxsize=16)
+    def from_json(cls, text: str) -> ServerSettings:
+        """Settings as they travel in the model config; read for every request, so parsed once."""
+        return cls.model_validate_json(text)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> ServerSettings:
@@ -173,6 +182,9 @@ class RequestFields(BaseModel):
         texts = question if isinstance(question, list) else [question]
         if question is not None and not all(isinstance(text, str) for text in texts):
             raise FieldError("fsr_question", "fsr_question must be text, or a list with one text per image")
+        longest = max((len(text) for text in texts if text), default=0)
+        if longest > MAX_QUESTION:
+            raise FieldError("fsr_question", f"fsr_question may have {MAX_QUESTION} characters; got {longest}")
         try:
             fields = cls(**values)
         except ValidationError as error:

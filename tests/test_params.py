@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsr_vllm.params import (
+    MAX_QUESTION,
     FieldError,
     ImagePlan,
     RequestFields,
@@ -110,6 +111,13 @@ def test_the_question_counts_only_where_it_can_matter():
         assert one == two
     asked = plans({"fsr_budget": 64, "fsr_question": ["p", ""]}, totals=(576, 576))
     assert [plan.question for plan in asked] == ["p", ""]
+
+
+def test_a_question_has_a_longest_length():
+    plans({"fsr_budget": 64, "fsr_question": "x" * MAX_QUESTION})
+    with pytest.raises(FieldError, match="characters") as error:
+        plans({"fsr_budget": 64, "fsr_question": ["", "x" * (MAX_QUESTION + 1)]}, totals=(576, 576))
+    assert error.value.field == "fsr_question"
 
 
 def test_a_method_without_its_signal_is_refused():

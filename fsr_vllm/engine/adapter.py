@@ -98,7 +98,7 @@ class FsrModelMixin:
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         encoded = kwargs.pop(PLAN_FIELD, None)
-        plans = [ImagePlan.decode(plan.numpy().tobytes()) for plan in encoded] if encoded is not None else []
+        plans = [ImagePlan.decode(plan.cpu().numpy().tobytes()) for plan in encoded] if encoded is not None else []
         if not any(plan.pruned for plan in plans):
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         pixel_values = kwargs["pixel_values"]
@@ -127,7 +127,8 @@ class FsrModelMixin:
         signals = self.fsr_tap.take() | {"metric": features, "cls_row": cls_row}
         clock.stop("tower", started)
         started = clock.start(device)
-        rows = list(projected.unbind(0))
+        # Copies: vLLM caches rows one by one, and a view would keep the whole batch's memory alive.
+        rows = [row if plan.pruned else row.clone() for row, plan in zip(projected, plans, strict=True)]
         for (name, options, keep, _), places in groups.items():
             method = _method(name, options)
             questions = [plans[place].question for place in places]

@@ -39,7 +39,7 @@ RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on the processed input, for wh
 def read_settings(hf_config: Any) -> ServerSettings | None:
     """The server's settings as put into the model config at start; None while the plugin is not active."""
     text = getattr(hf_config, SETTINGS_KEY, None)
-    return None if text is None else ServerSettings.model_validate_json(text)
+    return None if text is None else ServerSettings.from_json(text)
 
 
 def identity(base: str, plan: ImagePlan, settings: ServerSettings) -> str:

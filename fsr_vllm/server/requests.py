@@ -15,6 +15,7 @@ from typing import Any
 from fsr_vllm import compat
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
+    MAX_QUESTION,
     PREFIX,
     SETTINGS_KEY,
     FieldError,
@@ -86,7 +87,7 @@ class RendererHook:
             if asked:
                 raise FieldError(asked[0], f"{asked[0]}: {reason}")
             return
-        settings = ServerSettings.model_validate_json(text)
+        settings = ServerSettings.from_json(text)
         if header is not None:
             values = with_header(values, header)
         fields = RequestFields.parse(values, settings)
@@ -100,7 +101,8 @@ class RendererHook:
         # Said here rather than by the processor, which sees the same lists but later.
         for name in ("fsr_budget", "fsr_question"):
             per_image(values.get(name), len(questions), name)
-        values.setdefault("fsr_question", questions)
+        # Of a long text the end is read: that is where people put their question.
+        values.setdefault("fsr_question", [question[-MAX_QUESTION:] for question in questions])
         others = getattr(request, "mm_processor_kwargs", None) or {}
         request.mm_processor_kwargs = {**{k: v for k, v in others.items() if not k.startswith(PREFIX)}, **values}
 

@@ -147,7 +147,8 @@ def groups(monkeypatch):
 
 
 def test_naming_a_plugin_keeps_all_that_loaded_by_itself(groups, monkeypatch):
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # so that it is put back, whatever is written to it
+    del os.environ["VLLM_PLUGINS"]
     compat.enable_plugins(["fsr"])
     named = os.environ["VLLM_PLUGINS"].split(",")
     assert set(named) == {"lora", "board", "fsr"}  # not "other": that would open its endpoint

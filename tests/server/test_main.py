@@ -86,6 +86,18 @@ def test_the_question_matters_and_can_be_given(server):
     assert len(texts) > 1
 
 
+def test_a_long_text_is_served_and_its_end_is_the_question(server):
+    long = "word " * 1100 + WHAT  # longer than the text tower reads
+    raw = server.client.chat.completions.with_raw_response.create(
+        model="fsr-demo",
+        messages=server.messages("chelsea", long[:5000]),
+        max_tokens=1,
+        extra_body={"fsr_budget": 32},
+    )
+    assert raw.headers["x-fsr-visual-tokens"] == "32/576"
+    refused(server, "fsr_question", {"fsr_budget": 32, "fsr_question": "x" * 5000})
+
+
 def test_methods_and_options(server):
     texts = {server.ask("chelsea", WHAT, fsr_budget=48, fsr_method=m)["text"] for m in ("fsr", "random", "uniform")}
     assert len(texts) > 1
