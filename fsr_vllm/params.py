@@ -280,7 +280,8 @@ def resolve(
     method = build_method(name, fields.fsr_options)
     options = json.dumps(asdict(method), sort_keys=True, separators=(",", ":"))
     missing = [signal for signal in method.required() if signal not in signals]
-    asks = method.query_aware and "relevance" in signals
+    reads = {"relevance", "text"} & {*method.required(), *method.uses}  # where a question can come in
+    asks = method.query_aware and not reads.isdisjoint(signals)
     plans = []
     for total, budget, question in zip(totals, budgets, questions, strict=True):
         keep = resolve_budget(budget, total)

@@ -109,6 +109,8 @@ def test_the_question_counts_only_where_it_can_matter():
     for fields, signals in (({"fsr_method": "fastervlm"}, ALL), ({}, ALL - {"relevance"})):
         one, two = (plans({"fsr_budget": 64, "fsr_question": q, **fields}, signals=signals)[0] for q in ("p", "q"))
         assert one == two
+    text = {"fsr_budget": 64, "fsr_question": "p", "fsr_method": "zspaprune"}
+    assert plans(text, signals={"text"})[0].question == "p"  # read by the language model, whatever the text encoder
     asked = plans({"fsr_budget": 64, "fsr_question": ["p", ""]}, totals=(576, 576))
     assert [plan.question for plan in asked] == ["p", ""]
 
