@@ -47,11 +47,11 @@ class Bench:
     cell_seconds: float
     results: list[Result] = field(default_factory=list)
     skipped: list[tuple[Cell, str]] = field(default_factory=list)  # and what of the cell
-    _costs: dict[str, float] = field(default_factory=dict)  # seconds per image and unit of work, when last measured
+    _costs: dict[str, float] = field(default_factory=dict)  # best seconds per image and unit of work, last cell
     _cells: int = 0
 
     def run(self, cell: Cell, with_kernels: bool) -> None:
-        """Measure a cell: first the baselines with FSR and CDPruner in turns, then kernels and the other methods."""
+        """Measure a cell: the baselines with FSR and CDPruner in turns, then the other methods and the kernels."""
         self._cells += 1
         started = time.perf_counter()
         # What ratios are made of may take twice as long as planned; the rest then has to wait for a longer run.
@@ -61,18 +61,16 @@ class Bench:
         images = Images.draw(cell, self.device, self.dtype)
         baselines = self._together(images)
 
-        later: list[tuple[str, str, Callable[[], Call]]] = []
-        if with_kernels:
-            later += self._kernel_calls(images)
         others = [name for name in self.methods if name not in (*KERNELS, "fsr", "cdpruner")]
-        if others:
-            # Begun elsewhere in each cell: what a limit leaves out at one K is measured at another.
-            turn = 7 * self._cells % len(others)
-            later += [("method", name, self._method_call(images, name)) for name in others[turn:] + others[:turn]]
+        # Begun elsewhere in each cell: what a limit leaves out at one K is measured at another.
+        turn = 7 * self._cells % max(1, len(others))
+        later = [("method", name, self._method_call(images, name)) for name in others[turn:] + others[:turn]]
+        later += self._kernel_calls(images) if with_kernels else []
         # Cheap things first, by powers of two of the time they take: a slow one must not cost the cell ten others.
-        later.sort(key=lambda entry: math.frexp(self._predicted(entry[1:2], cell))[1])
+        later.sort(key=lambda entry: self._magnitude(entry[1], cell))
+        ends = max(started + self.cell_seconds, time.perf_counter() + self.cell_seconds / 3)
         for place, (kind, name, prepare) in enumerate(later):
-            left = started + self.cell_seconds - time.perf_counter()
+            left = ends - time.perf_counter()
             if left <= 0 or self._predicted((name,), cell) * _SHORTEST > left:
                 self.skipped.append((cell, name))
                 continue
@@ -138,10 +136,14 @@ class Bench:
         """Seconds of one call of each, from what they took last; 0 if not known."""
         return sum(self._costs.get(name, 0.0) * _work(name, cell) * cell.batch for name in names)
 
+    def _magnitude(self, name: str, cell: Cell) -> int:
+        seconds = self._predicted((name,), cell)
+        return math.frexp(seconds)[1] if seconds else -99
+
     def _add(
         self, cell: Cell, kind: str, name: str, timing: Timing, baselines: dict[str, float], note: str = ""
     ) -> None:
-        self._costs[name] = timing.low / 1e3 / cell.batch / _work(name, cell)
+        self._costs[name] = timing.least / 1e3 / cell.batch / _work(name, cell)
         each = timing.per(cell.batch)
         ratios = {base: each.median / median for base, median in baselines.items()}
         self.results.append(Result(cell, kind, name, each, ratios, note))

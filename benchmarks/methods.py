@@ -70,8 +70,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=names, metavar="NAME", help="methods, farthest, dpp, coverage")
     parser.add_argument("--quick", action="store_true", help="three combinations of sizes, in less than a minute")
     parser.add_argument("--repeats", type=int, default=9, help="runs per figure, fewer where time is short")
-    parser.add_argument("--cell-seconds", type=float, help="limit for one combination of sizes (default 20; quick: 10)")
-    parser.add_argument("--total-seconds", type=float, help="no combination is begun later (default 315; quick: 35)")
+    parser.add_argument("--cell-seconds", type=float, help="limit for one combination of sizes (default 20; quick: 8)")
+    parser.add_argument("--total-seconds", type=float, help="no combination is begun later (default 315; quick: 25)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the features"
     )
@@ -81,8 +81,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
     args = parser.parse_args(argv)
     args.command = " ".join([parser.prog, *argv])
-    args.cell_seconds = args.cell_seconds or (10 if args.quick else 20)
-    args.total_seconds = args.total_seconds or (35 if args.quick else 315)
+    args.cell_seconds = args.cell_seconds or (8 if args.quick else 20)
+    args.total_seconds = args.total_seconds or (25 if args.quick else 315)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if args.repeats < 1 or (args.threads is not None and args.threads < 1):

@@ -15,16 +15,17 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median and quartiles."""
+    """Milliseconds of one call: the shortest, the quartiles, and of how many runs."""
 
-    median: float
+    least: float
     low: float
+    median: float
     high: float
     runs: int
 
     def per(self, count: int) -> Timing:
         """The same for one of `count` images."""
-        return Timing(self.median / count, self.low / count, self.high / count, self.runs)
+        return Timing(self.least / count, self.low / count, self.median / count, self.high / count, self.runs)
 
 
 def once(call: Call, device: str) -> float:
@@ -67,4 +68,4 @@ def _warm(call: Call, device: str) -> float:
 
 def _summary(values: list[float]) -> Timing:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Timing(median, low, high, len(values))
+    return Timing(min(values), low, median, high, len(values))

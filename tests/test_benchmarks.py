@@ -19,13 +19,23 @@ from fsr_vllm.methods.ops import cosine_similarity
 TINY = ["--device", "cpu", "--tokens", "48", "--keep", "8", "64", "--dims", "16", "24", "--batches", "1", "2"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On a busy machine the threads of torch wait for each other, and tiny runs then take seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def images():
     return Images.draw(Cell(60, 20, 32, 2), "cpu", torch.float32)
 
 
 def test_quick_mode_writes_its_report(tmp_path, capsys):
-    assert benchmark.main(["--quick", "--repeats", "3", *TINY, "--out", str(tmp_path)]) == 0
+    no_limits = ["--cell-seconds", "500", "--total-seconds", "500"]
+    assert benchmark.main(["--quick", "--repeats", "3", *TINY, *no_limits, "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "methods-cpu.json").read_text())
     assert data["command"].startswith("python -m benchmarks.methods --quick ")
     assert {"date", "CPU", "cores", "torch threads", "torch", "dtype of the features"} <= set(data["machine"])
@@ -109,7 +119,7 @@ def test_calls_are_repeated_in_turns():
 
 def test_verdicts():
     def row(name, ms, cell, literal=1.0):
-        return Result(cell, "method", name, Timing(ms, ms, ms, 3), {LITERAL: literal})
+        return Result(cell, "method", name, Timing(ms, ms, ms, ms, 3), {LITERAL: literal})
 
     cell, larger = Cell(576, 64, 1024, 1), Cell(576, 64, 4096, 1)
     results = [row(FSR, 0.2, cell, 0.1), row(FSR, 0.3, larger, 0.5), row(STEPS, 4, cell), row(STEPS, 5, larger)]

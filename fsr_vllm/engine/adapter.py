@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from fsr_vllm import compat
-from fsr_vllm.engine.processor import PLAN_FIELD, read_settings
+from fsr_vllm.engine.processor import PLAN_FIELD, prototype_file, read_settings
 from fsr_vllm.engine.tap import AttentionTap, Clock, shallow_key
 from fsr_vllm.engine.text_tower import WEIGHTS, ClipText, LlmText
 from fsr_vllm.methods import VisualTokens, get_method, methods
+from fsr_vllm.methods.prototypes import load_prototypes
 from fsr_vllm.params import ImagePlan
 
 
@@ -51,6 +52,13 @@ class FsrModelMixin:
         tokenizer = functools.partial(compat.tokenizer_of, vllm_config.model_config)
         self._fsr_words = LlmText(self.language_model, tokenizer, settings.relevance_sign)  # type: ignore[attr-defined]
         self.fsr_text = self._fsr_text_side(settings)
+        codebook = prototype_file(vllm_config.model_config.model)
+        self._fsr_prototypes = load_prototypes(codebook) if codebook else None
+        width = config.text_config.hidden_size
+        if self._fsr_prototypes is not None and self._fsr_prototypes.shape[1] != width:
+            raise ValueError(
+                f"{codebook} holds rows of {self._fsr_prototypes.shape[1]} values, this model's have {width}"
+            )
 
     def _fsr_text_side(self, settings: Any) -> Any:
         if settings.text_encoder == "none":
@@ -168,6 +176,8 @@ class FsrModelMixin:
         if "grid" in needs:
             side = math.isqrt(features.shape[1])
             given["grid"] = (side, features.shape[1] // side)
+        if "prototypes" in needs and self._fsr_prototypes is not None:
+            given["prototypes"] = self._fsr_prototypes.to(features.device)
         if "text" in needs:
             given["text"] = self._fsr_words.embeddings(questions[0]).to(features.device)
         if "relevance" in needs and self.fsr_text is not None:

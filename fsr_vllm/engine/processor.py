@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,13 @@ def read_settings(hf_config: Any) -> ServerSettings | None:
     """The server's settings as put into the model config at start; None while the plugin is not active."""
     text = getattr(hf_config, SETTINGS_KEY, None)
     return None if text is None else ServerSettings.from_json(text)
+
+
+def prototype_file(model: str) -> str | None:
+    """The codebook beside a model in a local folder (see `fsr_vllm.methods.prototypes`), if it has one."""
+    # In a folder of its own: loaders take every *.safetensors file beside the model for weights of it.
+    path = os.path.join(model, "fsr", "prototypes.safetensors")
+    return path if os.path.isfile(path) else None
 
 
 def identity(base: str, plan: ImagePlan, settings: ServerSettings) -> str:
@@ -81,6 +89,11 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         self.fsr_settings = read_settings(self.info.get_hf_config())
         self.fsr_counts = {"images": 0, "pruned_images": 0, "visual_tokens_kept": 0, "visual_tokens_total": 0}
         self._fsr_lock = threading.Lock()
+        self._fsr_given = set(self.fsr_signals)
+        if self.fsr_settings is not None and self.fsr_settings.text_encoder != "none":
+            self._fsr_given.add("relevance")
+        if prototype_file(self.info.ctx.model_config.model):
+            self._fsr_given.add("prototypes")
 
     # What a family may have to override --------------------------------------------------------------------------
 
@@ -166,9 +179,8 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         items = inputs.mm_data_items
         count = items.get_count("image", strict=False)
         totals = [self.fsr_total(items["image"], index) for index in range(count)]
-        signals = self.fsr_signals | ({"relevance"} if settings.text_encoder != "none" else set())
         try:
-            plans = resolve(RequestFields.parse(values, settings), settings, totals, signals)
+            plans = resolve(RequestFields.parse(values, settings), settings, totals, self._fsr_given)
         except FieldError as error:
             raise compat.request_error(str(error), error.field) from None
         items.fsr_plans = plans

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 import fsr_vllm
+from fsr_vllm.methods.prototypes import save_prototypes
 from fsr_vllm.testbed import photos
 
 pytestmark = pytest.mark.engine
@@ -56,7 +57,7 @@ ONE_BY_ONE = [[r] for r in MIXED]
 ACTIVE = {"additional_config": {"fsr": {}}}
 PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}
 # Every method that this model can give its inputs to, by changing one word.
-REFUSED = ("codebook", "quota", "fastv", "sparsevlm", "dart", "ivc")
+REFUSED = ("quota", "fastv", "sparsevlm", "dart", "ivc")
 SERVED = [name for name in fsr_vllm.methods() if name not in REFUSED]
 BAD = [
     {"fsr_budget": 0},
@@ -134,6 +135,9 @@ def outcome(checkpoint, pixels, tmp_path_factory):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return json.loads(out.read_text())
 
+    codebook = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    (checkpoint / "fsr").mkdir()
+    save_prototypes(codebook, checkpoint / "fsr" / "prototypes.safetensors")
     with ThreadPoolExecutor(2) as pool:
         futures: dict[str, Future] = {}
 
