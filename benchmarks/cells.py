@@ -47,6 +47,7 @@ class Bench:
     cell_seconds: float
     results: list[Result] = field(default_factory=list)
     skipped: list[tuple[Cell, str]] = field(default_factory=list)  # and what of the cell
+    failed: list[tuple[Cell, str, str]] = field(default_factory=list)  # what of the cell cannot run, and why
     _costs: dict[str, float] = field(default_factory=dict)  # best seconds per image and unit of work, last cell
     _cells: int = 0
 
@@ -58,8 +59,12 @@ class Bench:
         if self._predicted((GEMM, COSINES, LITERAL, STEPS, FSR, CDPRUNER), cell) * _SHORTEST > 2 * self.cell_seconds:
             self.skipped.append((cell, "everything"))
             return
-        images = Images.draw(cell, self.device, self.dtype)
-        baselines = self._together(images)
+        try:
+            images = Images.draw(cell, self.device, self.dtype)
+            baselines = self._together(images)
+        except torch.OutOfMemoryError as error:
+            self.failed.append((cell, "everything", str(error).partition("\n")[0]))
+            return
 
         others = [name for name in self.methods if name not in (*KERNELS, "fsr", "cdpruner")]
         # Begun elsewhere in each cell: what a limit leaves out at one K is measured at another.
@@ -75,7 +80,11 @@ class Bench:
                 self.skipped.append((cell, name))
                 continue
             share = min(left, 2 * left / (len(later) - place))
-            timing = measure({name: prepare()}, self.device, self.repeats, share)[name]
+            try:
+                timing = measure({name: prepare()}, self.device, self.repeats, share)[name]
+            except (RuntimeError, ValueError) as error:  # sizes that a method refuses, or too little memory
+                self.failed.append((cell, name, str(error).partition("\n")[0]))
+                continue
             self._add(cell, kind, name, timing, baselines)
 
     def _together(self, images: Images) -> dict[str, float]:

@@ -75,6 +75,7 @@ def _data(run: Run) -> dict[str, Any]:
         "unit": "ms per image",
         "targets": [{**asdict(verdict), "verdict": verdict.word} for verdict in judged(run.device, run.bench.results)],
         "results": [asdict(result) for result in run.bench.results],
+        "failed": [{"cell": asdict(cell), "what": what, "why": why} for cell, what, why in run.bench.failed],
         "skipped": [{"cell": asdict(cell), "what": what} for cell, what in run.bench.skipped],
     }
 
@@ -114,6 +115,9 @@ sizes in the same run; the rows they are made of, FSR and CDPruner were run in t
         rows = [result for result in loops if result.cell == cell]
         title = f"### {cell.n} -> {cell.k}, batch {cell.batch}"
         parts += [title, _kernels(rows), _left_out(skipped, cell, kernels=True)]
+    if run.bench.failed:
+        reasons = (f"- {cell}: {what}: {why}" for cell, what, why in run.bench.failed)
+        parts += ["## Cannot run at these sizes", "\n".join(reasons)]
     whole = [str(cell) for cell, what in skipped if what == "everything"]
     if whole:
         parts += ["## Not measured for want of time", "\n".join(f"- {cell}" for cell in whole)]

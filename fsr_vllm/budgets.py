@@ -1,12 +1,15 @@
-"""One image's budget as requests and servers write it: an integer, a share, or "off"; and the tokens it comes to."""
+"""One image's budget as requests and servers write it (an integer, a share, or "off"), and the plan it comes to."""
 
 from __future__ import annotations
 
 import json
 import math
+import reprlib
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 MAX_BUDGET = 1_000_000
+MAX_IMAGES = 10_000  # entries of a list; more are refused unread
 
 Budget = int | float | Literal["off"]
 
@@ -24,6 +27,11 @@ class FieldError(ValueError):
         self.field = field
 
 
+def shown(value: Any) -> str:
+    """A value for an error message, cut short: it is the client's, and may be anything."""
+    return reprlib.repr(value)[:80]
+
+
 def parse_budget(value: Any, field: str = "fsr_budget") -> Budget:
     """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError otherwise."""
     if value == "off" and isinstance(value, str):
@@ -32,8 +40,7 @@ def parse_budget(value: Any, field: str = "fsr_budget") -> Budget:
         return value
     if isinstance(value, float) and 0.0 < value < 1.0:  # NaN fails both comparisons
         return value
-    shown = json.dumps(value, default=repr)
-    raise FieldError(field, f"{field} must be {_BUDGET_ALLOWED}; got {shown[:80]}")
+    raise FieldError(field, f"{field} must be {_BUDGET_ALLOWED}; got {shown(value)}")
 
 
 def parse_budgets(value: Any, field: str = "fsr_budget") -> Budget | list[Budget]:
@@ -42,6 +49,8 @@ def parse_budgets(value: Any, field: str = "fsr_budget") -> Budget | list[Budget
         return parse_budget(value, field)
     if not value:
         raise FieldError(field, f"{field} as a list needs one entry per image; got an empty list")
+    if len(value) > MAX_IMAGES:
+        raise FieldError(field, f"{field} may have {MAX_IMAGES} entries; got {len(value)}")
     return [parse_budget(item, field) for item in value]
 
 
@@ -52,7 +61,7 @@ def parse_budget_text(text: str, field: str) -> Budget | list[Budget]:
         return "off"
     try:
         value = json.loads(stripped)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = stripped
     return parse_budgets(value, field)
 
@@ -64,3 +73,26 @@ def resolve_budget(budget: Budget, total: int) -> int:
     if isinstance(budget, float):
         return max(1, math.floor(budget * total + 0.5))
     return min(int(budget), total)
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """What happens to one image: `keep` of `total` tokens by `method`; all that changes its rows is in here."""
+
+    total: int
+    keep: int
+    method: str = ""
+    options: str = "{}"
+    question: str = ""
+
+    @property
+    def pruned(self) -> bool:
+        return self.keep < self.total
+
+    def encode(self) -> bytes:
+        """Canonical bytes, for the cache identity and for the way to the worker."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> ImagePlan:
+        return cls(**json.loads(data))

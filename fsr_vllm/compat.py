@@ -181,7 +181,15 @@ def wrap_renderer(before: Callable[[Any, Any, Any], None], after: Callable[[Any]
         after(engine_inputs)
         return conversation, engine_inputs
 
+    stock_completion = cls.preprocess_completion
+
+    @functools.wraps(stock_completion)
+    async def preprocess_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        before(self, request, [])  # no messages, so no images: fields are judged, and there is nothing to prune
+        return await stock_completion(self, request, *args, **kwargs)
+
     cls.preprocess_chat = preprocess_chat
+    cls.preprocess_completion = preprocess_completion
     check = getattr(online_renderer, "validate_request_mm_kwargs", None)
     if check is not None:
 

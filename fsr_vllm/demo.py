@@ -73,10 +73,11 @@ def serve(
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], root: str, log_path: Path) -> None:
     started = time.monotonic()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
     while True:
         waited = time.monotonic() - started
         with contextlib.suppress(OSError):
-            if urllib.request.urlopen(f"{root}/health", timeout=2).status == 200:
+            if opener.open(f"{root}/health", timeout=2).status == 200:
                 print(f"\rserver is up after {waited:.0f} s" + " " * 70)
                 return
         tail = log_path.read_text(errors="replace").strip().splitlines()
@@ -101,11 +102,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def ask_all(url: str) -> list[dict[str, Any]]:
     """Every photograph with its question at every budget, each answer streamed."""
-    from openai import OpenAI
+    from openai import DefaultHttpxClient, OpenAI
 
     from fsr_vllm.testbed.photos import data_url, photos
 
-    client = OpenAI(base_url=url, api_key="unused", max_retries=0)
+    client = OpenAI(base_url=url, api_key="unused", max_retries=0, http_client=DefaultHttpxClient(trust_env=False))
     pictures = {name: data_url(image, size=(672, 672)) for name, image in photos().items() if name in QUESTIONS}
     first = next(iter(pictures))
     ask(client, pictures[first], "Warm up.", 32)  # the first request of a server pays for one-time work

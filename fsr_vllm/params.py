@@ -9,25 +9,29 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from fsr_vllm.budgets import (
     MAX_BUDGET,
+    MAX_IMAGES,
     Budget,
     FieldError,
+    ImagePlan,
     parse_budget,
     parse_budget_text,
     parse_budgets,
     resolve_budget,
+    shown,
 )
 
 __all__ = [
     "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_QUESTION", "PREFIX", "REQUEST_FIELDS", "SELECTION_VERSION",
     "SERVED_DEFAULTS", "SETTINGS_KEY", "Budget", "FieldError", "ImagePlan", "RequestFields", "ServerSettings",
-    "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "per_image", "resolve", "resolve_budget",
+    "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "per_image", "readable", "resolve",
+    "resolve_budget", "shown",
 ]  # fmt: skip
 
 PREFIX = "fsr_"
@@ -179,9 +183,13 @@ class RequestFields(BaseModel):
             if values.get(name) is not None and not isinstance(values[name], kind):
                 raise FieldError(name, f"{name} must be {text}; got {type(values[name]).__name__}")
         question = values.get("fsr_question")
-        texts = question if isinstance(question, list) else [question]
+        texts: list[Any] = question if isinstance(question, list) else [question]
+        if len(texts) > MAX_IMAGES:
+            raise FieldError("fsr_question", f"fsr_question may have {MAX_IMAGES} entries; got {len(texts)}")
         if question is not None and not all(isinstance(text, str) for text in texts):
             raise FieldError("fsr_question", "fsr_question must be text, or a list with one text per image")
+        if question is not None and readable("".join(texts)) != "".join(texts):
+            raise FieldError("fsr_question", "fsr_question must be valid Unicode; it holds half of a surrogate pair")
         longest = max((len(text) for text in texts if text), default=0)
         if longest > MAX_QUESTION:
             raise FieldError("fsr_question", f"fsr_question may have {MAX_QUESTION} characters; got {longest}")
@@ -219,6 +227,11 @@ def _known_method(name: str, field: str) -> str:
     return name
 
 
+def readable(text: str) -> str:
+    """Text that every tokenizer takes: JSON can hold half of a surrogate pair, which is no character."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
     """The method with published defaults, then served defaults, then `options`; FieldError if wrong."""
     from fsr_vllm.methods import get_method
@@ -226,35 +239,12 @@ def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
     given = dict(options or {})
     preset = given.pop("preset", None)
     if preset not in (None, "paper"):
-        raise FieldError("fsr_options", f'fsr_options.preset must be "paper" or absent; got {preset!r}')
+        raise FieldError("fsr_options", f'fsr_options.preset must be "paper" or absent; got {shown(preset)}')
     served = {} if preset == "paper" else SERVED_DEFAULTS.get(method, {})
     try:
         return get_method(method, **{**served, **given})
-    except (ValueError, TypeError) as error:
-        raise FieldError("fsr_options", f"fsr_options: {error}") from None
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """What happens to one image: `keep` of `total` tokens by `method`; all that changes its rows is in here."""
-
-    total: int
-    keep: int
-    method: str = ""
-    options: str = "{}"
-    question: str = ""
-
-    @property
-    def pruned(self) -> bool:
-        return self.keep < self.total
-
-    def encode(self) -> bytes:
-        """Canonical bytes, for the cache identity and for the way to the worker."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
-
-    @classmethod
-    def decode(cls, data: bytes) -> ImagePlan:
-        return cls(**json.loads(data))
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise FieldError("fsr_options", f"fsr_options: {str(error)[:500]}") from None
 
 
 def per_image(value: Any, count: int, field: str) -> list[Any]:

@@ -111,6 +111,8 @@ def merge_cli_args(args: Any) -> None:
         raise SystemExit(f"vllm: error: {reason}")
     given = {key: getattr(args, f"fsr_{key}", None) for key in CLI_KEYS}
     given = {key: value for key, value in given.items() if value is not None}
+    if "fsr" in (getattr(args, "additional_config", None) or {}):
+        compat.enable_plugins([compat.PLUGIN])  # of a server: additional_config alone must also open the HTTP face
     if given:
         additional = dict(getattr(args, "additional_config", None) or {})
         args.additional_config = {**additional, "fsr": {**(additional.get("fsr") or {}), **given}}
@@ -134,8 +136,6 @@ def put_settings(engine_args: Any) -> None:
     given = _given(engine_args)
     if given is not None:
         settings = params.ServerSettings.parse(given)
-        if compat.is_online(engine_args):
-            compat.enable_plugins([compat.PLUGIN])  # additional_config alone must also open the HTTP face
         overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
         engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
         if not engine_args.worker_extension_cls:

@@ -73,6 +73,20 @@ def test_what_the_limits_leave_out_is_listed(tmp_path):
     assert bench.skipped[-1] == (Cell(96, 8, 16, 1), "everything")
 
 
+def test_a_method_that_cannot_run_is_reported_with_the_reason(tmp_path, monkeypatch):
+    def refuse(self, tokens, k):
+        raise ValueError("not at this size")
+
+    monkeypatch.setattr(type(get_method("uniform")), "select", refuse)
+    sizes = ["--tokens", "48", "--keep", "8", "--dims", "16", "--batches", "1"]
+    options = ["--device", "cpu", "--repeats", "3", *sizes, "--methods", "uniform", "random", "--out", str(tmp_path)]
+    assert benchmark.main(options) == 0
+    assert "48 -> 8, D = 16, batch 1: uniform: not at this size" in (tmp_path / "methods-cpu.md").read_text()
+    data = json.loads((tmp_path / "methods-cpu.json").read_text())
+    assert [entry["what"] for entry in data["failed"]] == ["uniform"]
+    assert "random" in {row["name"] for row in data["results"]}
+
+
 @pytest.mark.parametrize("wrong", [["--methods", "nope"], ["--repeats", "0"], ["--keep", "0"], ["--threads", "0"]])
 def test_wrong_arguments(wrong):
     with pytest.raises(SystemExit):

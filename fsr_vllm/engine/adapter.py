@@ -51,7 +51,7 @@ class FsrModelMixin:
         self._fsr_tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
         tokenizer = functools.partial(compat.tokenizer_of, vllm_config.model_config)
         self._fsr_words = LlmText(self.language_model, tokenizer, settings.relevance_sign)  # type: ignore[attr-defined]
-        self.fsr_text = self._fsr_text_side(settings)
+        self.fsr_text = self._fsr_text_side(settings, vllm_config.load_config.load_format == "dummy")
         codebook = prototype_file(vllm_config.model_config.model)
         self._fsr_prototypes = load_prototypes(codebook) if codebook else None
         width = config.text_config.hidden_size
@@ -60,13 +60,13 @@ class FsrModelMixin:
                 f"{codebook} holds rows of {self._fsr_prototypes.shape[1]} values, this model's have {width}"
             )
 
-    def _fsr_text_side(self, settings: Any) -> Any:
+    def _fsr_text_side(self, settings: Any, dummy: bool) -> Any:
         if settings.text_encoder == "none":
             return None
         if settings.text_encoder == "llm":
             return self._fsr_words
         self.secondary_weights = [compat.weight_source(settings.text_encoder, WEIGHTS)]
-        return ClipText(settings.text_encoder, settings.relevance_sign)
+        return ClipText(settings.text_encoder, settings.relevance_sign, dummy)
 
     # What a family provides ---------------------------------------------------------------------------------------
 
@@ -90,19 +90,19 @@ class FsrModelMixin:
             self._fsr_words.clear()
         if not isinstance(self.fsr_text, ClipText):
             return super().load_weights(weights)  # type: ignore[misc]
-        ours: list[tuple[str, torch.Tensor]] = []
+        ours: set[str | None] = set()
 
         def stock() -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in weights:
                 if name.startswith(WEIGHTS):
-                    ours.append((name.removeprefix(WEIGHTS), tensor))
+                    # Copied at once: some loaders reuse their buffers after the next tensor.
+                    ours.add(self.fsr_text.take(name.removeprefix(WEIGHTS), tensor))
                 else:
                     yield name, tensor
 
         loaded = super().load_weights(stock())  # type: ignore[misc]
-        if not ours and self.fsr_text.loaded:
-            return loaded | {WEIGHTS + name for name, _ in self.fsr_text.named_parameters()}  # a weight update
-        return loaded | {WEIGHTS + name for name in self.fsr_text.load_weights(ours)}
+        self.fsr_text.check_loaded({name for name in ours if name})
+        return loaded | {WEIGHTS + name for name, _ in self.fsr_text.named_parameters()}
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         encoded = kwargs.pop(PLAN_FIELD, None)
@@ -163,7 +163,7 @@ class FsrModelMixin:
         questions: list[str],
     ) -> VisualTokens:
         """The method's inputs for one group of images of equal shape, budget and method."""
-        pick = None if len(places) == projected.shape[0] else torch.tensor(places, device=projected.device)
+        pick = None if len(places) == projected.shape[0] else _indices(places, projected.device)
 
         def of_group(value: torch.Tensor) -> torch.Tensor:
             return value if pick is None else value[pick]
@@ -177,16 +177,22 @@ class FsrModelMixin:
             side = math.isqrt(features.shape[1])
             given["grid"] = (side, features.shape[1] // side)
         if "prototypes" in needs and self._fsr_prototypes is not None:
-            given["prototypes"] = self._fsr_prototypes.to(features.device)
+            self._fsr_prototypes = self._fsr_prototypes.to(features.device)  # once
+            given["prototypes"] = self._fsr_prototypes
         if "text" in needs:
             given["text"] = self._fsr_words.embeddings(questions[0]).to(features.device)
         if "relevance" in needs and self.fsr_text is not None:
-            relevance = features.new_ones(features.shape[:2], dtype=torch.float32)
             asked = [place for place, question in enumerate(questions) if question]
-            if asked:
-                tower = of_group(signals["metric"])
+            tower = of_group(signals["metric"])
+            if len(asked) == len(questions):
+                relevance = self.fsr_text.relevance(tower, features, questions)
+            else:
+                relevance = features.new_ones(features.shape[:2], dtype=torch.float32)
+            if 0 < len(asked) < len(questions):
+                index = _indices(asked, features.device)
                 texts = [questions[place] for place in asked]
-                relevance[asked] = self.fsr_text.relevance(tower[asked], features[asked], texts)
+                some = self.fsr_text.relevance(tower[index], features[index], texts)
+                relevance = relevance.index_copy(0, index, some)
             given["relevance"] = relevance
         return VisualTokens(features=features, **given)
 
@@ -200,6 +206,11 @@ class FsrModelMixin:
 
 def _needs(method: Any) -> tuple[str, ...]:
     return (*method.required(), *method.uses)
+
+
+def _indices(places: list[int], device: torch.device) -> torch.Tensor:
+    """Row numbers on the device, without waiting for it."""
+    return torch.tensor(places, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _wanted(method: Any) -> set[str]:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,12 +51,12 @@ def prototype_file(model: str) -> str | None:
     return path if os.path.isfile(path) else None
 
 
-def identity(base: str, plan: ImagePlan, settings: ServerSettings) -> str:
+def identity(base: str, plan: ImagePlan, settings: ServerSettings, codebook: str = "") -> str:
     """Cache identity of a planned image; an unpruned one keeps vLLM's own, whoever asked for it and how."""
     if not plan.pruned:
         return base
     # The encoder and sign shape relevance: they matter where KV blocks outlive this server.
-    parts = ("fsr", str(SELECTION_VERSION), str(settings.text_encoder), str(settings.relevance_sign), base)
+    parts = ("fsr", str(SELECTION_VERSION), str(settings.text_encoder), str(settings.relevance_sign), codebook, base)
     digest = hashlib.sha256("\0".join(parts).encode())
     digest.update(b"\0" + plan.encode())
     return digest.hexdigest()
@@ -67,6 +68,7 @@ class PlannedInputs(ProcessorInputs):
 
     fsr_plans: Sequence[ImagePlan] = ()
     fsr_settings: ServerSettings | None = None
+    fsr_codebook: str = ""
     fsr_dummy: bool = False
 
     def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +76,7 @@ class PlannedInputs(ProcessorInputs):
         hashes = super().get_mm_hashes(*args, **kwargs)
         if self.fsr_plans and self.fsr_settings is not None:
             pairs = zip(hashes["image"], self.fsr_plans, strict=True)
-            hashes["image"] = [identity(base, plan, self.fsr_settings) for base, plan in pairs]
+            hashes["image"] = [identity(base, plan, self.fsr_settings, self.fsr_codebook) for base, plan in pairs]
         return hashes
 
 
@@ -92,13 +94,33 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         self._fsr_given = set(self.fsr_signals)
         if self.fsr_settings is not None and self.fsr_settings.text_encoder != "none":
             self._fsr_given.add("relevance")
-        if prototype_file(self.info.ctx.model_config.model):
+        self._fsr_codebook = ""
+        codebook = prototype_file(self.info.ctx.model_config.model) if self.fsr_settings is not None else None
+        if codebook:
             self._fsr_given.add("prototypes")
+            self._fsr_codebook = hashlib.sha256(Path(codebook).read_bytes()).hexdigest()
+
+    def fsr_check_defaults(self) -> None:
+        """ValueError, at start, if what the server gives requests that do not say could not be served."""
+        settings = self.fsr_settings
+        if settings is None or self.fsr_unsupported:
+            return
+        total = self.fsr_total(None, 0)
+        for budget in (settings.default_budget, *settings.detail_budgets.values(), settings.min_budget or 1):
+            try:
+                resolve(RequestFields(fsr_budget=budget), settings, [total], self._fsr_given)
+            except FieldError as error:
+                raise ValueError(
+                    f"plugin fsr: requests that rely on the server's defaults would fail: {error}"
+                ) from None
 
     # What a family may have to override --------------------------------------------------------------------------
 
     def fsr_total(self, items: Any, index: int) -> int:
-        """Visual tokens of an image without pruning; must not need the pixels, which a cached image comes without."""
+        """Visual tokens of an image without pruning; must not need pixels, which a cached image comes without.
+
+        At start `items` is None: the largest number any image can have.
+        """
         raise NotImplementedError
 
     def fsr_shorten(self, placeholder: Any, plan: ImagePlan) -> Any:
@@ -106,6 +128,10 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return placeholder[: plan.keep]
 
     # Steps of vLLM's processor, in order -------------------------------------------------------------------------
+
+    def _hf_processor_applies_updates(self, *args: Any, **kwargs: Any) -> bool:
+        """Asked until 0.28: Hugging Face's processor would write the unpruned number of placeholders."""
+        return super()._hf_processor_applies_updates(*args, **kwargs) if self.fsr_settings is None else False
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """Profiling inputs, planned at the largest budget any request can have."""
@@ -184,7 +210,9 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         except FieldError as error:
             raise compat.request_error(str(error), error.field) from None
         items.fsr_plans = plans
-        return self._without(inputs, fsr_plans=plans, fsr_settings=settings, fsr_dummy=dummy)
+        return self._without(
+            inputs, fsr_plans=plans, fsr_settings=settings, fsr_codebook=self._fsr_codebook, fsr_dummy=dummy
+        )
 
     def _shortened(self, update: Any, plans: Sequence[ImagePlan]) -> Any:
         if update.modality != "image":
@@ -215,6 +243,7 @@ def processor_factory(stock: Callable[..., Any], mixin: type, unsupported: Calla
         kind = type(processor)
         built = type(f"Fsr{kind.__name__}", (mixin, kind), {})(info, dummy_inputs)
         built.fsr_unsupported = unsupported(info.get_hf_config())
+        built.fsr_check_defaults()
         return built
 
     return build

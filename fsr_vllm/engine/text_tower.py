@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fsr_vllm.signals.relevance import (
 
 WEIGHTS = "fsr_text."  # prefix of the text side's tensors in the loader's stream and in the model's modules
 CACHED_QUESTIONS = 4096  # text embeddings kept per worker: 3 kB each for CLIP-L
+MAX_CHUNKS = 8  # of 75 tokens each: the end of a long text is what is read
 MAX_LLM_TOKENS = 256  # of a question, when the language model's embeddings stand in for a text tower
 
 _WAYS_OUT = (
@@ -88,7 +89,7 @@ class ClipText(nn.Module):
     The modules carry the names of a published CLIP checkpoint, so its tensors load as they are.
     """
 
-    def __init__(self, path: str, sign: int) -> None:
+    def __init__(self, path: str, sign: int, dummy: bool = False) -> None:
         super().__init__()
         from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
@@ -99,31 +100,33 @@ class ClipText(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
         self.requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
-        self.loaded = False
+        self._wanted = {name for name, _ in self.named_parameters()}
+        self._filled = set(self._wanted) if dummy else set()  # --load-format dummy fills all parameters itself
         self._max_length = config.text_config.max_position_embeddings
         self._cache = _QuestionCache(self._encode)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Take our tensors out of a CLIP checkpoint's; returns the parameter names filled. ValueError if one lacks."""
-        wanted = dict(self.named_parameters())
-        loaded = set()
-        for name, tensor in weights:
-            ours = name.removeprefix("vision_model.")
-            if name.startswith(("text_model.", "text_projection.")):
-                ours = f"text.{name}"
-                if ours not in wanted:  # transformers has moved this nesting before
-                    ours = f"text.{name.removeprefix('text_model.')}"
-            if ours in wanted:
-                wanted[ours].data.copy_(tensor)
-                loaded.add(ours)
-        missing = sorted(set(wanted) - loaded)
-        if missing:
-            raise ValueError(
-                f"text encoder {self.path!r} lacks {missing[0]} and {len(missing) - 1} more tensors: {_WAYS_OUT}"
-            )
-        self.loaded = True
+    def take(self, name: str, tensor: torch.Tensor) -> str | None:
+        """Copy one tensor of a CLIP checkpoint if it is ours; returns the parameter's name, else None."""
+        ours = name.removeprefix("vision_model.")
+        if name.startswith(("text_model.", "text_projection.")):
+            ours = f"text.{name}"
+            if ours not in self._wanted:  # transformers has moved this nesting before
+                ours = f"text.{name.removeprefix('text_model.')}"
+        if ours not in self._wanted:
+            return None
+        self.get_parameter(ours).data.copy_(tensor)
         self._cache.clear()
-        return loaded
+        return ours
+
+    def check_loaded(self, loaded: set[str]) -> None:
+        """ValueError unless all parameters were filled by `take`, now or before."""
+        self._filled |= loaded
+        missing = sorted(self._wanted - self._filled)
+        if missing and not self._filled:
+            raise ValueError(f"this load format does not read the text encoder {self.path!r}: {_WAYS_OUT}")
+        if missing:
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+            raise ValueError(f"text encoder {self.path!r} lacks {missing[0]}{more}: {_WAYS_OUT}")
 
     @torch.inference_mode()
     def _encode(self, text: str) -> torch.Tensor:
@@ -132,9 +135,12 @@ class ClipText(nn.Module):
         ids = tokenizer(text.lower(), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
         device = self.visual_projection.weight.device
         embeds = []
-        for chunk in wrap_chunks(ids, tokenizer.bos_token_id, tokenizer.eos_token_id, self._max_length):
-            embeds.append(self.text(input_ids=torch.tensor([chunk], device=device)).text_embeds[0])
-        return pool_chunks(torch.stack(embeds))
+        chunks = wrap_chunks(ids, tokenizer.bos_token_id, tokenizer.eos_token_id, self._max_length)[-MAX_CHUNKS:]
+        # All full chunks in one run, then the shorter last one: this happens inside an engine step.
+        for equal in (chunks[:-1], chunks[-1:]):
+            if equal:
+                embeds.append(self.text(input_ids=torch.tensor(equal, device=device)).text_embeds)
+        return pool_chunks(torch.cat(embeds))
 
     def relevance(self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
         """(B, N) float32, higher = more relevant, from the tower's features (B, N, Dv); "" gives a constant map."""

@@ -68,7 +68,7 @@ def _class(name: str) -> type[Method]:
     return getattr(import_module(f"{__name__}.{module}"), cls)
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, /, **options: Any) -> Method:
     """The method `name` with its published defaults, changed by `options`; ValueError if either is unknown or wrong."""
     cls = _class(name)
     allowed = [item.name for item in fields(cls)]

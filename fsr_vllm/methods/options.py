@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from dataclasses import Field, field, fields
 from typing import Any
 
@@ -14,12 +14,15 @@ def option(
     return field(default=default, metadata={"low": low, "high": high, "choices": choices, "doc": doc})
 
 
+_MOST = 1e6  # of a hyper-parameter that is not a count
+
+
 def check_options(method: Any) -> None:
     """ValueError that names the option and what is allowed; an int given for a float becomes one."""
     for item in fields(method):
         value = getattr(method, item.name)
         if not _fits(value, item):
-            raise ValueError(f"{item.name} must be {allowed(item)}; got {value!r}")
+            raise ValueError(f"{item.name} must be {allowed(item)}; got {reprlib.repr(value)[:80]}")
         if isinstance(item.default, float):
             setattr(method, item.name, float(value))
 
@@ -43,7 +46,8 @@ def _fits(value: Any, item: Field[Any]) -> bool:
         return isinstance(value, type(item.default))
     if not _is_number(value) or not (isinstance(value, int) or isinstance(item.default, float)):
         return False
-    if not math.isfinite(value):
+    # Beyond these sizes no option means anything, and float32 and int64 arithmetic would overflow far from here.
+    if not abs(value) <= (_MOST if isinstance(item.default, float) else 2**63 - 1):
         return False
     low, high = item.metadata.get("low"), item.metadata.get("high")
     return (low is None or value >= low) and (high is None or value <= high)

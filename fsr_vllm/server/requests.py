@@ -23,6 +23,8 @@ from fsr_vllm.params import (
     ServerSettings,
     parse_budget_text,
     per_image,
+    readable,
+    shown,
 )
 
 HEADER_FIELD = "x-fsr-budget"
@@ -102,7 +104,7 @@ class RendererHook:
         for name in ("fsr_budget", "fsr_question"):
             per_image(values.get(name), len(questions), name)
         # Of a long text the end is read: that is where people put their question.
-        values.setdefault("fsr_question", [question[-MAX_QUESTION:] for question in questions])
+        values.setdefault("fsr_question", [readable(question[-MAX_QUESTION:]) for question in questions])
         others = getattr(request, "mm_processor_kwargs", None) or {}
         request.mm_processor_kwargs = {**{k: v for k, v in others.items() if not k.startswith(PREFIX)}, **values}
 
@@ -135,5 +137,7 @@ def with_header(values: dict[str, Any], header: str) -> dict[str, Any]:
     budget = parse_budget_text(header, HEADER_FIELD)
     stated = values.get("fsr_budget", budget)
     if stated != budget or type(stated) is not type(budget):
-        raise FieldError("fsr_budget", f"fsr_budget {stated!r} in the body differs from {budget!r} in {HEADER_FIELD}")
+        raise FieldError(
+            "fsr_budget", f"fsr_budget {shown(stated)} in the body differs from {shown(budget)} in {HEADER_FIELD}"
+        )
     return {**values, "fsr_budget": budget}

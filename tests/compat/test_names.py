@@ -34,6 +34,8 @@ def test_renderer():
     hooked = online_renderer.OnlineRenderer.preprocess_chat
     assert inspect.iscoroutinefunction(inspect.unwrap(hooked))
     assert parameters(hooked)[:3] == ["self", "request", "messages"]
+    completion = online_renderer.OnlineRenderer.preprocess_completion
+    assert parameters(completion)[:2] == ["self", "request"]
     assert "validate_request_mm_kwargs" in inspect.getsource(online_renderer)
     assert parameters(online_renderer.validate_request_mm_kwargs)[0] == "mm_processor_kwargs"
 

@@ -67,8 +67,7 @@ def main(spec_path: str, out_path: str) -> None:
     except ValueError as error:
         stats = {"error": str(error)}
     signals = llm.collective_rpc("probe_signals", args=tuple(spec["probe"])) if "probe" in spec else None
-    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    Path(out_path).write_text(json.dumps({"results": results, "stats": stats, "blocks": blocks, "signals": signals}))
+    Path(out_path).write_text(json.dumps({"results": results, "stats": stats, "signals": signals}))
 
 
 if __name__ == "__main__":

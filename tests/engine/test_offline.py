@@ -166,7 +166,6 @@ def flat(steps):
 def test_installed_but_not_active_changes_nothing(outcome):
     stock, inactive = outcome("stock"), outcome("inactive")
     assert inactive["results"][0] == stock["results"][0]  # bit for bit: the very same code ran
-    assert inactive["blocks"] == stock["blocks"]
     assert "not active" in inactive["stats"]["error"]
 
 

@@ -156,7 +156,7 @@ def test_focus_that_fills_the_budget_leaves_nothing_to_scan_or_merge():
 
 
 @pytest.mark.parametrize(
-    "kappa, merged", [(0.0, 0), (0.09, 0), (0.1, 1), (0.3, 2), (0.5, 3), (1.0, 5), (3.0, 14), (1e300, 14)]
+    "kappa, merged", [(0.0, 0), (0.09, 0), (0.1, 1), (0.3, 2), (0.5, 3), (1.0, 5), (3.0, 14), (1e6, 14)]
 )
 def test_number_of_merged_tokens(kappa, merged):
     g = torch.Generator().manual_seed(2)

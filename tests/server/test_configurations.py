@@ -31,7 +31,8 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint):
             assert server.ask("chelsea", WHAT)["tokens"] == "128/576"
             assert server.ask("chelsea", WHAT, fsr_budget=16)["tokens"] == "16/576"
             for budget in (15, 129, 1000, "off", 0.5, 0.01):
-                assert "128" in refused(server, "fsr_budget", fsr_budget=budget) or budget in (15, 0.01)
+                message = refused(server, "fsr_budget", fsr_budget=budget)
+                assert "128" in message and ("16" in message or budget == "off")
         messages = server.messages("chelsea", WHAT)
         for detail, kept in (("low", 32), ("high", 115), ("auto", 128)):
             messages[0]["content"][0]["image_url"]["detail"] = detail
@@ -84,6 +85,16 @@ REFUSED_STARTS = {
         ("--plugin", "fsr", "--fsr-budget", "200", "--fsr-max-budget", "100"),
         {},
         ["fsr.budget", "100"],
+    ),
+    "default share over maximum": (
+        ("--plugin", "fsr", "--fsr-budget", "0.5", "--fsr-max-budget", "100"),
+        {},
+        ["defaults would fail", "288"],
+    ),
+    "default method without its input": (
+        ("--plugin", "fsr", "--fsr-method", "cdpruner", "--fsr-text-encoder", "none"),
+        {},
+        ["defaults would fail", "relevance"],
     ),
     "unknown method": (("--plugin", "fsr", "--fsr-method", "nope"), {}, ["fsr.method", "random"]),
     "no text encoder": (

@@ -90,11 +90,13 @@ def test_a_long_text_is_served_and_its_end_is_the_question(server):
     long = "word " * 1100 + WHAT  # longer than the text tower reads
     raw = server.client.chat.completions.with_raw_response.create(
         model="fsr-demo",
-        messages=server.messages("chelsea", long[:5000]),
+        messages=server.messages("chelsea", long),
         max_tokens=1,
         extra_body={"fsr_budget": 32},
     )
     assert raw.headers["x-fsr-visual-tokens"] == "32/576"
+    derived = server.ask("chelsea", long, fsr_budget=32)
+    assert server.ask("chelsea", long, fsr_budget=32, fsr_question=long[-4096:]) == derived
     refused(server, "fsr_question", {"fsr_budget": 32, "fsr_question": "x" * 5000})
 
 
@@ -111,10 +113,29 @@ def test_methods_and_options(server):
 def test_a_later_turn_leaves_the_image_as_it_was(server):
     first = server.messages("chelsea", WHAT)
     later = [*first, {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "Which colour?"}]
-    raw = server.client.chat.completions.with_raw_response.create(
-        model="fsr-demo", messages=later, max_tokens=4, extra_body={"fsr_budget": 32}
-    )
-    assert raw.headers["x-fsr-visual-tokens"] == "32/576"
+    answers = []
+    # Said outright, the question of the first turn gives the same answer in the second: it is what was derived there.
+    for question in ({}, {"fsr_question": WHAT}, {"fsr_question": "Which colour?"}):
+        raw = server.client.chat.completions.with_raw_response.create(
+            model="fsr-demo",
+            messages=later,
+            max_tokens=8,
+            temperature=0,
+            logprobs=True,
+            extra_body={"fsr_budget": 32, **question},
+        )
+        assert raw.headers["x-fsr-visual-tokens"] == "32/576"
+        answers.append([token.logprob for token in raw.parse().choices[0].logprobs.content])
+    assert answers[0] == pytest.approx(answers[1], abs=1e-4)
+    assert answers[0] != pytest.approx(answers[2], abs=1e-4)
+
+
+def test_fields_on_completions_are_judged_too(server):
+    url = f"{server.url}/completions"
+    headers = {"authorization": f"Bearer {KEY}"}
+    for budget, status in ((64, 200), ("many", 400)):
+        body = {"model": "fsr-demo", "prompt": "Say", "max_tokens": 1, "fsr_budget": budget}
+        assert httpx.post(url, json=body, headers=headers, timeout=60).status_code == status
 
 
 def test_methods_are_listed_behind_the_key(server):
@@ -143,6 +164,11 @@ def test_bad_budgets(server, budget):
         ("fsr_options", {"fsr_options": [1]}),
         ("fsr_question", {"fsr_question": 5}),
         ("fsr_question", {"fsr_question": ["a", "b"]}),
+        ("fsr_question", {"fsr_question": ["x"] * 20_000}),
+        ("fsr_budget", {"fsr_budget": [64] * 20_000}),
+        ("fsr_options", {"fsr_options": {"weight_floor": 1e308}}),
+        ("fsr_options", {"fsr_options": {"alpha": 10**400}}),
+        ("fsr_options", {"fsr_options": {"name": "x"}}),
         ("fsr_bugdet", {"fsr_bugdet": 64}),
         ("fsr_budget", {"fsr_budget": 64, "mm_processor_kwargs": {"fsr_budget": 32}}),
         ("mm_processor_kwargs", {"fsr_budget": 64, "mm_processor_kwargs": {"num_crops": 4}}),
@@ -163,7 +189,7 @@ def refused(server, field, fields, headers=None):
 
 
 def test_bad_headers(server):
-    for value in ("many", "0", "1.0", "NaN", "true", "", "64, 65"):
+    for value in ("many", "0", "1.0", "NaN", "true", "", "64, 65", "[" * 5000):
         refused(server, "x-fsr-budget", {}, headers={"x-fsr-budget": value})
     refused(server, "fsr_budget", {"fsr_budget": 64}, headers={"x-fsr-budget": "65"})
 
@@ -176,6 +202,14 @@ def test_nan_is_refused_although_json_readers_take_it(server):
     text = json.dumps(body(server, fsr_budget="HERE")).replace('"HERE"', "NaN")
     answer = server.post(text)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "fsr_budget"
+
+
+def test_half_a_surrogate_pair_is_no_text(server, unpruned):
+    answer = server.post(body(server, fsr_budget=64, fsr_question="half \ud800"))  # JSON can say that
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "fsr_question"
+    messages = server.messages("chelsea", "half \ud800")
+    assert server.post({**body(server, fsr_budget=64), "messages": messages}).status_code in (200, 400)
+    assert server.ask("chelsea", WHAT) == unpruned
 
 
 def test_what_vllm_answers_itself_stays_as_it_is(server):
