@@ -37,6 +37,7 @@ _REGISTRY: dict[str, str] = {
     "dart": "dart.DART",
     "ivc": "ivc.IVC",
     "fastervlm": "fastervlm.FasterVLM",
+    "relevance": "relevance.Relevance",
     "none": "none.NoSelection",
     "random": "random.Random",
     "uniform": "uniform.Uniform",

@@ -23,6 +23,11 @@ def test_none_is_truncation():
     assert prune(raster(4, 5), budget=7, method="none").indices.tolist() == list(range(7))
 
 
+def test_relevance_keeps_the_most_relevant():
+    relevance = torch.tensor([0.1, 0.5, -0.3, 0.5, 0.2, 0.5])
+    assert prune(raster(2, 3), relevance=relevance, budget=2, method="relevance").indices.tolist() == [1, 3]
+
+
 def test_fastervlm_keeps_the_most_attended():
     saliency = torch.tensor([0.1, 0.9, 0.5, 0.5, 0.9, 0.5])
     assert prune(raster(2, 3), saliency=saliency, budget=3, method="fastervlm").indices.tolist() == [1, 2, 4]
