@@ -125,7 +125,10 @@ def _given(engine_args: Any) -> dict[str, Any] | None:
     """This server's fsr settings as given; None while the plugin is not active."""
     additional = engine_args.additional_config
     if isinstance(additional, dict) and "fsr" in additional:
-        return dict(additional["fsr"] or {})
+        given = additional["fsr"] or {}
+        if not isinstance(given, dict):
+            raise ValueError(f'additional_config["fsr"] must be an object of options; got {type(given).__name__}')
+        return dict(given)
     return {} if compat.PLUGIN in compat.named_plugins() else None
 
 

@@ -193,6 +193,12 @@ def test_options_become_additional_config_beside_the_users_own(groups, monkeypat
     assert args.additional_config == {"theirs": 1, "fsr": fsr}
 
 
+def test_settings_that_are_no_object_are_refused():
+    for value in ("64", 64, ["budget"]):
+        with pytest.raises(ValueError, match="must be an object"):
+            plugin.put_settings(SimpleNamespace(additional_config={"fsr": value}))
+
+
 def upper(config):
     config["name"] = config["name"].upper()
     return config
