@@ -39,13 +39,8 @@ every_setting = pytest.mark.parametrize("options", SETTINGS, ids=str)
 
 def compare(features, saliency, relevance, k, options, rows=True):
     """The production result beside the reference's; returns both."""
-    want = reference.fsr(
-        features.double().tolist(),
-        saliency.double().tolist(),
-        None if relevance is None else relevance.double().tolist(),
-        k,
-        **options,
-    )
+    r = None if relevance is None else relevance.double().tolist()
+    want = reference.fsr(features.double().tolist(), saliency.double().tolist(), r, k, **options)
     got = prune(features, saliency=saliency, relevance=relevance, budget=k, **options)
     assume(want.tightest > 1e-5)  # below that float32 may decide either way
     assert got.k_focus == want.k_focus and got.num_focus == want.num_focus
