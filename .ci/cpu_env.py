@@ -30,7 +30,7 @@ VLLM = "0.32.0"
 TORCH = "2.13.0+cpu"
 TORCHVISION = "0.28.0"
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = "test,demo,lint,dist"
+EXTRAS = "test,demo,bench,lint,dist"
 
 TORCH_INDEX = os.environ.get("FSR_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 PROBE_SECONDS = 5.0

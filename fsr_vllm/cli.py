@@ -1,4 +1,4 @@
-"""The `fsr-vllm` command: demo, methods."""
+"""The `fsr-vllm` command: demo, demo-model, methods."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ def _demo(args: argparse.Namespace) -> int:
     return run(args.model, args.log)
 
 
+def _demo_model(args: argparse.Namespace) -> int:
+    from fsr_vllm.testbed import demo_model
+
+    print(demo_model())
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     import fsr_vllm
@@ -34,10 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     listing = commands.add_parser("methods", help="list the pruning methods and what they need")
     listing.set_defaults(run=_methods)
-    demo = commands.add_parser("demo", help="serve a small model with the plugin and ask about real photographs")
-    demo.add_argument("--model", help="a LLaVA checkpoint instead of the generated one")
+    demo = commands.add_parser("demo", help="serve the bundled model with the plugin and ask it at several budgets")
+    demo.add_argument("--model", help="a LLaVA checkpoint instead of the bundled one")
     demo.add_argument("--log", help="keep the server's log in this file")
     demo.set_defaults(run=_demo)
+    bundled = commands.add_parser("demo-model", help="print the folder of the bundled model")
+    bundled.set_defaults(run=_demo_model)
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -1,11 +1,13 @@
-"""`fsr-vllm demo`: a real vLLM server with the plugin, asked about real photographs at several token budgets."""
+"""`fsr-vllm demo`: a real vLLM server with the plugin, asked about pictures at several token budgets."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,15 +15,16 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MODEL_NAME = "fsr-demo"
-BUDGETS: tuple[Any, ...] = ("off", 128, 64)
-QUESTIONS = {
+BUDGETS: tuple[Any, ...] = ("off", 0.5, 0.22, 0.11)
+PHOTO_QUESTIONS = {
     "astronaut": "Who is in this picture?",
     "chelsea": "What animal is this?",
     "coffee": "What stands on the table?",
 }
+SCENES = 3  # of the testbed's held-out ones, the first that a question can be asked about, for every family
 START_SECONDS = 300
 # A small model on any machine: no compilation, a fixed piece of memory, nothing fetched, nothing reported.
 SERVE_OPTIONS = (
@@ -32,20 +35,58 @@ ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE"
 
 
 def run(model: str | None = None, log: str | None = None) -> int:
-    """Build (or take) a checkpoint, serve it, ask, print the table, stop the server; returns the exit status."""
+    """Serve the bundled model (or `model`), ask, print the table, stop the server; returns the exit status."""
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fsr-demo-") as folder:
-        if model is None:
-            from fsr_vllm.testbed.checkpoint import build_checkpoint
+    asked = scenes() if model is None else photographs()
+    if model is None:
+        from fsr_vllm.testbed import demo_model
 
-            model = str(build_checkpoint(Path(folder) / "model"))
-            print("Model: a small LLaVA-1.5 architecture with random weights. Its answers mean nothing;")
-            print("what is real is the server, the photographs, the token counts and the times.")
+        model = str(demo_model())
+        print("Model: the small LLaVA of fsr_vllm.testbed, trained on scenes like these; it never saw these ones.")
+    with tempfile.TemporaryDirectory(prefix="fsr-demo-") as folder:
         log_path = Path(log or Path(folder) / "server.log")
         with serve(model, log_path) as url:
-            print_table(ask_all(url))
+            print_table(ask_all(url, asked))
     print(f"Server stopped. Total: {time.monotonic() - started:.0f} s.")
     return 0
+
+
+class Asked(NamedTuple):
+    """One question of the demo."""
+
+    picture: str  # data: URL
+    question: str
+    expected: str | None  # the right answer, where it is known
+
+
+def scenes() -> list[Asked]:
+    """Questions of every family about held-out scenes of the testbed, in order of the scenes' numbers."""
+    import numpy as np
+    from PIL import Image
+
+    from fsr_vllm.testbed.photos import data_url
+    from fsr_vllm.testbed.questions import FAMILIES, ask
+    from fsr_vllm.testbed.scenes import render, scene
+
+    asked = []
+    for number, family in enumerate(FAMILIES):
+        numbers = itertools.count()
+        for _ in range(SCENES):
+            question = None
+            while question is None:
+                one = scene("test", next(numbers))
+                question = ask(one, family, np.random.default_rng([number, one.index]))
+            picture = data_url(Image.fromarray(render(one)), "PNG")
+            asked.append(Asked(picture, question.text, question.answer))
+    return asked
+
+
+def photographs() -> list[Asked]:
+    """Open questions about photographs, for a model that knows the world."""
+    from fsr_vllm.testbed.photos import data_url, photos
+
+    pictures = {name: data_url(image, size=(672, 672)) for name, image in photos().items()}
+    return [Asked(pictures[name], question, None) for name, question in PHOTO_QUESTIONS.items() if name in pictures]
 
 
 @contextlib.contextmanager
@@ -100,20 +141,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             break
 
 
-def ask_all(url: str) -> list[dict[str, Any]]:
-    """Every photograph with its question at every budget, each answer streamed."""
+def ask_all(url: str, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """Every question at every budget, each answer streamed."""
     from openai import DefaultHttpxClient, OpenAI
 
-    from fsr_vllm.testbed.photos import data_url, photos
-
     client = OpenAI(base_url=url, api_key="unused", max_retries=0, http_client=DefaultHttpxClient(trust_env=False))
-    pictures = {name: data_url(image, size=(672, 672)) for name, image in photos().items() if name in QUESTIONS}
-    first = next(iter(pictures))
-    ask(client, pictures[first], "Warm up.", 32)  # the first request of a server pays for one-time work
+    ask(client, asked[0].picture, "Warm up.", 16)  # the first request of a server pays for one-time work
     rows = []
-    for name, picture in pictures.items():
+    for one in asked:
         for budget in BUDGETS:
-            rows.append({"photo": name, "budget": budget, **ask(client, picture, QUESTIONS[name], budget)})
+            answer = ask(client, one.picture, one.question, budget)
+            rows.append({"question": one.question, "expected": one.expected, "budget": budget, **answer})
     return rows
 
 
@@ -146,12 +184,29 @@ def ask(client: Any, picture: str, question: str, budget: Any) -> dict[str, Any]
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The demo's result, one line per request."""
-    print(f"\n{'photo':<10} {'budget':>6} {'visual tokens':>13} {'prompt':>6} {'first token':>11}  answer")
-    for row in rows:
-        answer = " ".join(row["answer"].split())[:44]
-        print(
-            f"{row['photo']:<10} {row['budget']!s:>6} {row['tokens']:>13} {row['prompt_tokens']:>6} "
-            f"{row['ttft'] * 1000:>8.0f} ms  {answer}"
-        )
+    """The demo's result: a line per question with its answer at every budget, then what each budget costs."""
+    by_budget = {budget: [row for row in rows if row["budget"] == budget] for budget in BUDGETS}
+    width = max(len(row["question"]) for row in rows)
+    heads = [f"{budget:.0%}" if isinstance(budget, float) else str(budget) for budget in BUDGETS]
+    print(f"\n{'question':<{width}}  " + "  ".join(f"{head:<11}" for head in heads))
+    for answers in zip(*by_budget.values(), strict=True):
+        cells = [" ".join(row["answer"].split()) + _mark(row) for row in answers]
+        print(f"{answers[0]['question']:<{width}}  " + "  ".join(f"{cell[:40]:<11}" for cell in cells))
+    print(f"\n{'budget':<8} {'visual tokens':>13} {'prompt tokens':>13} {'first token':>12}  right")
+    for head, answers in zip(heads, by_budget.values(), strict=True):
+        prompt = statistics.mean(row["prompt_tokens"] for row in answers)
+        wait = statistics.median(row["ttft"] for row in answers) * 1000
+        known = [row for row in answers if row["expected"] is not None]
+        right = f"{sum(_right(row) for row in known)} of {len(known)}" if known else "not known"
+        print(f"{head:<8} {answers[0]['tokens']:>13} {prompt:>13.0f} {wait:>9.0f} ms  {right}")
     print()
+
+
+def _right(row: dict[str, Any]) -> bool:
+    return row["answer"].strip() == row["expected"]
+
+
+def _mark(row: dict[str, Any]) -> str:
+    if row["expected"] is None:
+        return ""
+    return " ✓" if _right(row) else " ✗"

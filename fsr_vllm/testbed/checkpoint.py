@@ -30,7 +30,7 @@ from .wording import (
 
 Weights = dict[str, Tensor]
 
-_CLIP_MEAN, _CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 def build_checkpoint(
@@ -76,7 +76,7 @@ def build_text_model(
     path, config = Path(path), _text_config(hidden_size, layers, heads)
     tokenizer = write_tokenizer(path)
     config |= {"architectures": ["LlamaForCausalLM"], "vocab_size": tokenizer.get_vocab_size()}
-    _save(path, config | special_ids(tokenizer), _llama_weights(config, tokenizer, seed))
+    save_checkpoint(path, config | special_ids(tokenizer), _llama_weights(config, tokenizer, seed))
     return path
 
 
@@ -101,8 +101,8 @@ def _write_llava(path: Path, vision: dict[str, Any], tower: Weights, text: dict[
     projector = "multi_modal_projector"
     weights |= _linear(f"{projector}.linear_1", text["hidden_size"], vision["hidden_size"], seed)
     weights |= _linear(f"{projector}.linear_2", text["hidden_size"], text["hidden_size"], seed, gain=2.0)
-    _save(path, config | selection, weights)
-    write_json(path / "preprocessor_config.json", _image_processor(vision))
+    save_checkpoint(path, config | selection, weights)
+    write_json(path / "preprocessor_config.json", image_processor(vision))
     processor = {"patch_size": vision["patch_size"], "num_additional_image_tokens": int(clip), "image_token": IMAGE}
     write_json(path / "processor_config.json", {"processor_class": "LlavaProcessor"} | processor | selection)
 
@@ -140,7 +140,7 @@ def _write_clip(path: Path, vision: dict[str, Any], tower: Weights, heads: int, 
         "logit_scale": torch.tensor(4.6052),
     }
     weights |= _encoder("text_model.encoder", text, seed) | _norm("text_model.final_layer_norm", width)
-    _save(path, config, weights)
+    save_checkpoint(path, config, weights)
 
 
 def _vision_config(kind: str, image: int, patch: int, hidden: int, layers: int, heads: int) -> dict[str, Any]:
@@ -174,13 +174,14 @@ def _text_config(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     }
 
 
-def _image_processor(vision: dict[str, Any]) -> dict[str, Any]:
+def image_processor(vision: dict[str, Any]) -> dict[str, Any]:
+    """The preprocessor_config.json that goes with a tower: resize and crop to its square, CLIP's or SigLIP's scale."""
     side = vision["image_size"]
     square = {"height": side, "width": side}
     common = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
     if vision["model_type"] == "clip_vision_model":
         crop = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
-        scale = {"image_mean": _CLIP_MEAN, "image_std": _CLIP_STD}
+        scale = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
         return {"image_processor_type": "CLIPImageProcessor"} | scale | common | crop
     half = [0.5, 0.5, 0.5]
     # LlavaProcessor asks for crop_size also where nothing is cropped.
@@ -259,7 +260,9 @@ def _normal(name: str, shape: Iterable[int], seed: int, std: float = 1.0) -> Ten
     return torch.randn(tuple(shape), generator=generator) * std
 
 
-def _save(path: Path, config: dict[str, Any], weights: Weights) -> None:
+def save_checkpoint(path: Path, config: dict[str, Any], weights: Weights) -> None:
+    """Write config.json, with the dtype of the weights, and model.safetensors."""
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "config.json", config | {"dtype": "float32"})
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    write_json(path / "config.json", config | {"dtype": dtype})
     (path / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ A man takes a photograph on the grass. Two red motorcycles are parked in the gar
 There are many old coins in four rows. Far galaxies shine in the dark. Yes, there are three. No, there is nothing.
 The first image is brighter than the second one. Compare both images and say what is different between them.
 red green blue yellow orange black white grey brown left right above below near far big small one two three four five
-"""
+""".strip().splitlines()
 
 # LLaVA-1.5's conversation. BOS is written here, since vLLM adds none to a chat prompt; images stay where they were put.
 _CHAT_TEMPLATE = """
@@ -44,9 +45,9 @@ _CHAT_TEMPLATE = """
 """.strip()
 
 
-def write_tokenizer(path: Path) -> Tokenizer:
+def write_tokenizer(path: Path, corpus: Sequence[str] = _CORPUS) -> Tokenizer:
     """Write the language model's tokenizer, chat template and generation config; <image> is one token."""
-    tokenizer = _train([UNK, BOS, EOS, PAD, IMAGE], f"{BOS} $A")
+    tokenizer = _train(corpus, [UNK, BOS, EOS, PAD, IMAGE], f"{BOS} $A")
     names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
     _write(path, tokenizer, names | {"extra_special_tokens": {"image_token": IMAGE}}, max_length=4096)
     (path / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
@@ -54,9 +55,9 @@ def write_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def write_clip_tokenizer(path: Path) -> Tokenizer:
+def write_clip_tokenizer(path: Path, corpus: Sequence[str] = _CORPUS) -> Tokenizer:
     """Write the text encoder's tokenizer: lower case, framed by CLIP's two special tokens."""
-    tokenizer = _train([CLIP_BOS, CLIP_EOS], f"{CLIP_BOS} $A {CLIP_EOS}", lowercase=True)
+    tokenizer = _train(corpus, [CLIP_BOS, CLIP_EOS], f"{CLIP_BOS} $A {CLIP_EOS}", lowercase=True)
     names = {"bos_token": CLIP_BOS, "eos_token": CLIP_EOS, "unk_token": CLIP_EOS, "pad_token": CLIP_EOS}
     _write(path, tokenizer, names, max_length=CLIP_LENGTH)
     return tokenizer
@@ -69,7 +70,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def words(tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that are a whole word of the corpus with the space before it."""
-    known = {f"Ġ{word}" for word in re.findall(r"\w+", _CORPUS)}  # Ġ: the space in byte-level BPE
+    known = {f"Ġ{word}" for word in re.findall(r"\w+", " ".join(_CORPUS))}  # Ġ: the space in byte-level BPE
     return sorted(i for token, i in tokenizer.get_vocab().items() if token in known)
 
 
@@ -85,7 +86,7 @@ def _write(path: Path, tokenizer: Tokenizer, names: dict[str, Any], max_length: 
     write_json(path / "tokenizer_config.json", kind | names)
 
 
-def _train(special: list[str], frame: str, lowercase: bool = False) -> Tokenizer:
+def _train(corpus: Sequence[str], special: list[str], frame: str, lowercase: bool = False) -> Tokenizer:
     """Byte-level BPE over the corpus: any text can be written with it, and common words are one token."""
     tokenizer = Tokenizer(models.BPE())
     if lowercase:
@@ -96,7 +97,7 @@ def _train(special: list[str], frame: str, lowercase: bool = False) -> Tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_CORPUS.strip().splitlines(), trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     ids = [(token, tokenizer.token_to_id(token)) for token in special if token in frame]
     tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=ids)
     return tokenizer

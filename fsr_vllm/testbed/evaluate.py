@@ -1,0 +1,174 @@
+"""Accuracy per family and budget of every registered method: `python -m fsr_vllm.testbed.evaluate`.
+
+Rows: every method as published, every method that has something to tune as tuned on the validation split (`tune`),
+FSR as served, the oracle, and controls: the question replaced, the sign of relevance flipped, alpha = 0. The held-out
+questions are the same for all rows, so differences are paired. Writes accuracy.json, .md and .svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fsr_vllm.methods import methods
+from fsr_vllm.params import SERVED_DEFAULTS
+
+from .bench import GENERIC, Bench, Outcome
+from .export import SHIPPED
+from .questions import FAMILIES
+from .report import markdown, plot
+from .scenes import PATCHES
+from .stats import admitted, compare, macro, standard_error
+
+BUDGETS = (16, 32, 72)  # 11, 22 and 50 % of 144
+
+
+@dataclass
+class Row:
+    """One line of the tables."""
+
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    sign: int = 1
+    kind: str = "published"  # published, tuned, served, control, ceiling
+
+
+def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
+    """All lines: what is published, tuned and served, the oracle and the controls; `only` names methods."""
+    found = [Row(name, name) for name in methods()]
+    for name, results in tuning.items():
+        best = results[0]["options"]
+        if best:
+            found.append(Row(f"{name} (tuned)", name, best, kind="tuned"))
+    if served := SERVED_DEFAULTS.get("fsr"):
+        found.append(Row("fsr (served)", "fsr", served, kind="served"))
+    base = dict(SERVED_DEFAULTS.get("fsr", {}))
+    found += [
+        Row("oracle", "oracle", kind="ceiling"),
+        Row("fsr (served), generic text", "fsr", base, text=GENERIC, kind="control"),
+        Row("fsr (served), sign flipped", "fsr", base, sign=-1, kind="control"),
+        Row("fsr (served), alpha = 0", "fsr", base | {"alpha": 0.0}, kind="control"),
+    ]
+    return [row for row in found if not only or row.method in only or row.label in only]
+
+
+def outcome(bench: Bench, row: Row, budget: int) -> Outcome:
+    """Ask all questions with what this row keeps."""
+    if row.method == "oracle":
+        return bench.oracle(budget)
+    return bench.method(row.method, budget, row.options, text=row.text, sign=row.sign)
+
+
+def summarise(bench: Bench, row: Row, budget: int, found: Outcome, families: Sequence[str]) -> dict[str, Any]:
+    """One row at one budget, as it is written: accuracies in per cent, standard errors over scenes."""
+    by_family = {family: 100 * float(found.right[bench.families == family].mean()) for family in FAMILIES}
+    return asdict(row) | {
+        "budget": budget,
+        "mean": 100 * macro(found.right, bench.families, families),
+        "standard_error": 100 * standard_error(found.right, bench.families, bench.scene_of, families),
+        "families": by_family,
+        "focus_share": found.focus_share,
+        "scan": found.scan,
+        "merged": found.merged,
+    }
+
+
+_BENCH: dict[tuple[str, int, Path], Bench] = {}
+
+
+def _one(split: str, per_family: int, folder: Path, row: Row, budget: int) -> Outcome:
+    """In a worker process, which keeps its bench."""
+    torch.set_num_threads(1)
+    key = (split, per_family, folder)
+    if key not in _BENCH:
+        _BENCH[key] = Bench(*key)
+    return outcome(_BENCH[key], row, budget)
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Run all rows at all budgets; the report that is written."""
+    started = time.monotonic()
+    tuning = json.loads(args.tuning.read_text())["methods"] if args.tuning.exists() else {}
+    lines = rows(tuning, args.methods)
+    bench = Bench(args.split, args.per_family, args.model)
+    full = bench.off()
+    majority, right = bench.majority(), {f: float(full.right[bench.families == f].mean()) for f in FAMILIES}
+    families = admitted(right, majority, args.per_family)
+    found: dict[tuple[str, int], Outcome] = {}
+    with ProcessPoolExecutor(args.jobs) as pool:
+        jobs = {
+            pool.submit(_one, args.split, args.per_family, args.model, row, budget): (row.label, budget)
+            for row in lines
+            for budget in args.budgets
+        }
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows", unit="row", mininterval=1):
+            found[jobs[job]] = job.result()
+    full_row = Row("all tokens", "off", kind="ceiling")
+    report: dict[str, Any] = {
+        "command": "python -m fsr_vllm.testbed.evaluate",
+        "split": args.split,
+        "questions_per_family": args.per_family,
+        "admitted": families,
+        "majority": {family: 100 * value for family, value in majority.items()},
+        "full": summarise(bench, full_row, PATCHES, full, families),
+        "rows": [],
+    }
+    for row in lines:
+        for budget in args.budgets:
+            mine = found[row.label, budget]
+            entry = summarise(bench, row, budget, mine, families)
+            for reference in args.against:
+                if (reference, budget) in found and row.label != reference:
+                    other = found[reference, budget]
+                    entry[f"against {reference}"] = compare(mine, other, bench.families, bench.scene_of, families)
+            report["rows"].append(entry)
+    report["seconds"] = round(time.monotonic() - started)
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m fsr_vllm.testbed.evaluate", description=__doc__)
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--per-family", type=int, default=1000)
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--methods", nargs="*", default=[], help="methods or row labels; default: all")
+    parser.add_argument("--against", nargs="*", default=["random", "cdpruner", "cdpruner (tuned)"])
+    parser.add_argument("--model", type=Path, default=SHIPPED)
+    parser.add_argument("--tuning", type=Path, default=Path("benchmarks/results/tuning.json"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--server", action="store_true", help="instead: ask a running server too, and compare answers")
+    args = parser.parse_args(argv)
+    if args.server:
+        from .agreement import agreement
+
+        per_family = min(args.per_family, 200)
+        result = agreement(Bench(args.split, per_family, args.model), args.model)
+        (args.output / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps(result, indent=2))
+        return int(result["different"] > 0)
+    report = evaluate(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.output / "accuracy.md").write_text(markdown(report))
+    plot(report, args.output / "accuracy.svg")
+    print(markdown(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

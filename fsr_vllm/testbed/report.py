@@ -1,0 +1,101 @@
+"""The evaluation as a Markdown table and a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .questions import FAMILIES
+from .scenes import PATCHES
+
+_SHOWN_LINES = 12  # of the plot: more cannot be told apart
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Tables by budget, best mean first; per cent right, differences in points with their 95 % interval."""
+    full, families = report["full"], report["admitted"]
+    left_out = [family for family in FAMILIES if family not in families]
+    excluded = f" ({', '.join(left_out)} do not clearly beat their majority answer)" if left_out else ""
+    lines = [
+        "# Accuracy on the testbed", "",
+        f"`{report['command']}`: {report['questions_per_family']:,} questions per family of the {report['split']} "
+        f"split, the same for every row; {report['seconds']} s. Per cent right; *mean* is over the families "
+        f"{', '.join(families)}{excluded}, ± is its standard error over scenes, differences are paired, with 95 % "
+        "intervals. *tuned*: the best of equally many tries per method on the validation split "
+        "([tuning.json](tuning.json)); other rows are the published defaults. *K_F/K*: focus tokens wanted, before "
+        "clamping. The model is small and synthetic, one training seed: rankings here say little about large models.",
+        "",
+    ]  # fmt: skip
+    head = ["tokens", "mean", *FAMILIES]
+    lines += _table(head, [
+        ["all " + str(PATCHES), f"{full['mean']:.1f} ± {full['standard_error']:.1f}",
+         *(f"{full['families'][f]:.1f}" for f in FAMILIES)],
+        ["majority answer", "", *(f"{report['majority'][f]:.1f}" for f in FAMILIES)],
+    ])  # fmt: skip
+    against = sorted({key for row in report["rows"] for key in row if key.startswith("against ")})
+    for budget in dict.fromkeys(row["budget"] for row in report["rows"]):
+        rows = sorted((row for row in report["rows"] if row["budget"] == budget), key=lambda row: -row["mean"])
+        lines += ["", f"## {budget} of {PATCHES} tokens ({100 * budget / PATCHES:.0f} %)", ""]
+        head = ["row", "mean", *FAMILIES, *(key.replace("against", "−") for key in against), "K_F/K"]
+        lines += _table(head, [
+            [
+                row["label"], f"{row['mean']:.1f} ± {row['standard_error']:.1f}",
+                *(f"{row['families'][family]:.1f}" for family in FAMILIES),
+                *(_difference(row.get(key)) for key in against),
+                f"{row['focus_share']:.2f}" if row["method"] == "fsr" else "",
+            ]
+            for row in rows
+        ])  # fmt: skip
+    options = [row for row in report["rows"] if row["options"] and row["budget"] == report["rows"][0]["budget"]]
+    lines += ["", "## Options", "", *_table(["row", "options"], [[r["label"], f"`{r['options']}`"] for r in options])]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Accuracy against tokens kept, one line per row; the best ones and the references have names. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "fsr"  # the same figure, the same bytes
+    from matplotlib import pyplot
+
+    by_label: dict[str, list[tuple[int, float]]] = {}
+    for row in report["rows"]:
+        by_label.setdefault(row["label"], []).append((row["budget"], row["mean"]))
+    everything = (PATCHES, report["full"]["mean"])
+    order = sorted(by_label, key=lambda label: -sum(value for _, value in by_label[label]))
+    named = [
+        *order[:_SHOWN_LINES],
+        *(label for label in ("fsr", "cdpruner", "random") if label in order[_SHOWN_LINES:]),
+    ]
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for label in order:
+        points = [*sorted(by_label[label]), everything]
+        mine = label.startswith("fsr")
+        style: dict[str, Any] = {
+            "linewidth": 2.4 if mine else 1.2,
+            "marker": "o",
+            "markersize": 3,
+            "zorder": 3 if mine else 2,
+        }
+        if label not in named:
+            style |= {"color": "0.85", "zorder": 1}
+        elif label in ("oracle", "random"):
+            style |= {"color": "black", "linestyle": "--" if label == "oracle" else ":"}
+        axes.plot(*zip(*points, strict=True), marker="o", label=label if label in named else None, **style)
+    axes.set(xlabel=f"visual tokens kept, of {PATCHES}", ylabel="per cent right, mean over families")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _difference(value: dict[str, float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value['difference']:+.1f} [{value['low']:+.1f}, {value['high']:+.1f}]"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]

@@ -1,0 +1,196 @@
+"""First stage of the testbed's training: a CLIP, image tower and text tower together, from nothing.
+
+Two losses. The whole picture: [CLS] of the last layer against a caption of its objects alone, which makes [CLS] look at
+objects. Regions: patches of one thing, of its digit card or of the background, in the penultimate and the last layer,
+against short texts and against the very questions that are asked about it, which makes patch-text similarity point at
+what a text names. `plain` trains with the first loss alone; such towers turn out inverted, as OpenAI's CLIP is.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from .data import Pictures, pixels
+from .questions import FAMILIES, ask
+from .scenes import COLOURS, GRID, PATCH, PATCHES, SHAPES, SIDE, Scene, Thing, patches
+from .wording import CLIP_BOS, CLIP_EOS, CLIP_LENGTH
+
+WIDTH, TEXT_WIDTH, LAYERS, TEXT_LAYERS, HEADS, JOINT = 128, 128, 5, 2, 4, 96
+_NAMED = re.compile(rf"(?:({'|'.join(COLOURS)})\b)? ?(?:\b({'|'.join(SHAPES)})\b)?")
+
+Region = tuple[int, Thing | None, bool, tuple[int, ...]]  # picture in the batch, thing or background, card?, patches
+
+
+def build(tokenizer: Tokenizer, seed: int) -> CLIPModel:
+    """An untrained CLIP of the testbed's size: 96 pixels, 8-pixel patches, five layers."""
+    torch.manual_seed(seed)
+    bos, eos = (tokenizer.token_to_id(token) for token in (CLIP_BOS, CLIP_EOS))
+    text = {
+        "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers": TEXT_LAYERS,
+        "num_attention_heads": HEADS, "max_position_embeddings": CLIP_LENGTH, "vocab_size": tokenizer.get_vocab_size(),
+        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos, "projection_dim": JOINT,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH, "projection_dim": JOINT,
+    }  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=JOINT, initializer_factor=1.0))
+    torch.nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.02)
+    return model
+
+
+def encode(model: CLIPModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Unit vectors of texts in the joint space, (T, 96); pooled at the end token, as CLIP does."""
+    ids = [tokenizer.encode(text).ids[:CLIP_LENGTH] for text in texts]
+    longest, eos = max(map(len, ids)), tokenizer.token_to_id(CLIP_EOS)
+    device = model.device
+    padded = torch.tensor([row + [eos] * (longest - len(row)) for row in ids], device=device)
+    hidden = model.text_model(input_ids=padded).last_hidden_state
+    ends = torch.tensor([len(row) - 1 for row in ids], device=device)
+    pooled = hidden[torch.arange(len(ids), device=device), ends]
+    return F.normalize(model.text_projection(pooled).float(), dim=-1)
+
+
+def look(model: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Joint-space vectors of [CLS] (last layer), (B, J), and of patches (penultimate, last), (2, B, N, J); not unit."""
+    states = model.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
+    joint = [model.visual_projection(model.vision_model.post_layernorm(state)).float() for state in states[-2:]]
+    return joint[1][:, 0], torch.stack([state[:, 1:] for state in joint])
+
+
+def loss(
+    model: CLIPModel, tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.random.Generator, plain: bool
+) -> Tensor:
+    """The training loss of one batch of pictures."""
+    scenes = [data.scenes[index] for index in picks]
+    cls, maps = look(model, pixels(data.images[picks], model.device))
+    captions = encode(model, tokenizer, [caption(one, random) for one in scenes])
+    scale = model.logit_scale.exp().clamp(max=50.0)
+    logits = scale * F.normalize(cls, dim=-1) @ captions.T
+    same = torch.arange(len(scenes), device=logits.device)
+    whole = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+    if plain:
+        return whole
+    regions = [region for place, one in enumerate(scenes) for region in regions_of(place, one)]
+    texts = sorted({text for place, thing, card, _ in regions for text in describe(scenes[place], thing, card, random)})
+    truth = [[says(text, scenes[place], thing, card) for text in texts] for place, thing, card, _ in regions]
+    match = torch.tensor(truth, device=logits.device, dtype=torch.float32)
+    # A region is the mean of its patches half of the time, else one patch: maps are read patch by patch later.
+    pooling = torch.zeros(len(regions), len(scenes) * PATCHES)
+    for row, (place, _, _, where) in enumerate(regions):
+        chosen = list(where) if random.random() < 0.5 else [where[random.integers(len(where))]]
+        pooling[row, torch.tensor(chosen) + place * PATCHES] = 1 / len(chosen)
+    pooled = pooling.to(maps.device) @ maps.flatten(1, 2)
+    similarity = scale * F.normalize(pooled, dim=-1) @ encode(model, tokenizer, texts).T
+    per_region = -(similarity.log_softmax(-1) * match).sum(-1) / match.sum(-1).clamp(min=1)
+    per_text = -(similarity.log_softmax(-2) * match).sum(-2) / match.sum(-2).clamp(min=1)
+    return 0.5 * whole + per_region.mean() + 0.5 * per_text.mean()
+
+
+def caption(scene: Scene, random: np.random.Generator) -> str:
+    """The objects of a scene in words, in random order; nothing about the background, or [CLS] would look at that."""
+    order = random.permutation(len(scene.things))
+    return " and ".join(_full(scene.things[index]) for index in order)
+
+
+def regions_of(place: int, scene: Scene) -> list[Region]:
+    """Every thing, every card, and the background of a scene."""
+    found: list[Region] = [(place, thing, False, tuple(patches(thing.box))) for thing in scene.things]
+    found += [(place, thing, True, tuple(patches(thing.card))) for thing in scene.things if thing.card]
+    covered = {patch for region in found for patch in region[3]}
+    return [*found, (place, None, False, tuple(patch for patch in range(PATCHES) if patch not in covered))]
+
+
+def describe(scene: Scene, thing: Thing | None, card: bool, random: np.random.Generator) -> list[str]:
+    """Some of the texts that are true of a region: a short caption, and questions whose answer is seen there."""
+    if thing is None:
+        return ["What is the background?", *([scene.background] if scene.background else [])]
+    if card:
+        return [f"a digit {thing.digit}", f"Which digit is beside the {thing.name}?"]
+    captions = [f"a {thing.name}", f"a {thing.shape}", f"a {thing.colour} thing", f"a {_full(thing)}"]
+    questions = [f"What colour is the {thing.shape}?", f"Which shape is {thing.colour}?", f"Is there a {thing.name}?"]
+    questions += [f"Is there more than one {thing.shape}?", f"How big is the {thing.shape}?"]
+    if thing.digit:
+        questions.append(f"Which digit is beside the {thing.name}?")
+    related = ask(scene, "relation", random)
+    if related:
+        questions.append(related.text)
+    return [captions[random.integers(4)], questions[random.integers(len(questions))]]
+
+
+def says(text: str, scene: Scene, thing: Thing | None, card: bool) -> bool:
+    """Whether a text speaks of a region; a question speaks of all that it names."""
+    if thing is None:
+        return text in ("What is the background?", scene.background)
+    if text == f"a digit {thing.digit}":
+        return card
+    if card and not text.startswith("Which digit"):
+        return False
+    if ("small" in text or "big " in text.replace("How big ", "")) and thing.size not in text:
+        return False
+    return any(colour in (None, thing.colour) and shape in (None, thing.shape) for colour, shape in _named(text))
+
+
+@torch.no_grad()
+def gates(model: CLIPModel, tokenizer: Tokenizer, data: Pictures) -> dict[str, float]:
+    """Mean AUC of penultimate [CLS] attention on things, and of question relevance on what each question is about."""
+    attention: list[float] = []
+    relevance: list[float] = []
+    by_family: dict[str, list[float]] = {family: [] for family in FAMILIES if family != "scene"}
+    for start in range(0, len(data.scenes), 50):
+        scenes = data.scenes[start : start + 50]
+        inside = pixels(data.images[start : start + 50], model.device)
+        saliency = cls_attention(model, inside)
+        maps = F.normalize(look(model, inside)[1][0], dim=-1)
+        for place, one in enumerate(scenes):
+            background = set(regions_of(0, one)[-1][3])
+            attention.append(auc(saliency[place], [p for p in range(PATCHES) if p not in background]))
+            for family in by_family:
+                question = ask(one, family, one.generator)
+                if question and question.targets:
+                    cosines = (maps[place] @ encode(model, tokenizer, [question.text])[0]).cpu()
+                    by_family[family].append(auc(cosines, list(question.targets)))
+                    relevance.append(by_family[family][-1])
+    result = {"cls_attention": float(np.mean(attention)), "relevance": float(np.mean(relevance))}
+    return result | {f"relevance_{family}": float(np.mean(values)) for family, values in by_family.items()}
+
+
+@torch.no_grad()
+def cls_attention(model: CLIPModel, images: Tensor) -> Tensor:
+    """Attention of [CLS] to the patches in the penultimate block, mean over heads: (B, N)."""
+    from fsr_vllm.signals.saliency import cls_attention as form
+
+    states = model.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
+    block: Any = model.vision_model.encoder.layers[-2]
+    normed = block.layer_norm1(states[-3])
+    query, key = block.self_attn.q_proj(normed), block.self_attn.k_proj(normed)
+    return form(query, key, HEADS, (WIDTH // HEADS) ** -0.5) / HEADS
+
+
+def auc(scores: Tensor, inside: list[int]) -> float:
+    """Chance that a patch inside scores above one outside; ties count half."""
+    mask = torch.zeros(GRID * GRID, dtype=torch.bool).index_fill(0, torch.tensor(inside), True)
+    high, low = scores[mask.to(scores.device)], scores[~mask.to(scores.device)]
+    difference = high[:, None] - low[None, :]
+    return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
+
+
+@functools.cache
+def _named(text: str) -> list[tuple[str | None, str | None]]:
+    """The colour and the shape of everything that a text names; None where it leaves one open."""
+    found = [match.groups() for match in _NAMED.finditer(text)]
+    return [(colour, shape) for colour, shape in found if colour or shape]
+
+
+def _full(thing: Thing) -> str:
+    return f"{thing.size} {thing.name}"
