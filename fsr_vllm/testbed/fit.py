@@ -28,7 +28,6 @@ def fit(
     `loss` takes the number of the step and draws its batch from that alone. The rate follows a cosine after `warmup`.
     """
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     start, before = 0, 0.0
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -36,6 +35,7 @@ def fit(
         for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(content)
         start, before = saved["step"], saved["seconds"]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading made new ones
     began = last = time.monotonic()
     bar = tqdm(range(start, steps), desc=name, unit="step", initial=start, total=steps, mininterval=2)
     mean = None

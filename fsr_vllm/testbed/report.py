@@ -82,7 +82,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
             style |= {"color": "0.85", "zorder": 1}
         elif label in ("oracle", "random"):
             style |= {"color": "black", "linestyle": "--" if label == "oracle" else ":"}
-        axes.plot(*zip(*points, strict=True), marker="o", label=label if label in named else None, **style)
+        axes.plot(*zip(*points, strict=True), label=label if label in named else None, **style)
     axes.set(xlabel=f"visual tokens kept, of {PATCHES}", ylabel="per cent right, mean over families")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)

@@ -37,7 +37,7 @@ class Recipe:
     tower_steps: int = 1800
     tower_batch: int = 32
     tower_rate: float = 1.5e-3
-    reader_steps: int = 12_000
+    reader_steps: int = 14_000
     reader_batch: int = 6
     reader_rate: float = 2e-3
     checked: int = 500  # scenes of the validation split that gates and accuracy are measured on
