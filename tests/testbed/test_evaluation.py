@@ -70,7 +70,9 @@ def test_every_registered_method_has_a_row():
     labels = [line.label for line in lines]
     assert set(methods()) <= set(labels) and len(set(labels)) == len(labels)
     assert "fsr (tuned)" in labels and "scope (tuned)" not in labels
-    assert {"oracle", "fsr (served), generic text", "fsr (served), sign flipped", "fsr (served), alpha = 0"} <= set(labels)
+    assert {"oracle", "fsr (served), generic text", "fsr (served), sign flipped", "fsr (served), alpha = 0"} <= set(
+        labels
+    )
     assert [line.label for line in rows({}, ["random"])] == ["random"]
 
 

@@ -112,7 +112,7 @@ def test_targets_show_what_is_asked_about():
             assert abs(row * PATCH - min(thing.box[0], thing.card[0])) <= PATCH and 0 <= column
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_balanced_questions_have_no_favourite_answer(family):
     asked = [ask(scene("test", index), family, np.random.default_rng(index)) for index in range(400)]
     chosen = balanced([question for question in asked if question], 120)

@@ -1,0 +1,114 @@
+"""The bundled model: what it was trained to be, and accuracy floors that a broken pruner would fall through."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from fsr_vllm.params import SERVED_DEFAULTS
+from fsr_vllm.testbed import demo_model, towers
+from fsr_vllm.testbed.agreement import agreement
+from fsr_vllm.testbed.bench import Bench
+from fsr_vllm.testbed.data import Pictures
+from fsr_vllm.testbed.export import load_clip, stated_sign
+from fsr_vllm.testbed.stats import macro
+from fsr_vllm.testbed.train import GATES
+
+LEARNED = ("attribute", "object", "existence", "scene")
+PLAIN = Path(__file__).parent / "plain_tower"  # CLIP's own loss alone; see its training.json
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench("test", 60)
+
+
+def mean(bench, outcome):
+    return macro(outcome.right, bench.families, LEARNED)
+
+
+def test_the_folder_is_small_and_complete():
+    files = [file for file in demo_model().rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 16e6
+    card = (demo_model() / "README.md").read_text()
+    report = json.loads((demo_model() / "training.json").read_text())
+    assert report["recipe"]["plain"] is False and "python -m fsr_vllm.testbed.train" in card
+    for family, value in report["accuracy"].items():
+        assert family in card and f"{100 * value:.1f} %" in card
+    printed = subprocess.run([sys.executable, "-m", "fsr_vllm.cli", "demo-model"], capture_output=True, text=True)
+    assert printed.stdout.strip() == str(demo_model())
+
+
+def test_towers_pass_their_gates_on_held_out_scenes():
+    clip, tokenizer = load_clip(demo_model() / "text_encoder")
+    found = towers.gates(clip, tokenizer, Pictures.of("test", 60))
+    assert found["cls_attention"] > GATES["cls_attention"] and found["relevance"] > GATES["relevance"]
+    assert stated_sign() == 1
+
+
+def test_a_plainly_trained_tower_is_inverted_and_says_so():
+    """As with OpenAI's CLIP, patches of what a question names are less similar to it than others."""
+    clip, tokenizer = load_clip(PLAIN)
+    found = towers.gates(clip, tokenizer, Pictures.of("test", 60))
+    assert found["relevance"] < 0.45
+    assert json.loads((PLAIN / "config.json").read_text())["fsr_relevance_sign"] == -1
+
+
+def test_unpruned_accuracy(bench):
+    right = bench.off().right
+    for family in LEARNED:
+        assert right[bench.families == family].mean() > 0.85, family
+
+
+def test_pruned_accuracy(bench):
+    """Floors well below what was measured, and well above what truncation or chance selection reach."""
+    full, served = mean(bench, bench.off()), SERVED_DEFAULTS.get("fsr", {})
+    for budget, least in ((16, 0.55), (32, 0.85)):
+        fsr, chance = mean(bench, bench.method("fsr", budget, served)), mean(bench, bench.method("random", budget))
+        assert fsr > least * full, budget
+        assert fsr > chance + 0.1, budget
+        assert fsr > mean(bench, bench.method("none", budget)) + 0.1, budget
+    flipped = mean(bench, bench.method("fsr", 16, served, sign=-1))
+    assert mean(bench, bench.method("fsr", 16, served)) > flipped + 0.1
+    assert mean(bench, bench.oracle(32)) > 0.9 * full
+
+
+def test_the_bench_asks_as_transformers_does(bench):
+    processor = AutoProcessor.from_pretrained(demo_model())
+    llava = LlavaForConditionalGeneration.from_pretrained(demo_model(), dtype=torch.float32).eval()
+    rows = np.linspace(0, len(bench.items) - 1, 14).astype(int)
+    part = bench.subset(rows)
+    expected = part.off().words
+    for (index, question), word in zip(part.items, expected, strict=True):
+        content = [
+            {"type": "image", "image": Image.fromarray(bench.pictures.images[index])},
+            {"type": "text", "text": question.text},
+        ]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            made = llava.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == word
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("per_family", [4, pytest.param(200, marks=pytest.mark.full)])
+def test_the_server_answers_as_the_python_api(per_family, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert os.environ.get("VLLM_PLUGINS") is None
+    result = agreement(Bench("test", per_family), demo_model())
+    assert result["asked"] == per_family * 7 * 6
+    assert result["different"] == 0, result["runs"]
