@@ -158,3 +158,19 @@ def has_vision_tower() -> bool:
     from vllm.distributed import get_pp_group
 
     return get_pp_group().is_first_rank
+
+
+async def engine_stats(app: Any) -> dict[str, Any]:
+    """`fsr_stats` of this API server's processor and of all workers; `workers` is None where they have no such method.
+
+    Why: the app's `state.engine_client`, its `renderer` and `collective_rpc` are all there is between a route of ours
+    and the two places that count. Run in 0.32. Can go when vLLM hands them to endpoint plugins.
+    """
+    client = app.state.engine_client
+    processor = getattr(client.renderer, "mm_processor", None)
+    counts = processor.fsr_stats() if hasattr(processor, "fsr_stats") else {}
+    try:
+        workers = await client.collective_rpc("fsr_stats")
+    except Exception:  # another worker extension than ours, or none
+        workers = None
+    return {**counts, "workers": workers}

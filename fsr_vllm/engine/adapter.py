@@ -204,8 +204,8 @@ class FsrModelMixin:
         if "cls_row" in wanted:
             signals["cls_row"] = self.fsr_cls_row(tower)
         if again:
-            index = _indices(source, device)
-            projected, signals = projected[index], {name: value[index] for name, value in signals.items()}
+            order = _indices(source, device)
+            projected, signals = projected[order], {name: value[order] for name, value in signals.items()}
         clock.stop("tower", started)
         started = clock.start(device)
         # Copies: vLLM caches rows one by one, and a view would keep the whole batch's memory alive.
