@@ -168,7 +168,8 @@ async def engine_stats(app: Any) -> dict[str, Any]:
     """
     client = app.state.engine_client
     processor = getattr(client.renderer, "mm_processor", None)
-    counts = processor.fsr_stats() if hasattr(processor, "fsr_stats") else {}
+    stats = getattr(processor, "fsr_stats", None)
+    counts = stats() if stats else {}
     try:
         workers = await client.collective_rpc("fsr_stats")
     except Exception:  # another worker extension than ours, or none
