@@ -42,6 +42,11 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint):
                 model=NAME, messages=messages, max_tokens=1, extra_body={"fsr_budget": 20}
             )
             assert override.headers["x-fsr-visual-tokens"] == "20/576"
+        stats = [server.get("/v1/fsr/stats") for _ in range(8)]
+        assert {each["preprocessed_images"] for each in stats} == {1}  # by each of the two servers, once
+        for each in stats:
+            (worker,) = each["workers"]
+            assert worker["tower_images"] == 1 < each["images"]
         assert "Traceback" not in server.log.read_text()
 
 
