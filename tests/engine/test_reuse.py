@@ -109,7 +109,7 @@ def test_a_second_turn_reuses_the_whole_first_one(on):
 
 
 def test_without_a_question_the_image_prefix_serves_all_questions(on):
-    image = 5 + 63  # tokens: those before the image, and its own
+    image = 7 + 63  # tokens: those before the image, and its own
     for name in ("fsr_question empty", "query-agnostic method"):
         first, second = on["prefixes"][name]
         assert first["cached"] == 0 and second["cached"] == image // BLOCK * BLOCK
