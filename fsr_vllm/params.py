@@ -37,6 +37,7 @@ __all__ = [
 PREFIX = "fsr_"
 # Characters of a question that are read: a text tower runs once per 75 tokens, inside the engine's step.
 MAX_QUESTION = 4096
+CACHE_BYTES = 256 << 20  # about 200 images of a CLIP-L/336 tower in half precision, or 400 preprocessed ones
 SETTINGS_KEY = "fsr_settings"  # of the model config: how settings reach processors and workers
 HOW_TO_ACTIVATE = 'start the server with --plugin fsr (offline: additional_config={"fsr": {}}, or VLLM_PLUGINS=fsr)'
 REQUEST_FIELDS = ("fsr_budget", "fsr_method", "fsr_question", "fsr_options")
@@ -72,6 +73,8 @@ class ServerSettings(BaseModel):
     text_encoder: str = "auto"
     relevance_sign: Any = "auto"
     detail_budgets: dict[str, Any] = {}
+    feature_cache_bytes: int = CACHE_BYTES  # of vision features, per worker
+    pixel_cache_bytes: int = CACHE_BYTES  # of preprocessed images, per front-end process
 
     @classmethod
     @functools.lru_cache(maxsize=16)
@@ -103,6 +106,14 @@ class ServerSettings(BaseModel):
         if value is not None and (type(value) is not int or not 1 <= value <= MAX_BUDGET):
             name = f"fsr.{info.field_name}"
             raise FieldError(name, f"{name} must be an integer from 1 to {MAX_BUDGET:,}; got {value!r}")
+        return value
+
+    @field_validator("feature_cache_bytes", "pixel_cache_bytes", mode="before")
+    @classmethod
+    def _check_bytes(cls, value: Any, info: Any) -> Any:
+        if type(value) is not int or not 0 <= value <= 1 << 40:
+            name = f"fsr.{info.field_name}"
+            raise FieldError(name, f"{name} must be a number of bytes from 0 (off) to {1 << 40:,}; got {value!r}")
         return value
 
     @field_validator("method")

@@ -17,7 +17,10 @@ from fsr_vllm.engine.models import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
 
-CLI_KEYS = ("budget", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets")
+CLI_KEYS = (
+    "budget", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets",
+    "feature_cache_bytes", "pixel_cache_bytes",
+)  # fmt: skip
 
 
 def register() -> None:
@@ -77,6 +80,10 @@ def add_cli_args(parser: Any) -> None:
     add("--fsr-text-encoder", help="CLIP text tower for query relevance: auto, a path or model name, llm, or none.")
     add("--fsr-relevance-sign", help="Sign of the tower's patch-text cosine: auto, 1 or -1.")
     add("--fsr-detail-budgets", type=json.loads, help="Budgets for image_url.detail, e.g. '{\"low\": 64}'.")
+    add("--fsr-feature-cache-bytes", type=int, help="Vision features kept in each worker, so that a known image is "
+        "not encoded again for another question, budget or method (default 268435456, 0 = off).")  # fmt: skip
+    add("--fsr-pixel-cache-bytes", type=int, help="Preprocessed images kept in each API server, by image alone "
+        "(default 268435456, 0 = off).")  # fmt: skip
     parse = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:
@@ -134,7 +141,7 @@ def _given(engine_args: Any) -> dict[str, Any] | None:
 
 def put_settings(engine_args: Any) -> None:
     """Before the model config is made: validated settings into hf_overrides, and our worker extension."""
-    from fsr_vllm import params
+    from fsr_vllm import compat_caches, params
 
     given = _given(engine_args)
     if given is not None:
@@ -143,11 +150,18 @@ def put_settings(engine_args: Any) -> None:
         engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
         if not engine_args.worker_extension_cls:
             engine_args.worker_extension_cls = "fsr_vllm.engine.worker.FsrWorkerExtension"
+        compat_caches.wrap_mm_cache_reset(_forget_pixels)
     if compat.is_online(engine_args):
         from fsr_vllm.engine.conversation import image_details, image_questions
         from fsr_vllm.server import requests
 
         requests.install(image_questions, image_details, tuple(FAMILIES))
+
+
+def _forget_pixels(processor: Any) -> None:
+    """vLLM's multimodal cache was reset in this front end: so is ours."""
+    if getattr(processor, "fsr_pixels", None) is not None:
+        processor.fsr_pixels.clear()
 
 
 def finish_settings(engine_args: Any, model_config: Any) -> None:

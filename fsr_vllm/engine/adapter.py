@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from fsr_vllm import compat
+from fsr_vllm import compat, compat_caches
+from fsr_vllm.engine.caches import FeatureCache, unpack_plan
 from fsr_vllm.engine.processor import PLAN_FIELD, prototype_file, read_settings
-from fsr_vllm.engine.tap import AttentionTap, Clock, shallow_key
+from fsr_vllm.engine.tap import AttentionTap, Clock, shallow_key, tapped
 from fsr_vllm.engine.text_tower import WEIGHTS, ClipText, LlmText
 from fsr_vllm.methods import VisualTokens, get_method, methods
 from fsr_vllm.methods.prototypes import load_prototypes
@@ -49,6 +50,9 @@ class FsrModelMixin:
         # The scheduler packs images by the rows they leave. The tower must not be handed more at once than it would
         # get unpruned: that is what memory was profiled for.
         self._fsr_tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
+        capacity = settings.feature_cache_bytes if compat_caches.has_vision_tower() else 0
+        self.fsr_cache = FeatureCache(capacity) if capacity else None
+        compat_caches.on_runner_reset(self)
         tokenizer = functools.partial(compat.tokenizer_of, vllm_config.model_config)
         self._fsr_words = LlmText(self.language_model, tokenizer, settings.relevance_sign)  # type: ignore[attr-defined]
         self.fsr_text = self._fsr_text_side(settings, vllm_config.load_config.load_format == "dummy")
@@ -79,15 +83,23 @@ class FsrModelMixin:
         """The attention ops of the tower's computed blocks, in order, and how many blocks the whole tower has."""
         raise NotImplementedError
 
-    def fsr_encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tower features (B, N, Dv), the same projected (B, N, D), and the projected [CLS] row (B, D)."""
+    def fsr_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the tower gives for each image, (B, ...): all that is kept of it besides tapped signals."""
+        raise NotImplementedError
+
+    def fsr_project(self, tower: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tower features (B, N, Dv), and the same projected as the stock model does it (B, N, D)."""
+        raise NotImplementedError
+
+    def fsr_cls_row(self, tower: torch.Tensor) -> torch.Tensor:
+        """The projected [CLS] row, (B, D)."""
         raise NotImplementedError
 
     # vLLM's calls ---------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         if self.fsr_active:
-            self._fsr_words.clear()
+            self.fsr_forget()
         if not isinstance(self.fsr_text, ClipText):
             return super().load_weights(weights)  # type: ignore[misc]
         ours: set[str | None] = set()
@@ -105,20 +117,69 @@ class FsrModelMixin:
         return loaded | {WEIGHTS + name for name, _ in self.fsr_text.named_parameters()}
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        encoded = kwargs.pop(PLAN_FIELD, None)
-        plans = [ImagePlan.decode(plan.cpu().numpy().tobytes()) for plan in encoded] if encoded is not None else []
-        if not any(plan.pruned for plan in plans):
+        packed = kwargs.pop(PLAN_FIELD, None)
+        known = [unpack_plan(plan) for plan in packed] if packed is not None else []
+        keys, plans = [key for key, _ in known], [plan for _, plan in known]
+        if not any(plan.pruned for plan in plans) and not (self.fsr_active and self.fsr_cache and any(keys)):
+            if self.fsr_active:
+                self.fsr_counts["tower_images"] += len(plans)
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
         pixel_values = kwargs["pixel_values"]
         step = max(1, self._fsr_tokens_at_once // max(plan.total for plan in plans))
         rows: list[torch.Tensor] = []
         for start in range(0, len(plans), step):
-            rows += self._fsr_embed(pixel_values[start : start + step], plans[start : start + step])
+            part = slice(start, start + step)
+            rows += self._fsr_embed(pixel_values[part], keys[part], plans[part])
         return rows
+
+    def fsr_forget(self) -> None:
+        """Drop all that was computed with the weights so far."""
+        self._fsr_words.clear()
+        if isinstance(self.fsr_text, ClipText):
+            self.fsr_text.clear()
+        if self.fsr_cache is not None:
+            self.fsr_cache.clear()
+
+    # Vision tower ---------------------------------------------------------------------------------------------------
+
+    def _fsr_encode(
+        self, pixel_values: torch.Tensor, keys: Sequence[bytes | None], wanted: frozenset[str]
+    ) -> dict[str, torch.Tensor]:
+        """The tower's output and the wanted signals of distinct images, from the cache where it has them all."""
+        cache = self.fsr_cache
+        found = [cache.get(key, {"tower", *wanted}) if cache is not None and key else None for key in keys]
+        missing = [place for place, entry in enumerate(found) if entry is None]
+        fresh: dict[str, torch.Tensor] = {}
+        if missing:
+            self.fsr_tap.wanted = wanted
+            if cache is not None:
+                # What was held of an image stays held, or two methods would displace each other's signals in turn.
+                held = frozenset().union(*(cache.names(keys[place]) for place in missing))
+                self.fsr_tap.wanted = tapped(wanted | held) | self.fsr_tap.cheap
+            try:
+                some = len(missing) < len(keys)
+                pixels = pixel_values[_indices(missing, pixel_values.device)] if some else pixel_values
+                fresh = {"tower": self.fsr_tower(pixels)}
+            finally:
+                self.fsr_tap.wanted = frozenset()
+            fresh |= self.fsr_tap.take()
+            self.fsr_counts["tower_images"] += len(missing)
+        new = {place: {name: value[row] for name, value in fresh.items()} for row, place in enumerate(missing)}
+        result = fresh
+        if len(missing) < len(keys):
+            # Copies, and before the cache takes new entries: those may lie where these are.
+            entries = [new.get(place) or entry for place, entry in enumerate(found)]
+            result = {name: torch.stack([entry[name] for entry in entries if entry]) for name in {"tower", *wanted}}
+        for place, tensors in new.items():
+            if cache is not None and (key := keys[place]):
+                cache.put(key, tensors)
+        return dict(result)
 
     # Selection ------------------------------------------------------------------------------------------------------
 
-    def _fsr_embed(self, pixel_values: torch.Tensor, plans: Sequence[ImagePlan]) -> list[torch.Tensor]:
+    def _fsr_embed(
+        self, pixel_values: torch.Tensor, keys: Sequence[bytes | None], plans: Sequence[ImagePlan]
+    ) -> list[torch.Tensor]:
         groups: dict[tuple[str, str, int, str], list[int]] = defaultdict(list)
         for index, plan in enumerate(plans):
             if plan.pruned:
@@ -127,12 +188,24 @@ class FsrModelMixin:
                 groups[plan.method, plan.options, plan.keep, text].append(index)
         clock, device = self.fsr_clock, pixel_values.device
         started = clock.start(device)
-        self.fsr_tap.wanted = frozenset().union(*(_wanted(_method(name, options)) for name, options, *_ in groups))
-        try:
-            features, projected, cls_row = self.fsr_encode(pixel_values)
-        finally:
-            self.fsr_tap.wanted = frozenset()
-        signals = self.fsr_tap.take() | {"metric": features, "cls_row": cls_row}
+        wanted = frozenset().union(*(_wanted(_method(name, options)) for name, options, *_ in groups))
+        numbers: dict[Any, int] = {}
+        source = [numbers.setdefault(key or place, len(numbers)) for place, key in enumerate(keys)]
+        again = len(numbers) < len(plans)  # the same image, asked about in several ways
+        firsts = [source.index(number) for number in range(len(numbers))]
+        if again:
+            pixel_values = pixel_values[_indices(firsts, device)]
+            if self.fsr_cache is not None:
+                self.fsr_cache.hits += len(plans) - len(numbers)
+        signals = self._fsr_encode(pixel_values, [keys[place] for place in firsts], tapped(wanted))
+        tower = signals.pop("tower")
+        features, projected = self.fsr_project(tower)
+        signals["metric"] = features
+        if "cls_row" in wanted:
+            signals["cls_row"] = self.fsr_cls_row(tower)
+        if again:
+            order = _indices(source, device)
+            projected, signals = projected[order], {name: value[order] for name, value in signals.items()}
         clock.stop("tower", started)
         started = clock.start(device)
         # Copies: vLLM caches rows one by one, and a view would keep the whole batch's memory alive.

@@ -1,7 +1,7 @@
 """Exactly K placeholders per image, cache identities that say what was kept, and the plan on its way to the model.
 
-A plan rides on the item list it belongs to (`MultiModalDataItems.fsr_plans`), so that the processor itself stays
-stateless: several renderer threads may be inside it.
+A plan rides on the item list it belongs to (`MultiModalDataItems.fsr_plans`, beside the images' cache keys in
+`fsr_keys`), so that the processor itself stays stateless: several renderer threads may be inside it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import compat
+from fsr_vllm import compat, compat_caches
+from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -70,10 +70,11 @@ class PlannedInputs(ProcessorInputs):
     fsr_settings: ServerSettings | None = None
     fsr_codebook: str = ""
     fsr_dummy: bool = False
+    fsr_hashes: dict[str, list[str]] | None = None  # vLLM's own, once they are known
 
     def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
         """Identities for processor cache, encoder cache and KV blocks: vLLM's own hash, then what we keep of it."""
-        hashes = super().get_mm_hashes(*args, **kwargs)
+        hashes = dict(self.fsr_hashes or super().get_mm_hashes(*args, **kwargs))
         if self.fsr_plans and self.fsr_settings is not None:
             pairs = zip(hashes["image"], self.fsr_plans, strict=True)
             hashes["image"] = [identity(base, plan, self.fsr_settings, self.fsr_codebook) for base, plan in pairs]
@@ -90,6 +91,9 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         super().__init__(*args, **kwargs)
         self.fsr_settings = read_settings(self.info.get_hf_config())
         self.fsr_counts = {"images": 0, "pruned_images": 0, "visual_tokens_kept": 0, "visual_tokens_total": 0}
+        self.fsr_counts["preprocessed_images"] = 0  # by the Hugging Face processor; warm-up left out
+        capacity = self.fsr_settings.pixel_cache_bytes if self.fsr_settings is not None else 0
+        self.fsr_pixels = PixelCache(capacity) if capacity else None
         self._fsr_lock = threading.Lock()
         self._fsr_given = set(self.fsr_signals)
         if self.fsr_settings is not None and self.fsr_settings.text_encoder != "none":
@@ -153,15 +157,48 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         is_cached, missing = super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
         plans = getattr(mm_data_items, "fsr_plans", None)
         if plans:
-            missing.fsr_plans = [plan for plan, cached in zip(plans, is_cached["image"], strict=True) if not cached]
+            places = [place for place, cached in enumerate(is_cached["image"]) if not cached]
+            missing.fsr_plans = [plans[place] for place in places]
+            missing.fsr_keys = [mm_data_items.fsr_keys[place] for place in places]
+            missing.fsr_dummy = mm_data_items.fsr_dummy
         return is_cached, missing
 
     def _apply_hf_processor_main(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._apply_hf_processor_main(*args, **kwargs)
-        plans = getattr(compat.mm_items_of(args, kwargs), "fsr_plans", None)
-        if plans:
-            encoded = [torch.frombuffer(bytearray(plan.encode()), dtype=torch.uint8) for plan in plans]
-            compat.processed_data_of(result)[PLAN_FIELD] = encoded
+        items = compat.mm_items_of(args, kwargs)
+        plans = getattr(items, "fsr_plans", None)
+        if not plans:
+            return super()._apply_hf_processor_main(*args, **kwargs)
+        result = self._preprocess(items, args, kwargs)
+        packed = [pack_plan(key, plan) for key, plan in zip(items.fsr_keys, plans, strict=True)]
+        compat.processed_data_of(result)[PLAN_FIELD] = packed
+        return result
+
+    def _preprocess(self, items: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The stock step for images whose pixels are not in the cache, and all images in their order as its result."""
+        keys, cache = items.fsr_keys, self.fsr_pixels
+        by_us = cache is not None and all(keys) and set(items) == {"image"}
+        found = dict.fromkeys(keys) if by_us else {}
+        for key in found:
+            found[key] = cache.get(key)  # type: ignore[union-attr]
+        # An image that stands twice in a prompt is preprocessed once.
+        places = [i for i, key in enumerate(keys) if not by_us or (found[key] is None and key not in keys[:i])]
+        if by_us and len(places) < len(keys):
+            some = compat_caches.with_items(args, kwargs, compat_caches.some_images(self.info, items, places))
+            result = super()._apply_hf_processor_main(*some[0], **some[1])
+        else:
+            result = super()._apply_hf_processor_main(*args, **kwargs)
+        with self._fsr_lock:
+            self.fsr_counts["preprocessed_images"] += 0 if items.fsr_dummy else len(places)
+        if cache is None or not by_us:
+            return result
+        data = compat.processed_data_of(result)
+        fields = super()._get_mm_fields_config(data, compat_caches.hf_kwargs_of(args, kwargs))
+        for place, item in zip(places, compat_caches.split_images(data, fields), strict=True):
+            found[keys[place]] = item
+            if (kept := compat_caches.owned(item)) is not None:
+                cache.put(keys[place], *kept)
+        if len(places) < len(keys):
+            data.update(compat_caches.join_images([found[key] for key in keys]))
         return result
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_kwargs: Mapping[str, object]) -> Any:
@@ -209,10 +246,14 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             plans = resolve(RequestFields.parse(values, settings), settings, totals, self._fsr_given)
         except FieldError as error:
             raise compat.request_error(str(error), error.field) from None
-        items.fsr_plans = plans
-        return self._without(
+        planned = self._without(
             inputs, fsr_plans=plans, fsr_settings=settings, fsr_codebook=self._fsr_codebook, fsr_dummy=dummy
         )
+        items.fsr_plans, items.fsr_keys, items.fsr_dummy = plans, [None] * count, dummy
+        if not dummy and count and (settings.pixel_cache_bytes or settings.feature_cache_bytes):
+            planned.fsr_hashes, images = compat_caches.image_hashes(planned, self.info)
+            items.fsr_keys = [image_key(image) for image in images]
+        return planned
 
     def _shortened(self, update: Any, plans: Sequence[ImagePlan]) -> Any:
         if update.modality != "image":
@@ -224,6 +265,11 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             return self.fsr_shorten(placeholder, plans[index]) if plans[index].pruned else placeholder
 
         return dataclasses.replace(update, replacement=replacement)
+
+    def fsr_stats(self) -> dict[str, int]:
+        """What this front end was asked for and what it preprocessed, with the pixel cache's pixel_*."""
+        with self._fsr_lock:
+            return self.fsr_counts | (self.fsr_pixels.stats() if self.fsr_pixels is not None else {})
 
     def _count(self, plans: Sequence[ImagePlan]) -> tuple[int, int]:
         kept, total = sum(plan.keep for plan in plans), sum(plan.total for plan in plans)

@@ -19,6 +19,12 @@ def shallow_key(layer: int) -> str:
     return f"shallow_saliency@{layer}"
 
 
+def tapped(names: Collection[str]) -> frozenset[str]:
+    """Of the inputs that methods need, those that the tap forms while the tower runs."""
+    formed = {name for name in names if name in ("saliency", "attention", "keys") or "@" in name}
+    return frozenset(formed | ({"last_query", "last_key"} if {"last_query", "last_key"} & set(names) else set()))
+
+
 class AttentionTap:
     """Forms signals from the queries and keys of attention layers; a layer nobody asks about runs untouched.
 
@@ -28,6 +34,8 @@ class AttentionTap:
 
     def __init__(self, layers: Sequence[torch.nn.Module], depth: int, shallow: Collection[int]) -> None:
         self.wanted: frozenset[str] = frozenset()
+        # One row per image each: so cheap that whoever keeps signals can have them formed for all images.
+        self.cheap = frozenset({"saliency", *map(shallow_key, shallow)})
         self.signals: dict[str, torch.Tensor] = {}
         layers[-1].register_forward_pre_hook(self._read_last, with_kwargs=True)
         for layer in shallow:
@@ -58,7 +66,7 @@ class AttentionTap:
             self.signals["attention"] = _over_heads(layer, attention_map(query, key, heads, scale))
         if "keys" in wanted:
             self.signals["keys"] = _over_heads(layer, key[:, 1:].float().unflatten(2, (heads, -1)).sum(2))
-        if "last_query" in wanted:
+        if {"last_query", "last_key"} & wanted:
             self.signals["last_query"] = _all_heads(query[:, 0])
             self.signals["last_key"] = _all_heads(key)
 

@@ -118,6 +118,9 @@ class ClipText(nn.Module):
         self._cache.clear()
         return ours
 
+    def clear(self) -> None:
+        self._cache.clear()
+
     def check_loaded(self, loaded: set[str]) -> None:
         """ValueError unless all parameters were filled by `take`, now or before."""
         self._filled |= loaded

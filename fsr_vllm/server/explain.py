@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+
+from fsr_vllm import compat_caches
 
 router = APIRouter(tags=["fsr"])
 
@@ -16,3 +18,9 @@ async def list_methods() -> dict[str, Any]:
     from fsr_vllm.methods import methods
 
     return {"object": "list", "data": [{"id": name, **asdict(info)} for name, info in methods().items()]}
+
+
+@router.get("/v1/fsr/stats")
+async def read_stats(request: Request) -> dict[str, Any]:
+    """Counts of the API server that answers (there may be several) and of all workers; `fsr_vllm.stats` offline."""
+    return await compat_caches.engine_stats(request.app)

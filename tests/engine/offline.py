@@ -53,7 +53,7 @@ def main(spec_path: str, out_path: str) -> None:
         enforce_eager=True,
         kv_cache_memory_bytes=256 << 20,
         max_model_len=2048,
-        limit_mm_per_prompt={"image": 3},
+        limit_mm_per_prompt={"image": 5},
         **spec["llm"],
     )
     results = []

@@ -14,7 +14,7 @@ class ProbeExtension(FsrWorkerExtension):
         model = self.model_runner.get_model()
         values = torch.frombuffer(bytearray(b64decode(pixels)), dtype=torch.float32).view(1, 3, 336, 336)
         model.fsr_tap.wanted = frozenset({"saliency"})
-        features, projected, _ = model.fsr_encode(values)
+        features, projected = model.fsr_project(model.fsr_tower(values))
         model.fsr_tap.wanted = frozenset()
         relevance = model.fsr_text.relevance(features, projected, [question])
         return {"saliency": model.fsr_tap.take()["saliency"][0].tolist(), "relevance": relevance[0].tolist()}

@@ -15,97 +15,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-import fsr_vllm
 from fsr_vllm.methods.prototypes import save_prototypes
 from fsr_vllm.testbed import photos
 
+from .configurations import BAD, CONFIGURATIONS, MIXED, PROMPTS, REFUSED, SERVED, WHAT
+
 pytestmark = pytest.mark.engine
-
-WHAT, WHO = "What is this?", "Who has a red flag?"
-
-
-def request(*parts, **fields):
-    return {"parts": list(parts), **({"fields": fields} if fields else {})}
-
-
-# Without pruning: one image, two images with text between, text only, the same image again.
-PLAIN = [
-    request("chelsea", WHAT),
-    request("First", "chelsea", "then", "rocket", WHAT),
-    request("Say something."),
-    request("chelsea", WHO),
-]
-OFF = [{**r, "fields": {"fsr_budget": "off"}} for r in PLAIN]
-ALL = [{**r, "fields": {"fsr_budget": budget}} for r, budget in zip(PLAIN, (576, 1000, 1_000_000, 577), strict=True)]
-# One image at several budgets, questions and methods, interleaved: what one leaves in a cache must not serve another.
-MIXED = [
-    request("chelsea", WHAT, fsr_budget=64, fsr_question=WHAT),
-    request("chelsea", WHAT, fsr_budget=128, fsr_question=WHAT),
-    request("chelsea", WHAT),
-    request("chelsea", WHO, fsr_budget=64, fsr_question=WHO),
-    request("chelsea", WHAT, fsr_budget=64, fsr_question=WHO),
-    request("chelsea", WHAT, fsr_budget=64, fsr_question=WHAT, fsr_options={"max_focus_share": 0.5}),
-    request("chelsea", WHAT, fsr_budget=64, fsr_method="random"),
-    request("First", "chelsea", "then", "rocket", WHAT, fsr_budget=[16, 100]),
-    request("First", "chelsea", "then", "rocket", WHAT, fsr_budget=["off", 0.25]),
-    request("chelsea", WHAT, fsr_budget=64, fsr_question=WHAT),
-    request("chelsea", WHAT, fsr_budget=1),
-]
-PROMPTS = [64, 128, 576, 64, 64, 64, 64, 116, 720, 64, 1]  # visual tokens of MIXED
-ONE_BY_ONE = [[r] for r in MIXED]
-
-ACTIVE = {"additional_config": {"fsr": {}}}
-PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}
-# Every method that this model can give its inputs to, by changing one word.
-REFUSED = ("quota", "fastv", "sparsevlm", "dart", "ivc")
-SERVED = [name for name in fsr_vllm.methods() if name not in REFUSED]
-BAD = [
-    {"fsr_budget": 0},
-    {"fsr_budget": [64, 64]},
-    {"fsr_budget": True},
-    {"fsr_method": "nope"},
-    {"fsr_options": {"nope": 1}},
-    {"fsr_question": 3},
-]
-CONFIGURATIONS = {
-    "stock": {"llm": {}, "steps": [PLAIN], "env": {"VLLM_PLUGINS": "none"}},
-    "inactive": {"llm": {}, "steps": [PLAIN, [request("chelsea", WHAT, fsr_budget=64)]]},
-    "active": {
-        "llm": {**ACTIVE, "block_size": 32},  # small, so that short prompts fill blocks that can be reused
-        "steps": [PLAIN, OFF, ALL, *ONE_BY_ONE, *ONE_BY_ONE, MIXED]
-        + [[request("chelsea", WHAT, **fields)] for fields in BAD]
-        + [MIXED],
-    },
-    "no caches": {
-        "llm": {**ACTIVE, **PROBE, "enable_prefix_caching": False, "mm_processor_cache_gb": 0},
-        "probe": True,
-        "steps": [
-            *ONE_BY_ONE,
-            *([request("coffee", WHAT, fsr_budget=40, fsr_method=m, fsr_question=WHAT)] for m in (*SERVED, *REFUSED)),
-        ],
-    },
-    "chunked": {"llm": {**ACTIVE, "max_num_batched_tokens": 48, "max_num_seqs": 8}, "steps": [*ONE_BY_ONE, MIXED]},
-    "tensor parallel": {
-        "llm": {**ACTIVE, **PROBE, "tensor_parallel_size": 2},
-        "probe": True,
-        "steps": [*ONE_BY_ONE, MIXED],
-        # One core each; vLLM would bind two ranks to NUMA nodes, which a small machine has too few of.
-        "env": {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))},
-    },
-    "maximum": {
-        "llm": {"additional_config": {"fsr": {"max_budget": 64, "min_budget": 8, "text_encoder": "llm"}}},
-        "steps": [
-            [request("chelsea", WHAT)],
-            [request("chelsea", WHAT, fsr_budget="off")],
-            [request("chelsea", WHAT, fsr_budget=65)],
-            [request("chelsea", WHAT, fsr_budget=0.5)],
-            [request("chelsea", WHAT, fsr_budget=7)],
-            [request("chelsea", WHAT, fsr_budget=64, fsr_question=WHAT)],
-            [request("chelsea", WHAT, fsr_budget=64, fsr_question=WHO)],
-            [request("rocket", "coffee", "astronaut", WHAT, fsr_budget=32)],
-        ],
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +154,23 @@ def test_same_answers_with(outcome, name):
     results = outcome(name)["results"]
     same(flat(results[: len(MIXED)]), alone)
     same(results[len(MIXED)], alone)
+
+
+@pytest.mark.parametrize("name", ["active", "chunked", "tensor parallel"])
+def test_two_images_are_encoded_and_preprocessed_once_each(outcome, name):
+    """Whatever vLLM's processor cache is (its own copy, shared memory, none), and alike on every rank."""
+    stats = outcome(name)["stats"]
+    assert stats["preprocessed_images"] == 2
+    for worker in stats["workers"]:
+        assert worker["tower_images"] == 2 and worker["feature_hits"] > 2
+        mine = {key: value for key, value in worker.items() if key.startswith("feature_")}
+        assert mine == {key: value for key, value in stats["workers"][0].items() if key.startswith("feature_")}
+    assert len(stats["workers"]) == (2 if name == "tensor parallel" else 1)
+
+
+def test_a_maximum_lets_more_images_into_a_prompt(outcome):
+    assert "2048" in outcome("stock")["results"][1]["error"].replace(",", "")
+    assert outcome("maximum")["results"][8][0]["prompt"] < 2048 - 5 * 64 * 5
 
 
 def test_a_maximum_is_the_default_and_a_bound(outcome):

@@ -56,6 +56,11 @@ class Server:
         content = body if isinstance(body, (str, bytes)) else json.dumps(body)
         return httpx.post(f"{self.url}/chat/completions", content=content, headers=headers, timeout=120, **options)
 
+    def get(self, path: str) -> Any:
+        """A GET of one of our routes, over a connection of its own."""
+        root = self.url.removesuffix("/v1")
+        return httpx.get(root + path, headers={"authorization": f"Bearer {KEY}"}, timeout=120).raise_for_status().json()
+
 
 @pytest.fixture(scope="package")
 def start(tmp_path_factory, pictures):

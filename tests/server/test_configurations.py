@@ -42,6 +42,15 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint):
                 model=NAME, messages=messages, max_tokens=1, extra_body={"fsr_budget": 20}
             )
             assert override.headers["x-fsr-visual-tokens"] == "20/576"
+        for budget in range(20, 28):  # a connection each, so that both servers come to see the image
+            body = {"model": NAME, "messages": server.messages("chelsea", WHAT), "max_tokens": 1, "fsr_budget": budget}
+            assert server.post(body).status_code == 200
+        stats = [server.get("/v1/fsr/stats") for _ in range(8)]
+        assert any(each["images"] > 1 for each in stats)
+        for each in stats:
+            assert each["preprocessed_images"] == bool(each["images"])  # once by each server that was asked
+            (worker,) = each["workers"]
+            assert worker["tower_images"] == 1 < worker["images"]
         assert "Traceback" not in server.log.read_text()
 
 

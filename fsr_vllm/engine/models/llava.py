@@ -47,8 +47,12 @@ class FsrLlavaForConditionalGeneration(FsrModelMixin, LlavaForConditionalGenerat
     def fsr_attention(self) -> tuple[list[torch.nn.Module], int]:
         return compat.tower_attentions(self.vision_tower), self.config.vision_config.num_hidden_layers
 
-    def fsr_encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def fsr_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # "full" keeps the [CLS] row at 0; without it this is exactly what the stock model projects.
-        full = self.vision_tower(pixel_values, feature_select_strategy="full")
-        projected = self.multi_modal_projector(full)
-        return full[:, 1:], projected[:, 1:], projected[:, 0]
+        return self.vision_tower(pixel_values, feature_select_strategy="full")
+
+    def fsr_project(self, tower: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return tower[:, 1:], self.multi_modal_projector(tower[:, 1:])
+
+    def fsr_cls_row(self, tower: torch.Tensor) -> torch.Tensor:
+        return self.multi_modal_projector(tower[:, 0])

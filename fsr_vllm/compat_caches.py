@@ -1,0 +1,177 @@
+"""The part of `compat` that concerns caches: identities of images, what becomes of them, and vLLM's own resets.
+
+Same rules as there: each entry says why it is needed, in which versions it was read or run, and when it can go.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+_INTERNAL_UUID = re.compile(r"renderer\d+-mm-\d+-image-\d+")
+_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+_forget: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def image_hashes(inputs: Any, info: Any) -> tuple[dict[str, list[str]], list[str]]:
+    """vLLM's identities of all media of a request, and the images' own, which say the same image alike.
+
+    Why: `ProcessorInputs.get_mm_hashes` gained an argument in 0.28. And with both of vLLM's caches off the renderer
+    names media after the request instead of hashing them (BaseRenderer._process_mm_uuids); for those images the second
+    list hashes the content. Read in 0.26-0.33, run in 0.32. Can go when a processor is told the content hash.
+    """
+    from dataclasses import replace
+
+    from vllm.multimodal.processing import ProcessorInputs
+
+    def hashes(of: Any) -> dict[str, list[str]]:
+        arguments = [info.model_id]
+        if "hash_algorithm" in inspect.signature(ProcessorInputs.get_mm_hashes).parameters:
+            arguments.append(info.ctx.get_mm_config().mm_hasher_algorithm)
+        return ProcessorInputs.get_mm_hashes(of, *arguments)
+
+    found = hashes(inputs)
+    uuids = (inputs.mm_uuid_items or {}).get("image") or []
+    if not any(uuid and _INTERNAL_UUID.fullmatch(uuid) for uuid in uuids):
+        return found, found["image"]
+    own = [None if uuid and _INTERNAL_UUID.fullmatch(uuid) else uuid for uuid in uuids]
+    return found, hashes(replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, "image": own}))["image"]
+
+
+def with_items(args: tuple[Any, ...], kwargs: dict[str, Any], items: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of `_apply_hf_processor_main` for other items; its signature changed in 0.30 and 0.31."""
+    from vllm.multimodal.parse import MultiModalDataItems
+
+    def swap(value: Any) -> Any:
+        return items if isinstance(value, MultiModalDataItems) else value
+
+    return [swap(value) for value in args], {name: swap(value) for name, value in kwargs.items()}
+
+
+def hf_kwargs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, object]:
+    """The processor options among those arguments: the mapping that follows the items."""
+    from vllm.multimodal.parse import MultiModalDataItems
+
+    values = [*args, *kwargs.values()]
+    place = next(index for index, value in enumerate(values) if isinstance(value, MultiModalDataItems))
+    return values[place + 1]
+
+
+def some_images(info: Any, items: Any, places: Sequence[int]) -> Any:
+    """Items with only the images at `places`, made as vLLM's own processor cache makes them. Run in 0.32."""
+    data = {"image": [items["image"][place] for place in places]} if places else {}
+    return info.parse_mm_data(data, validate=False)
+
+
+def split_images(processed: Any, fields: Mapping[str, Any]) -> list[Any]:
+    """One item per image of what the Hugging Face processor returned. Read in 0.26-0.33, run in 0.32."""
+    from vllm.multimodal.inputs import MultiModalKwargsItems
+
+    return list(MultiModalKwargsItems.from_hf_inputs(processed, fields).get("image", []))
+
+
+def join_images(items: Sequence[Any]) -> dict[str, Any]:
+    """The inverse of `split_images`."""
+    from vllm.multimodal.inputs import MultiModalKwargsItems
+
+    return dict(MultiModalKwargsItems({"image": list(items)}).get_data())
+
+
+def owned(item: Any) -> tuple[Any, int] | None:
+    """An image's item with tensors of its own, not views of a batch, and its bytes; None if it cannot be kept."""
+    from dataclasses import replace
+
+    kept, size = {}, 0
+    for name, element in item.items():
+        data = element.data
+        if not isinstance(data, torch.Tensor) or data.device.type != "cpu":
+            return None
+        if data.untyped_storage().nbytes() > data.nbytes:
+            data = data.clone()
+        kept[name] = replace(element, data=data)
+        size += data.nbytes
+    return type(item)(kept), size
+
+
+def wrap_mm_cache_reset(clear: Callable[[Any], None]) -> None:
+    """Call `clear(processor)` whenever a front end clears its multimodal cache; safe to call twice.
+
+    Why: `BaseRenderer.clear_mm_cache` is where /reset_mm_cache, sleep and pause end in the front end, whichever
+    processor cache is in use, none included. To be called before a renderer is made, which binds the method. Run in
+    0.32; where the method does not exist (it was elsewhere in older versions) nothing is wrapped. Can go when a
+    processor is told of resets.
+    """
+    from vllm.renderers import base
+
+    cls = base.BaseRenderer
+    stock = getattr(cls, "clear_mm_cache", None)
+    if stock is None or getattr(cls, "_fsr_resets", False):
+        return
+
+    @functools.wraps(stock)
+    def clear_mm_cache(self: Any) -> Any:
+        result = stock(self)
+        clear(getattr(self, "mm_processor", None))
+        return result
+
+    cls.clear_mm_cache = clear_mm_cache
+    cls._fsr_resets = True
+
+
+def on_runner_reset(model: Any) -> None:
+    """Have `model.fsr_forget()` called whenever this worker's runner drops encoder outputs or multimodal caches.
+
+    Why: `reset_encoder_cache` and `reset_mm_cache` of the model runner are where vLLM's resets, sleep, pause and
+    reload_weights end in a worker, and none reaches the model. Wrapped on the classes of both runners, of which one
+    is already imported when a model is made. Run in 0.32. Can go when a model is told of resets.
+    """
+    _forget.add(model)
+    for module in _RUNNERS:
+        cls = getattr(sys.modules.get(module), "GPUModelRunner", None)
+        if cls is None or getattr(cls, "_fsr_resets", False):
+            continue
+        for name in ("reset_encoder_cache", "reset_mm_cache"):
+            setattr(cls, name, _and_forget(getattr(cls, name)))
+        cls._fsr_resets = True
+
+
+def _and_forget(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, *args, **kwargs)
+        for model in list(_forget):
+            model.fsr_forget()
+        return result
+
+    return reset
+
+
+def has_vision_tower() -> bool:
+    """Whether this pipeline rank runs the vision tower: the first one does."""
+    from vllm.distributed import get_pp_group
+
+    return get_pp_group().is_first_rank
+
+
+async def engine_stats(app: Any) -> dict[str, Any]:
+    """`fsr_stats` of this API server's processor and of all workers; `workers` is None where they have no such method.
+
+    Why: the app's `state.engine_client`, its `renderer` and `collective_rpc` are all there is between a route of ours
+    and the two places that count. Run in 0.32. Can go when vLLM hands them to endpoint plugins.
+    """
+    client = app.state.engine_client
+    processor = getattr(client.renderer, "mm_processor", None)
+    stats = getattr(processor, "fsr_stats", None)
+    counts = stats() if stats else {}
+    try:
+        workers = await client.collective_rpc("fsr_stats")
+    except Exception:  # another worker extension than ours, or none
+        workers = None
+    return {**counts, "workers": workers}

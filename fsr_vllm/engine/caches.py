@@ -1,0 +1,174 @@
+"""Byte-bounded caches keyed by the image alone: vision features in a worker, preprocessed pixels in a front end.
+
+Budgets, methods and questions are not part of the key, so that a new one on a known image costs neither the image
+processor nor the vision tower. Both drop what was used longest ago.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fsr_vllm.params import ImagePlan
+
+KEY_BYTES = 16
+_ALIGNMENT = 256  # bytes; any dtype may start there, and copies run at full speed
+
+
+def image_key(identity: str) -> bytes:
+    """The key of an image from vLLM's own identity of it, made of its content (or `uuid`) and processor options."""
+    return hashlib.sha256(identity.encode()).digest()[:KEY_BYTES]
+
+
+def pack_plan(key: bytes | None, plan: ImagePlan) -> torch.Tensor:
+    """An image's key and plan as the one byte tensor that travels to the model; no key: never cached."""
+    return torch.frombuffer(bytearray((key or bytes(KEY_BYTES)) + plan.encode()), dtype=torch.uint8)
+
+
+def unpack_plan(packed: torch.Tensor) -> tuple[bytes | None, ImagePlan]:
+    data = packed.cpu().numpy().tobytes()
+    key = data[:KEY_BYTES]
+    return key if any(key) else None, ImagePlan.decode(data[KEY_BYTES:])
+
+
+class PixelCache:
+    """Preprocessed images by key, at most `capacity` bytes; several threads may use it."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
+        self._bytes = self._hits = self._misses = 0
+
+    def get(self, key: bytes) -> Any | None:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._entries.move_to_end(key)
+            return entry[0]
+
+    def put(self, key: bytes, value: Any, size: int) -> None:
+        with self._lock:
+            if size > self.capacity:
+                return
+            if key in self._entries:
+                self._bytes -= self._entries.pop(key)[1]
+            while self._bytes + size > self.capacity:
+                self._bytes -= self._entries.popitem(last=False)[1][1]
+            self._entries[key] = (value, size)
+            self._bytes += size
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
+
+    def stats(self) -> dict[str, int]:
+        with self._lock:
+            return {
+                "pixel_hits": self._hits,
+                "pixel_misses": self._misses,
+                "pixel_entries": len(self._entries),
+                "pixel_bytes": self._bytes,
+            }
+
+
+@dataclass
+class _Entry:
+    start: int
+    size: int
+    tensors: dict[str, torch.Tensor]  # views of the cache's block
+
+
+class FeatureCache:
+    """What the vision tower gave for each image, in one block of `capacity` bytes allocated here and never grown.
+
+    Made with the model, the block counts as memory of the model when vLLM sizes its KV cache. Which entries it holds
+    follows from the sequence of calls alone, so that tensor-parallel ranks, which all see the same images in the same
+    order and sizes, hit and miss together.
+    """
+
+    def __init__(self, capacity: int, device: torch.device | None = None) -> None:
+        # Written to at once: a CPU worker counts the memory it has touched, not what it was promised.
+        self._block = torch.empty(capacity, dtype=torch.uint8, device=device).zero_()
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._holes = [(0, capacity)]  # (start, size), ascending, never adjacent
+        self.hits = 0  # also counts what needed no look-up: the same image twice in one batch
+        self._misses = self._evictions = 0
+
+    def get(self, key: bytes, names: Collection[str]) -> Mapping[str, torch.Tensor] | None:
+        """The image's tensors if all of `names` are among them; valid until the next `put`."""
+        entry = self._entries.get(key)
+        if entry is None or not entry.tensors.keys() >= set(names):
+            self._misses += 1
+            return None
+        self.hits += 1
+        self._entries.move_to_end(key)
+        return entry.tensors
+
+    def names(self, key: bytes | None) -> frozenset[str]:
+        """What is held of an image."""
+        entry = self._entries.get(key) if key else None
+        return frozenset(entry.tensors) if entry else frozenset()
+
+    def put(self, key: bytes, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy an image's tensors in, instead of what was held of it; one that is larger than the block stays out."""
+        if key in self._entries:
+            self._free(self._entries.pop(key))
+        places, size = {}, 0
+        for name, value in tensors.items():
+            places[name] = size
+            size += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if size > self._block.numel():
+            return
+        while (start := self._take(size)) is None:
+            self._free(self._entries.popitem(last=False)[1])
+            self._evictions += 1
+        entry = _Entry(start, size, {})
+        for name, value in tensors.items():
+            raw = self._block[start + places[name] :][: value.nbytes]
+            entry.tensors[name] = raw.view(value.dtype).view(value.shape)
+            entry.tensors[name].copy_(value)
+        self._entries[key] = entry
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self._holes = [(0, self._block.numel())]
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "feature_hits": self.hits,
+            "feature_misses": self._misses,
+            "feature_evictions": self._evictions,
+            "feature_entries": len(self._entries),
+            "feature_bytes": sum(entry.size for entry in self._entries.values()),
+            "feature_capacity_bytes": self._block.numel(),
+        }
+
+    def _take(self, size: int) -> int | None:
+        for index, (start, free) in enumerate(self._holes):
+            if free >= size:
+                self._holes[index : index + 1] = [(start + size, free - size)] if free > size else []
+                return start
+        return None
+
+    def _free(self, entry: _Entry) -> None:
+        start, size = entry.start, entry.size
+        index = bisect.bisect(self._holes, (start, size))
+        if index < len(self._holes) and self._holes[index][0] == start + size:
+            size += self._holes.pop(index)[1]
+        if index and sum(self._holes[index - 1]) == start:
+            index -= 1
+            before = self._holes.pop(index)
+            start, size = before[0], before[1] + size
+        self._holes.insert(index, (start, size))
