@@ -72,6 +72,7 @@ class ServerSettings(BaseModel):
     text_encoder: str = "auto"
     relevance_sign: Any = "auto"
     detail_budgets: dict[str, Any] = {}
+    model_alias: bool = False
 
     @classmethod
     @functools.lru_cache(maxsize=16)

@@ -17,7 +17,8 @@ from fsr_vllm.engine.models import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
 
-CLI_KEYS = ("budget", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets")
+CLI_KEYS = ("budget", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets",
+            "model_alias")  # fmt: skip
 
 
 def register() -> None:
@@ -77,6 +78,8 @@ def add_cli_args(parser: Any) -> None:
     add("--fsr-text-encoder", help="CLIP text tower for query relevance: auto, a path or model name, llm, or none.")
     add("--fsr-relevance-sign", help="Sign of the tower's patch-text cosine: auto, 1 or -1.")
     add("--fsr-detail-budgets", type=json.loads, help="Budgets for image_url.detail, e.g. '{\"low\": 64}'.")
+    add("--fsr-model-alias", action="store_true", default=None, help="Serve every model and adapter name with a budget "
+        "behind it too, such as NAME@fsr128, NAME@fsr0.25 or NAME@fsroff.")  # fmt: skip
     parse = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:
@@ -141,13 +144,16 @@ def put_settings(engine_args: Any) -> None:
         settings = params.ServerSettings.parse(given)
         overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
         engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
-        if not engine_args.worker_extension_cls:
-            engine_args.worker_extension_cls = "fsr_vllm.engine.worker.FsrWorkerExtension"
+        from fsr_vllm.engine.extension import with_ours
+
+        engine_args.worker_extension_cls = with_ours(engine_args.worker_extension_cls)
+    from fsr_vllm.engine import conversation
+
+    conversation.install(unsupported)
     if compat.is_online(engine_args):
-        from fsr_vllm.engine.conversation import image_details, image_questions
         from fsr_vllm.server import requests
 
-        requests.install(image_questions, image_details, tuple(FAMILIES))
+        requests.install(unsupported, model_alias=given is not None and settings.model_alias)
 
 
 def finish_settings(engine_args: Any, model_config: Any) -> None:
