@@ -46,12 +46,13 @@ def accept(model_config: Any, suffix: str | None, unsupported: Callable[[Any], s
     if reason:
         raise FieldError("model", f"model: the name asks for a budget ({MARK}{suffix[:20]}), but {reason}")
     settings = ServerSettings.from_json(getattr(model_config.hf_config, SETTINGS_KEY))
+    where = f"model: the budget behind {MARK}"
     try:
-        value = parse_budget_text(suffix, f"the number behind {MARK} of model")
+        value = parse_budget_text(suffix, where)
         if isinstance(value, list):
             raise FieldError("model", f"model: one budget stands behind {MARK}; lists go into fsr_budget")
         if not isinstance(value, float):
-            settings.check_bounds(value, f"the number behind {MARK} of model")
+            settings.check_bounds(value, where)
     except FieldError as error:
         raise FieldError("model", str(error)) from None
     _current.set(value)

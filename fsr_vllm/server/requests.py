@@ -79,8 +79,9 @@ class RequestHook:
         if values:
             others = getattr(request, "mm_processor_kwargs", None) or {}
             kwargs = {**{k: v for k, v in others.items() if not k.startswith(PREFIX)}, **values}
-            # Not an attribute of every request model (completions); those have no images to prune either.
-            if hasattr(request, "mm_processor_kwargs"):
+            # Not a field of every request model; one that neither has it nor takes more has no images to prune.
+            takes_more = getattr(type(request), "model_config", {}).get("extra") == "allow"
+            if takes_more or hasattr(request, "mm_processor_kwargs"):
                 request.mm_processor_kwargs = kwargs
 
     def after(self, engine_inputs: Any) -> None:
@@ -101,11 +102,13 @@ class RequestHook:
             raise compat.request_error(str(error), error.field) from None
         values = self._checked(model_config, request)
         reason = next((UNREAD[kind.__name__] for kind in type(request).__mro__ if kind.__name__ in UNREAD), None)
+        report = current_report.get()
         if values and reason:
-            report = current_report.get()
             fallback = HEADER_FIELD if report and report.budget_header is not None else "model"
             name = min(body_fields(request), default=fallback)
             raise compat.request_error(f"{name}: no budget can be given on this endpoint: {reason}", name)
+        if values and report is not None:
+            report.body = values  # some endpoints render a request of their own making
 
     def _checked(self, model_config: Any, request: Any) -> dict[str, Any]:
         try:
