@@ -16,6 +16,7 @@ from fsr_vllm.params import (
     PREFIX,
     SETTINGS_KEY,
     FieldError,
+    RequestFields,
     ServerSettings,
     per_image,
     readable,
@@ -52,6 +53,7 @@ def settled(
             raise FieldError(min(fields), f"{min(fields)}: {reason}")
         return given
     settings = ServerSettings.from_json(text)
+    RequestFields.parse(fields, settings)  # of a text-only conversation too, where no processor would judge them
     if not fields and not settings.prunes_by_default:
         return given
     instruction.materialise(messages)

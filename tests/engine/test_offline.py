@@ -55,7 +55,7 @@ PROMPTS = [64, 128, 576, 64, 64, 64, 64, 116, 720, 64, 1]  # visual tokens of MI
 ONE_BY_ONE = [[r] for r in MIXED]
 
 ACTIVE = {"additional_config": {"fsr": {}}}
-PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}
+PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}  # a user's own: combined with ours
 # Every method that this model can give its inputs to, by changing one word.
 REFUSED = ("quota", "fastv", "sparsevlm", "dart", "ivc")
 SERVED = [name for name in fsr_vllm.methods() if name not in REFUSED]
@@ -218,6 +218,12 @@ def test_bad_values_are_refused_and_the_engine_lives_on(outcome):
     for fields, refused in zip(BAD, results[first : first + len(BAD)], strict=True):
         assert next(iter(fields)) in refused["error"] and "ValueError" in refused["type"]
     same(results[-1], results[3 + 2 * len(MIXED)])
+
+
+def test_outputs_carry_kept_and_total(outcome):
+    answers = flat(outcome("no caches")["results"][: len(MIXED)])
+    assert [answer["visual"][0] for answer in answers] == PROMPTS
+    assert [answer["visual"][1] for answer in answers] == [576 * (2 if "rocket" in r["parts"] else 1) for r in MIXED]
 
 
 def test_statistics_count_requests_and_work(outcome):
