@@ -63,8 +63,12 @@ def install(unsupported: Callable[[Any], str | None], model_alias: bool = False)
 def note_body(request: Any, body: Any) -> None:
     """Keep the fsr_* fields of a body whose request model drops them (Anthropic, Cohere)."""
     report = current_report.get()
-    if report is not None and isinstance(body, Mapping):
+    if report is None or not isinstance(body, Mapping):
+        return
+    try:
         report.body = merged(_ours(body), _from_xargs(body.get("vllm_xargs")))
+    except FieldError as error:
+        raise compat.request_error(str(error), error.field) from None
 
 
 class RequestHook:
