@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from .methods import MethodInfo, PrunedTokens, VisualTokens, get_method, methods, prune
 
 __version__ = "0.1.0"
-__all__ = ["MethodInfo", "PrunedTokens", "VisualTokens", "__version__", "get_method", "methods", "prune", "stats"]
+__all__ = [
+    "MethodInfo",
+    "PrunedTokens",
+    "VisualTokens",
+    "__version__",
+    "get_method",
+    "methods",
+    "prune",
+    "stats",
+    "visual_tokens",
+]
 
 
 def stats(llm: Any) -> dict[str, Any]:
@@ -20,6 +30,11 @@ def stats(llm: Any) -> dict[str, Any]:
     from .engine.worker import stats as worker_stats
 
     return worker_stats(llm)
+
+
+def visual_tokens(output: Any) -> tuple[int, int]:
+    """Visual tokens kept and total of one offline request output; (0, 0) if it had no images."""
+    return getattr(output, "fsr_visual_tokens", (0, 0))
 
 
 def __getattr__(name: str) -> Any:

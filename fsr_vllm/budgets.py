@@ -6,6 +6,7 @@ import json
 import math
 import reprlib
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 MAX_BUDGET = 1_000_000
@@ -33,13 +34,17 @@ def shown(value: Any) -> str:
 
 
 def parse_budget(value: Any, field: str = "fsr_budget") -> Budget:
-    """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError otherwise."""
-    if value == "off" and isinstance(value, str):
+    """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError otherwise.
+
+    Offline callers may also give NumPy's numbers, which come back as Python's.
+    """
+    if isinstance(value, str) and value == "off":
         return "off"
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_BUDGET:
-        return value
-    if isinstance(value, float) and 0.0 < value < 1.0:  # NaN fails both comparisons
-        return value
+    if isinstance(value, Integral):
+        if not isinstance(value, bool) and 1 <= int(value) <= MAX_BUDGET:
+            return int(value)
+    elif isinstance(value, Real) and 0.0 < float(value) < 1.0:  # NaN fails both comparisons
+        return float(value)
     raise FieldError(field, f"{field} must be {_BUDGET_ALLOWED}; got {shown(value)}")
 
 

@@ -136,8 +136,12 @@ def is_online(engine_args: Any) -> bool:
 
 def python_front_end_bypassed(args: Any) -> str | None:
     """The option that would answer requests outside Python, and so outside our hooks; None if there is none."""
+    from fsr_vllm.compat_surfaces import grpc_launcher_runs
+
     if getattr(args, "grpc", False):
         return "--grpc"
+    if grpc_launcher_runs():
+        return "vLLM's gRPC server"
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").lower() in ("1", "true"):
         return "the Rust front end (VLLM_USE_RUST_FRONTEND=1)"
     return None
@@ -147,59 +151,23 @@ def python_front_end_bypassed(args: Any) -> str | None:
 
 
 @functools.cache
-def _request_error_class() -> type[Exception]:
+def request_error_class() -> type[Exception]:
+    """The class of `request_error`: made when first needed, since importing vllm here would cost every process."""
     from vllm.exceptions import VLLMValidationError
 
     # Also a ValueError, which VLLMValidationError was until 0.30: offline callers catch that.
     return type("FsrRequestError", (VLLMValidationError, ValueError), {"__module__": __name__})
 
 
+def __getattr__(name: str) -> Any:
+    if name == "FsrRequestError":  # how pickle finds it, in whatever process an error arrives
+        return request_error_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def request_error(message: str, field: str) -> Exception:
     """A client error: HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline."""
-    return _request_error_class()(message, parameter=field)  # type: ignore[call-arg]
-
-
-def wrap_renderer(before: Callable[[Any, Any, Any], None], after: Callable[[Any], None]) -> None:
-    """Call `before(renderer, request, messages)` and `after(engine_inputs)` around every chat-style request.
-
-    Why: OnlineRenderer.preprocess_chat is where all OpenAI-style requests are parsed objects and not yet rendered;
-    a body-rewriting middleware would read media twice. Since 0.31 per-request mm_processor_kwargs are refused unless
-    --trust-request-mm-kwargs opens them all; our validated fsr_* keys pass, every other key is still judged by vLLM.
-    Same signature in 0.26-0.33. Can go when vLLM lets a plugin declare request fields.
-    """
-    from vllm.renderers import online_renderer
-
-    cls = online_renderer.OnlineRenderer
-    if getattr(cls, "_fsr_wrapped", False):
-        return
-    stock = cls.preprocess_chat
-
-    @functools.wraps(stock)
-    async def preprocess_chat(self: Any, request: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        before(self, request, messages)
-        conversation, engine_inputs = await stock(self, request, messages, *args, **kwargs)
-        after(engine_inputs)
-        return conversation, engine_inputs
-
-    stock_completion = cls.preprocess_completion
-
-    @functools.wraps(stock_completion)
-    async def preprocess_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        before(self, request, [])  # no messages, so no images: fields are judged, and there is nothing to prune
-        return await stock_completion(self, request, *args, **kwargs)
-
-    cls.preprocess_chat = preprocess_chat
-    cls.preprocess_completion = preprocess_completion
-    check = getattr(online_renderer, "validate_request_mm_kwargs", None)
-    if check is not None:
-
-        @functools.wraps(check)
-        def validate(*, mm_processor_kwargs: Any = None, **kwargs: Any) -> None:
-            others = {k: v for k, v in (mm_processor_kwargs or {}).items() if not k.startswith("fsr_")}
-            check(mm_processor_kwargs=others or None, **kwargs)
-
-        online_renderer.validate_request_mm_kwargs = validate
-    cls._fsr_wrapped = True
+    return request_error_class()(message, parameter=field)  # type: ignore[call-arg]
 
 
 # --- processor ------------------------------------------------------------------------------------------------------

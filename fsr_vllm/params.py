@@ -75,6 +75,7 @@ class ServerSettings(BaseModel):
     detail_budgets: dict[str, Any] = {}
     feature_cache_bytes: int = CACHE_BYTES  # of vision features, per worker
     pixel_cache_bytes: int = CACHE_BYTES  # of preprocessed images, per front-end process
+    model_alias: bool = False
 
     @classmethod
     @functools.lru_cache(maxsize=16)

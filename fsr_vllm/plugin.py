@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.fsr_vllm")
 
 CLI_KEYS = (
     "budget", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets",
-    "feature_cache_bytes", "pixel_cache_bytes",
+    "feature_cache_bytes", "pixel_cache_bytes", "model_alias",
 )  # fmt: skip
 
 
@@ -84,6 +84,8 @@ def add_cli_args(parser: Any) -> None:
         "not encoded again for another question, budget or method (default 268435456, 0 = off).")  # fmt: skip
     add("--fsr-pixel-cache-bytes", type=int, help="Preprocessed images kept in each API server, by image alone "
         "(default 268435456, 0 = off).")  # fmt: skip
+    add("--fsr-model-alias", action="store_true", default=None, help="Serve every model and adapter name with a budget "
+        "behind it too, such as NAME@fsr128, NAME@fsr0.25 or NAME@fsroff.")  # fmt: skip
     parse = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:
@@ -148,14 +150,17 @@ def put_settings(engine_args: Any) -> None:
         settings = params.ServerSettings.parse(given)
         overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
         engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
-        if not engine_args.worker_extension_cls:
-            engine_args.worker_extension_cls = "fsr_vllm.engine.worker.FsrWorkerExtension"
+        from fsr_vllm.engine.extension import with_ours
+
+        engine_args.worker_extension_cls = with_ours(engine_args.worker_extension_cls)
         compat_caches.wrap_mm_cache_reset(_forget_pixels)
+    from fsr_vllm.engine import conversation
+
+    conversation.install(unsupported)
     if compat.is_online(engine_args):
-        from fsr_vllm.engine.conversation import image_details, image_questions
         from fsr_vllm.server import requests
 
-        requests.install(image_questions, image_details, tuple(FAMILIES))
+        requests.install(unsupported, model_alias=given is not None and settings.model_alias)
 
 
 def _forget_pixels(processor: Any) -> None:

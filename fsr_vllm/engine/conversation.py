@@ -1,19 +1,76 @@
-"""Which text asks about which image, for every surface that has messages; the plugin hands it to the HTTP side."""
+"""What a conversation says about its images' budgets and questions, on every surface that has messages.
+
+Settled where the messages are rendered, below HTTP: /v1/chat/completions, /v1/responses, /v1/messages, /tokenize,
+pooling endpoints, run-batch and offline `LLM.chat` all come through here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from fsr_vllm import compat, compat_surfaces
+from fsr_vllm.params import (
+    HOW_TO_ACTIVATE,
+    MAX_QUESTION,
+    PREFIX,
+    SETTINGS_KEY,
+    FieldError,
+    RequestFields,
+    ServerSettings,
+    per_image,
+    readable,
+)
 from fsr_vllm.signals import instruction
 
 
-def image_questions(messages: Any) -> list[str]:
-    """One question per image, in prompt order; contents that can be read only once become lists first."""
-    instruction.materialise(messages)
-    return instruction.image_questions(messages)
+def install(unsupported: Callable[[Any], str | None]) -> None:
+    """Hook vLLM's chat rendering and offline outputs, once per process; `unsupported` is plugin.unsupported."""
+
+    def settle(model_config: Any, messages: Any, given: Any) -> Any:
+        try:
+            return settled(model_config, messages, given, unsupported)
+        except FieldError as error:
+            raise compat.request_error(str(error), error.field) from None
+
+    compat_surfaces.wrap_chat_rendering(settle)
+    compat_surfaces.wrap_offline_outputs()
 
 
-def image_details(messages: Any) -> list[str | None]:
-    """The `image_url.detail` of each image, in prompt order."""
+def settled(
+    model_config: Any, messages: Any, given: Mapping[str, Any] | None, unsupported: Callable[[Any], str | None]
+) -> Any:
+    """mm_processor_kwargs of one conversation: `given` with each image's question and detail budget, or `given` itself.
+
+    The question of an image is the user's text from its message up to the next assistant message. Detail counts only
+    where no budget is given. Errors: FieldError for fields that this model, or this number of images, cannot have.
+    """
+    fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
+    text = getattr(model_config.hf_config, SETTINGS_KEY, None)
+    reason = f"plugin fsr is not active; {HOW_TO_ACTIVATE}" if text is None else unsupported(model_config)
+    if reason:
+        if fields:
+            raise FieldError(min(fields), f"{min(fields)}: {reason}")
+        return given
+    settings = ServerSettings.from_json(text)
+    RequestFields.parse(fields, settings)  # of a text-only conversation too, where no processor would judge them
+    if not fields and not settings.prunes_by_default:
+        return given
     instruction.materialise(messages)
-    return instruction.image_details(messages)
+    questions = instruction.image_questions(messages)
+    others = {k: v for k, v in (given or {}).items() if not k.startswith(PREFIX)}
+    if not questions:
+        return others if fields else given  # text only: nothing to prune
+    if "fsr_budget" not in fields and settings.detail_budgets:
+        fields["fsr_budget"] = budgets_by_detail(settings, messages)
+    for name in ("fsr_budget", "fsr_question"):  # said here, where the images are counted, rather than at the first one
+        per_image(fields.get(name), len(questions), name)
+    # Of a long text the end is read: that is where people put their question.
+    fields.setdefault("fsr_question", [readable(question[-MAX_QUESTION:]) for question in questions])
+    return {**others, **fields}
+
+
+def budgets_by_detail(settings: ServerSettings, messages: Any) -> list[Any]:
+    """Per image: the budget its `image_url.detail` maps to, else the server's default; no detail counts as auto."""
+    details = (detail or "auto" for detail in instruction.image_details(messages))
+    return [settings.detail_budgets.get(detail, settings.default_budget) for detail in details]

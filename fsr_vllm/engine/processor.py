@@ -19,6 +19,7 @@ from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
 from fsr_vllm import compat, compat_caches
+from fsr_vllm.compat_surfaces import RESULT_KEY
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
@@ -35,7 +36,6 @@ from fsr_vllm.params import (
 PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
 # What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the text encoder.
 TAP_SIGNALS = frozenset("saliency shallow_saliency attention keys last_query last_key metric cls_row grid text".split())
-RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on the processed input, for whoever reports it
 
 
 def read_settings(hf_config: Any) -> ServerSettings | None:

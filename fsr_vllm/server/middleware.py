@@ -8,6 +8,7 @@ from fsr_vllm.server.requests import RequestReport, current_report
 
 BUDGET_HEADER = b"x-fsr-budget"
 TOKENS_HEADER = b"x-fsr-visual-tokens"
+EXPOSE_HEADER = b"access-control-expose-headers"
 
 
 class FsrMiddleware:
@@ -22,11 +23,14 @@ class FsrMiddleware:
             return
         headers = [value.decode("latin-1") for name, value in scope["headers"] if name == BUDGET_HEADER]
         report = RequestReport(budget_header=", ".join(headers) if headers else None)
+        # A page of another origin reads only the headers that the answer names; vLLM's CORS middleware names none.
+        foreign = any(name == b"origin" for name, _ in scope["headers"])
 
         async def send_with_header(message: Any) -> None:
             if message["type"] == "http.response.start" and report.total:
                 value = f"{report.kept}/{report.total}".encode()
-                message = {**message, "headers": [*message.get("headers", ()), (TOKENS_HEADER, value)]}
+                added = [(TOKENS_HEADER, value), *([(EXPOSE_HEADER, TOKENS_HEADER)] if foreign else [])]
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
         # A variable of this task and its children: the endpoint, and whatever vLLM starts for it, see the same report.

@@ -1,40 +1,45 @@
-"""fsr_* fields of every OpenAI-style request, read off the parsed request at vLLM's renderer: no second JSON parse.
+"""fsr_* fields of every HTTP request, read off the parsed request before vLLM renders it: no second JSON parse.
 
-The renderer hook validates, settles the question of each image, and passes plain values on as mm_processor_kwargs,
-the channel that offline callers use themselves. A request without fsr fields on a server without a default budget is
+They are validated here and passed on as mm_processor_kwargs, the channel that offline callers use themselves; what the
+conversation says (questions, details) is settled below, in `engine.conversation`. A request without fsr fields is
 left alone.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from fsr_vllm import compat
+from fsr_vllm import compat, compat_surfaces
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
-    MAX_QUESTION,
     PREFIX,
     SETTINGS_KEY,
     FieldError,
     RequestFields,
     ServerSettings,
     parse_budget_text,
-    per_image,
-    readable,
     shown,
 )
+from fsr_vllm.server import alias
 
 HEADER_FIELD = "x-fsr-budget"
+# Request classes that may hold images and have a way of their own to the engine, where no field of ours is read.
+UNREAD = {
+    "GenerateRequest": "images arrive rendered here; give the budget to the endpoint that renders them",
+    "ScoringRequestMixin": "scoring endpoints do not prune",
+}
 
 
 @dataclass
 class RequestReport:
-    """What one HTTP request asked for by header, and what became of its visual tokens."""
+    """What one HTTP request asked for outside vLLM's request object, and what became of its visual tokens."""
 
     budget_header: str | None = None
+    body: dict[str, Any] = field(default_factory=dict)  # fsr_* of a body whose request model drops them
     kept: int = 0
     total: int = 0
 
@@ -42,26 +47,46 @@ class RequestReport:
 current_report: ContextVar[RequestReport | None] = ContextVar("fsr_report", default=None)
 
 
-def install(
-    questions: Callable[[Any], list[str]], details: Callable[[Any], list[str | None]], supported: tuple[str, ...]
-) -> None:
-    """Hook vLLM's renderer, once per process; `questions` and `details` read one entry per image off messages."""
-    hook = RendererHook(questions, details, supported)
-    compat.wrap_renderer(hook.before, hook.after)
+def install(unsupported: Callable[[Any], str | None], model_alias: bool = False) -> None:
+    """Hook vLLM's serving surfaces, once per process; `unsupported` says why a model config's images cannot be pruned.
+
+    Errors: ValueError if names with a budget are to be served and this vLLM does not let them.
+    """
+    hook = RequestHook(unsupported)
+    compat_surfaces.wrap_renderer(hook.before, hook.after)
+    compat_surfaces.wrap_pooling(hook.before, hook.after)
+    compat_surfaces.wrap_foreign_bodies(note_body)
+    if not compat_surfaces.wrap_model_check(alias.split, hook.accept) and model_alias:
+        raise ValueError("fsr.model_alias: this version of vLLM checks model names where plugin fsr cannot help it")
 
 
-class RendererHook:
-    """Runs before and after vLLM renders a chat-style request."""
+def note_body(request: Any, body: Any) -> None:
+    """Keep the fsr_* fields of a body whose request model drops them (Anthropic, Cohere)."""
+    report = current_report.get()
+    if report is None or not isinstance(body, Mapping):
+        return
+    try:
+        report.body = merged(_ours(body), _from_xargs(body.get("vllm_xargs")))
+    except FieldError as error:
+        raise compat.request_error(str(error), error.field) from None
 
-    def __init__(self, questions: Callable[..., Any], details: Callable[..., Any], supported: tuple[str, ...]) -> None:
-        self.questions, self.details, self.supported = questions, details, supported
 
-    def before(self, renderer: Any, request: Any, messages: Any) -> None:
-        """Validate the request's fsr fields and put the resolved ones where the processor reads them."""
-        try:
-            self._before(renderer, request, messages)
-        except FieldError as error:
-            raise compat.request_error(str(error), error.field) from None
+class RequestHook:
+    """Runs before and after vLLM renders a request."""
+
+    def __init__(self, unsupported: Callable[[Any], str | None]) -> None:
+        self.unsupported = unsupported
+
+    def before(self, renderer: Any, request: Any) -> None:
+        """Validate the request's fsr fields and put them where the processor reads them."""
+        values = self._checked(renderer.model_config, request)
+        if values:
+            others = getattr(request, "mm_processor_kwargs", None) or {}
+            kwargs = {**{k: v for k, v in others.items() if not k.startswith(PREFIX)}, **values}
+            # Not a field of every request model; one that neither has it nor takes more has no images to prune.
+            takes_more = getattr(type(request), "model_config", {}).get("extra") == "allow"
+            if takes_more or hasattr(request, "mm_processor_kwargs"):
+                request.mm_processor_kwargs = kwargs
 
     def after(self, engine_inputs: Any) -> None:
         """Note kept and total tokens for the response header."""
@@ -69,67 +94,85 @@ class RendererHook:
         if report is None:
             return
         for engine_input in engine_inputs:
-            kept, total = engine_input.get("fsr_visual_tokens", (0, 0)) if isinstance(engine_input, dict) else (0, 0)
-            report.kept += kept
-            report.total += total
+            result = engine_input.get(compat_surfaces.RESULT_KEY, (0, 0)) if isinstance(engine_input, dict) else (0, 0)
+            report.kept += result[0]
+            report.total += result[1]
 
-    def _before(self, renderer: Any, request: Any, messages: Any) -> None:
+    def accept(self, model_config: Any, request: Any, suffix: str | None) -> None:
+        """After vLLM knows the model: the budget behind its name, and fields that this endpoint cannot honour."""
+        try:
+            alias.accept(model_config, suffix, self.unsupported)
+        except FieldError as error:
+            raise compat.request_error(str(error), error.field) from None
+        values = self._checked(model_config, request)
+        reason = next((UNREAD[kind.__name__] for kind in type(request).__mro__ if kind.__name__ in UNREAD), None)
+        report = current_report.get()
+        if values and reason:
+            fallback = HEADER_FIELD if report and report.budget_header is not None else "model"
+            name = min(body_fields(request), default=fallback)
+            raise compat.request_error(f"{name}: no budget can be given on this endpoint: {reason}", name)
+        if values and report is not None:
+            report.body = values  # some endpoints render a request of their own making
+
+    def _checked(self, model_config: Any, request: Any) -> dict[str, Any]:
+        try:
+            return self._values(model_config, request)
+        except FieldError as error:
+            raise compat.request_error(str(error), error.field) from None
+
+    def _values(self, model_config: Any, request: Any) -> dict[str, Any]:
         values = body_fields(request)
         report = current_report.get()
         header = report.budget_header if report else None
         asked = sorted(values) or ([HEADER_FIELD] if header is not None else [])
-        text = getattr(renderer.model_config.hf_config, SETTINGS_KEY, None)
-        if text is None:
-            if asked:
-                raise FieldError(asked[0], f"{asked[0]}: plugin fsr is not active; {HOW_TO_ACTIVATE}")
-            return
-        processor = getattr(renderer.renderer, "mm_processor", None)
-        reason = getattr(processor, "fsr_unsupported", self._not_supported(renderer.model_config))
+        budget = alias.budget()
+        if not asked and budget is None:
+            return {}
+        text = getattr(model_config.hf_config, SETTINGS_KEY, None)
+        reason = f"plugin fsr is not active; {HOW_TO_ACTIVATE}" if text is None else self.unsupported(model_config)
         if reason:
-            if asked:
-                raise FieldError(asked[0], f"{asked[0]}: {reason}")
-            return
-        settings = ServerSettings.from_json(text)
+            raise FieldError(asked[0], f"{asked[0]}: {reason}")
         if header is not None:
             values = with_header(values, header)
-        fields = RequestFields.parse(values, settings)
-        if not asked and not settings.prunes_by_default:
-            return
-        questions = self.questions(messages)
-        if not questions:
-            return  # text only: nothing to prune
-        if fields.fsr_budget is None and settings.detail_budgets:
-            values["fsr_budget"] = self._by_detail(settings, messages)
-        # Said here rather than by the processor, which sees the same lists but later.
-        for name in ("fsr_budget", "fsr_question"):
-            per_image(values.get(name), len(questions), name)
-        # Of a long text the end is read: that is where people put their question.
-        values.setdefault("fsr_question", [readable(question[-MAX_QUESTION:]) for question in questions])
-        others = getattr(request, "mm_processor_kwargs", None) or {}
-        request.mm_processor_kwargs = {**{k: v for k, v in others.items() if not k.startswith(PREFIX)}, **values}
-
-    def _not_supported(self, model_config: Any) -> str:
-        names = ", ".join(model_config.architectures)
-        return f"architecture {names} is not supported (supported: {', '.join(self.supported)})"
-
-    def _by_detail(self, settings: ServerSettings, messages: Any) -> list[Any]:
-        """Per image: the budget its `image_url.detail` maps to, else the server's default."""
-        details = (detail or "auto" for detail in self.details(messages))
-        return [settings.detail_budgets.get(detail, settings.default_budget) for detail in details]
+        if budget is not None:
+            values.setdefault("fsr_budget", budget)
+        RequestFields.parse(values, ServerSettings.from_json(text))
+        return values
 
 
 def body_fields(request: Any) -> dict[str, Any]:
-    """The fsr_* values of a parsed request: top level, or inside mm_processor_kwargs; null counts as absent.
+    """The fsr_* values of a parsed request: top level, mm_processor_kwargs or vllm_xargs; null counts as absent.
 
-    Errors: FieldError when the same field stands in both places with different values.
+    Errors: FieldError when the same field stands in two places with different values.
     """
-    top = {k: v for k, v in (getattr(request, "model_extra", None) or {}).items() if k.startswith(PREFIX)}
-    inner: Mapping[str, Any] = getattr(request, "mm_processor_kwargs", None) or {}
-    inner = {k: v for k, v in inner.items() if k.startswith(PREFIX)}
-    for name in sorted(set(top) & set(inner)):
-        if top[name] != inner[name]:
-            raise FieldError(name, f"{name} differs between the request's top level and mm_processor_kwargs")
-    return {name: value for name, value in {**inner, **top}.items() if value is not None}
+    report = current_report.get()
+    values = merged(_ours(getattr(request, "model_extra", None)), _ours(getattr(request, "mm_processor_kwargs", None)))
+    values = merged(values, _from_xargs(getattr(request, "vllm_xargs", None)))
+    return merged(values, report.body if report else {})
+
+
+def merged(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
+    """Both; FieldError where they differ."""
+    for name in sorted(set(left) & set(right)):
+        if left[name] != right[name] or type(left[name]) is not type(right[name]):
+            raise FieldError(name, f"{name} stands in two places of the request with different values")
+    return {**right, **left}
+
+
+def _ours(values: Any) -> dict[str, Any]:
+    given = values if isinstance(values, Mapping) else {}
+    return {k: v for k, v in given.items() if k.startswith(PREFIX) and v is not None}
+
+
+def _from_xargs(values: Any) -> dict[str, Any]:
+    """Fields in vLLM's own carrier of extra arguments, which holds no objects: fsr_options is JSON text there."""
+    fields = _ours(values)
+    if isinstance(fields.get("fsr_options"), str):
+        try:
+            fields["fsr_options"] = json.loads(fields["fsr_options"])
+        except (ValueError, RecursionError):
+            raise FieldError("fsr_options", "fsr_options in vllm_xargs must be a JSON object, as text") from None
+    return fields
 
 
 def with_header(values: dict[str, Any], header: str) -> dict[str, Any]:

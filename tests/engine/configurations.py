@@ -39,7 +39,7 @@ ONE_BY_ONE = [[r] for r in MIXED]
 MANY = request("rocket", "coffee", "astronaut", "chelsea", "camera", WHAT)  # 2,880 tokens, of 2,048 that fit
 
 ACTIVE = {"additional_config": {"fsr": {}}}
-PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}
+PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}  # a user's own: combined with ours
 # Every method that this model can give its inputs to, by changing one word.
 REFUSED = ("quota", "fastv", "sparsevlm", "dart", "ivc")
 SERVED = [name for name in fsr_vllm.methods() if name not in REFUSED]

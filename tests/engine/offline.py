@@ -2,12 +2,19 @@
 
 Usage: python offline.py SPEC OUT. A step is a list of requests generated together, in one batch. A request is
 {"parts": [...], "fields": {...} or absent}: a part that names a photograph is that image, any other is text.
+A step {"chat": [[[role, part, ...], ...], ...], "fields": {...}} goes through `LLM.chat` instead, a conversation each;
+with "numpy", numbers of its fields are NumPy's.
 A failing step is reported as {"error": ..., "type": [...]}.
 """
 
 import json
 import sys
 from pathlib import Path
+
+import numpy
+
+import fsr_vllm
+from fsr_vllm.testbed import data_url
 
 
 def prompt_of(request, pictures):
@@ -25,11 +32,15 @@ def generate(llm, requests, pictures):
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=10, temperature=0, logprobs=1)
-    outputs = llm.generate([prompt_of(request, pictures) for request in requests], sampling, use_tqdm=False)
+    if isinstance(requests, dict):
+        outputs = chat(llm, requests, pictures, sampling)
+    else:
+        outputs = llm.generate([prompt_of(request, pictures) for request in requests], sampling, use_tqdm=False)
     return [
         {
             "prompt": len(out.prompt_token_ids),
             "cached": out.num_cached_tokens or 0,
+            "visual": fsr_vllm.visual_tokens(out),
             "tokens": list(out.outputs[0].token_ids),
             "logprobs": [
                 step[token].logprob
@@ -40,10 +51,30 @@ def generate(llm, requests, pictures):
     ]
 
 
+def chat(llm, step, pictures, sampling):
+    """LLM.chat on conversations of (role, part, ...); a part "name:detail" is a photograph with that detail."""
+
+    def part(text):
+        name, _, detail = text.partition(":")
+        if name not in pictures:
+            return {"type": "text", "text": text}
+        if not detail:
+            return {"type": "image_pil", "image_pil": pictures[name]}
+        url = {"url": data_url(pictures[name]), "detail": detail}
+        return {"type": "image_url", "image_url": url}
+
+    conversations = [
+        [{"role": role, "content": [part(text) for text in parts]} for role, *parts in turns] for turns in step["chat"]
+    ]
+    fields = step.get("fields")
+    if step.get("numpy"):
+        fields = {key: numpy.array(value)[()] for key, value in fields.items()}
+    return llm.chat(conversations, sampling, use_tqdm=False, mm_processor_kwargs=fields)
+
+
 def main(spec_path: str, out_path: str) -> None:
     from vllm import LLM
 
-    import fsr_vllm
     from fsr_vllm.testbed import photos
 
     spec = json.loads(Path(spec_path).read_text())

@@ -1,13 +1,11 @@
-"""A user's own worker extension, beside ours: reads signals for given pixels off the model inside a real worker."""
+"""A user's own worker extension, knowing nothing of ours: reads signals for given pixels off the model in a worker."""
 
 from base64 import b64decode
 
 import torch
 
-from fsr_vllm.engine.worker import FsrWorkerExtension
 
-
-class ProbeExtension(FsrWorkerExtension):
+class ProbeExtension:
     @torch.inference_mode()
     def probe_signals(self, pixels: str, question: str) -> dict[str, list[float]]:
         """Saliency and relevance of one image, whose float32 pixels come as base64."""

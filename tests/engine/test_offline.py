@@ -135,6 +135,12 @@ def test_bad_values_are_refused_and_the_engine_lives_on(outcome):
     same(results[-1], results[3 + 2 * len(MIXED)])
 
 
+def test_outputs_carry_kept_and_total(outcome):
+    answers = flat(outcome("no caches")["results"][: len(MIXED)])
+    assert [answer["visual"][0] for answer in answers] == PROMPTS
+    assert [answer["visual"][1] for answer in answers] == [576 * (2 if "rocket" in r["parts"] else 1) for r in MIXED]
+
+
 def test_statistics_count_requests_and_work(outcome):
     stats = outcome("active")["stats"]
     assert stats["visual_tokens_total"] > stats["visual_tokens_kept"] > 0

@@ -7,13 +7,16 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from openai import OpenAI
+from safetensors.torch import save_file
 
 from fsr_vllm.demo import ENVIRONMENT, SERVE_OPTIONS, serve
 
 WITHOUT_PLUGIN = SERVE_OPTIONS[2:]
 KEY = "secret"
 NAME = "fsr-demo"
+ORIGIN = "http://page.example"
 
 
 class Server:
@@ -50,11 +53,12 @@ class Server:
             "tokens": raw.headers.get("x-fsr-visual-tokens"),
         }
 
-    def post(self, body: Any, **options: Any) -> httpx.Response:
-        """A raw POST to /v1/chat/completions; the body may be anything."""
+    def post(self, body: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+        """A raw POST; the body may be anything."""
         headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json", **options.pop("headers", {})}
         content = body if isinstance(body, (str, bytes)) else json.dumps(body)
-        return httpx.post(f"{self.url}/chat/completions", content=content, headers=headers, timeout=120, **options)
+        url = self.url.removesuffix("/v1") + path
+        return httpx.post(url, content=content, headers=headers, timeout=120, **options)
 
     def get(self, path: str) -> Any:
         """A GET of one of our routes, over a connection of its own."""
@@ -75,3 +79,27 @@ def start(tmp_path_factory, pictures):
             yield Server(url, log, pictures)
 
     return started
+
+
+@pytest.fixture(scope="package")
+def main(start, checkpoint):
+    """The server that most tests share: an API key, and everything that changes nothing until a request uses it."""
+    options = ("--api-key", KEY, "--fsr-model-alias", "--enable-prompt-tokens-details", "--enable-scale-out")
+    with start("main", checkpoint, *options, "--allowed-origins", f'["{ORIGIN}"]') as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def adapter(checkpoint, tmp_path_factory):
+    """A LoRA adapter of the language model, with random weights."""
+    config = json.loads((checkpoint / "config.json").read_text())["text_config"]
+    folder = tmp_path_factory.mktemp("adapter")
+    layer = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
+    weights = {
+        f"{layer}.lora_A.weight": torch.randn(4, config["hidden_size"]),
+        f"{layer}.lora_B.weight": torch.randn(config["num_attention_heads"] * config["head_dim"], 4),
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    return folder

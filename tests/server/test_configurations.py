@@ -24,8 +24,9 @@ def refused(server, field, *parts, **fields):
     return error.value.body["message"]
 
 
-def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint):
+def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, adapter):
     options = ("--fsr-min-budget", "16", "--fsr-max-budget", "128", "--fsr-detail-budgets", '{"low": 32, "high": 0.2}')
+    options += ("--fsr-model-alias", "--enable-lora", "--lora-modules", f"adapter={adapter}")
     with start("bounds", checkpoint, "--api-server-count", "2", *options) as server:
         for _ in range(4):  # both servers get some
             assert server.ask("chelsea", WHAT)["tokens"] == "128/576"
@@ -51,7 +52,43 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint):
             assert each["preprocessed_images"] == bool(each["images"])  # once by each server that was asked
             (worker,) = each["workers"]
             assert worker["tower_images"] == 1 < worker["images"]
+        details_belong_to_images_and_come_last(server)
+        adapters_have_budgets_behind_their_names(server)
         assert "Traceback" not in server.log.read_text()
+
+
+def answered(server, messages, model=NAME, headers=None, **fields):
+    raw = server.client.chat.completions.with_raw_response.create(
+        model=model, messages=messages, max_tokens=4, temperature=0, extra_body=fields, extra_headers=headers
+    )
+    return raw.headers["x-fsr-visual-tokens"], raw.parse()
+
+
+def details_belong_to_images_and_come_last(server):
+    messages = server.messages("chelsea", "rocket", WHAT)
+    for part, detail in zip(messages[0]["content"], ("high", "low"), strict=False):
+        part["image_url"]["detail"] = detail
+    assert answered(server, messages)[0] == "147/1152"  # 115 and 32
+    del messages[0]["content"][0]["image_url"]["detail"]
+    assert answered(server, messages)[0] == "160/1152"  # no detail is auto, and auto has no budget: the default's 128
+    assert answered(server, messages, model=f"{NAME}@fsr20")[0] == "40/1152"
+    assert answered(server, messages, model=f"{NAME}@fsr20", headers={"x-fsr-budget": "30"})[0] == "60/1152"
+    assert answered(server, messages, model=f"{NAME}@fsr20", fsr_budget=[16, 17])[0] == "33/1152"
+    for suffix in ("15", "129", "off"):
+        with pytest.raises(openai.BadRequestError) as error:
+            answered(server, messages, model=f"{NAME}@fsr{suffix}")
+        assert error.value.body["param"] == "model"
+
+
+def adapters_have_budgets_behind_their_names(server):
+    messages = server.messages("chelsea", WHAT)
+    plain, named = answered(server, messages, fsr_budget=64), answered(server, messages, model="adapter@fsr64")
+    given = answered(server, messages, model="adapter", fsr_budget=64)
+    assert named[0] == plain[0] == "64/576" and named[1].model == "adapter"
+    assert named[1].choices[0].message.content == given[1].choices[0].message.content
+    assert named[1].choices[0].message.content != plain[1].choices[0].message.content
+    with pytest.raises(openai.NotFoundError):
+        answered(server, messages, model="other@fsr64")
 
 
 def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoint):
@@ -67,10 +104,13 @@ def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoin
 def test_text_model_names_its_architecture(start, tmp_path):
     from fsr_vllm.testbed import build_text_model
 
-    options = ("--limit-mm-per-prompt", "{}")
+    options = ("--limit-mm-per-prompt", "{}", "--fsr-model-alias")
     with start("text", build_text_model(tmp_path / "text"), *options) as server:
         assert server.ask(WHAT)["tokens"] is None
         assert "LlamaForCausalLM" in refused(server, "fsr_budget", WHAT, fsr_budget=64)
+        with pytest.raises(openai.BadRequestError, match="LlamaForCausalLM") as error:
+            server.client.completions.create(model=f"{NAME}@fsr64", prompt=WHAT)
+        assert error.value.body["param"] == "model"
 
 
 def test_llava_without_clip_names_its_tower(start, tmp_path):

@@ -14,9 +14,8 @@ WHAT = "What is this?"
 
 
 @pytest.fixture(scope="module")
-def server(start, checkpoint):
-    with start("main", checkpoint, "--api-key", KEY) as running:
-        yield running
+def server(main):
+    return main
 
 
 @pytest.fixture(scope="module")

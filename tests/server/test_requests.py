@@ -1,39 +1,48 @@
-"""The renderer hook alone, on plain objects: what it adds to a request, and when it leaves one alone."""
+"""The request hook alone, on plain objects: what it and the conversation add to a request, or leave."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from fsr_vllm.engine.conversation import image_details, image_questions
+from fsr_vllm.engine.conversation import settled
 from fsr_vllm.params import SETTINGS_KEY, ServerSettings
-from fsr_vllm.server.requests import RendererHook, RequestReport, current_report
+from fsr_vllm.server import alias
+from fsr_vllm.server.requests import RequestHook, RequestReport, current_report, note_body
 
-HOOK = RendererHook(image_questions, image_details, ("LlavaForConditionalGeneration",))
+
+def unsupported(model_config):
+    return model_config.unsupported
+
+
+HOOK = RequestHook(unsupported)
 MESSAGES = [
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": "What?"}]}
 ]
 
 
-def renderer(settings=None, unsupported=None):
+def configured(settings=None, unsupported=None):
     config = SimpleNamespace()
     if settings is not None:
         setattr(config, SETTINGS_KEY, ServerSettings.parse(settings).model_dump_json())
-    model_config = SimpleNamespace(hf_config=config, architectures=["LlavaForConditionalGeneration"])
-    processor = SimpleNamespace(fsr_unsupported=unsupported)
-    return SimpleNamespace(model_config=model_config, renderer=SimpleNamespace(mm_processor=processor))
+    return SimpleNamespace(hf_config=config, unsupported=unsupported)
 
 
-def after(settings=None, messages=MESSAGES, mm_processor_kwargs=None, unsupported=None, **extra):
-    request = SimpleNamespace(model_extra=extra, mm_processor_kwargs=mm_processor_kwargs)
-    HOOK.before(renderer(settings, unsupported), request, messages)
-    return request.mm_processor_kwargs
+def after(settings=None, messages=MESSAGES, mm_processor_kwargs=None, unsupported_because=None, xargs=None, **extra):
+    """What the processor is given for a request, after the hook and after its conversation was read."""
+    model_config = configured(settings, unsupported_because)
+    request = SimpleNamespace(model_extra=extra, mm_processor_kwargs=mm_processor_kwargs, vllm_xargs=xargs)
+    HOOK.before(SimpleNamespace(model_config=model_config), request)
+    once = settled(model_config, messages, request.mm_processor_kwargs, unsupported)
+    HOOK.before(SimpleNamespace(model_config=model_config), request)  # a next turn renders the same request again
+    assert settled(model_config, messages, request.mm_processor_kwargs, unsupported) == once
+    return once
 
 
 @pytest.mark.parametrize("given", [None, {}, {"theirs": 1}])
 def test_a_request_without_fields_is_left_alone(given):
     assert after(mm_processor_kwargs=given) is given  # inactive
     assert after({}, mm_processor_kwargs=given) is given
-    assert after({}, mm_processor_kwargs=given, unsupported="no tower") is given
+    assert after({}, mm_processor_kwargs=given, unsupported_because="no tower") is given
     assert after({"budget": 64}, messages=[{"role": "user", "content": "hi"}], mm_processor_kwargs=given) is given
 
 
@@ -89,3 +98,82 @@ def test_the_report_adds_up_all_inputs_of_a_request():
         current_report.reset(token)
     assert (report.kept, report.total) == (65, 1152)
     HOOK.after([{"fsr_visual_tokens": (64, 576)}])  # outside an HTTP request: nobody to tell
+
+
+def test_xargs_and_dropped_bodies_are_read_too():
+    assert after({}, xargs={"fsr_budget": 64, "theirs": 1})["fsr_budget"] == 64
+    assert after({}, xargs={"fsr_options": '{"rho": 0.5}'})["fsr_options"] == {"rho": 0.5}
+    for text in ("{", "[1]"):
+        with pytest.raises(ValueError, match="fsr_options"):
+            after({}, xargs={"fsr_options": text})
+    with pytest.raises(ValueError, match="two places"):
+        after({}, xargs={"fsr_budget": 64}, fsr_budget=65)
+    token = current_report.set(RequestReport())
+    try:
+        note_body(None, {"model": "m", "fsr_budget": 8, "fsr_method": None, "vllm_xargs": {"fsr_question": "q"}})
+        given = after({})
+        assert given["fsr_budget"] == 8 and given["fsr_question"] == "q" and "fsr_method" not in given
+    finally:
+        current_report.reset(token)
+
+
+@pytest.fixture
+def named():
+    """A function that puts a model name through the alias and returns what is left of it."""
+
+    def run(name, settings=None, reason=None):
+        model_config = configured({"model_alias": True} if settings is None else settings, reason)
+        request = SimpleNamespace(model=name)
+        suffix = alias.split(model_config, request)
+        alias.accept(model_config, suffix, unsupported)
+        return request.model
+
+    yield run
+    alias.accept(None, None, unsupported)
+
+
+@pytest.mark.parametrize(("suffix", "budget"), [("128", 128), ("0.25", 0.25), ("off", "off")])
+def test_a_name_with_a_budget(named, suffix, budget):
+    assert named(f"a/b@fsr{suffix}") == "a/b"
+    assert after({})["fsr_budget"] == budget
+    assert after({}, fsr_budget=7)["fsr_budget"] == 7  # the request itself comes first
+    low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
+    assert after({"detail_budgets": {"low": 16}}, [{"role": "user", "content": low}])["fsr_budget"] == budget
+    named("a/b")  # the next request of the same task
+    assert after({}) is None
+
+
+def test_names_that_are_none_of_ours(named):
+    for name in ("a/b", "a@b", "@fsr64", None, ""):
+        assert named(name) == name
+    assert named("a/b@fsr64", {}) == "a/b@fsr64"  # not enabled: vLLM's own 404
+    assert alias.budget() is None
+
+
+@pytest.mark.parametrize("suffix", ["0", "-1", "1.0", "many", "", "true", "[1,2]", "1000001", "[" * 5000])
+def test_wrong_budgets_behind_a_name(named, suffix):
+    with pytest.raises(ValueError, match="model") as error:
+        named(f"a/b@fsr{suffix}")
+    assert error.value.field == "model" and alias.budget() is None
+
+
+def test_a_name_with_a_budget_keeps_to_the_servers_range_and_abilities(named):
+    with pytest.raises(ValueError, match="64"):
+        named("m@fsr65", {"model_alias": True, "max_budget": 64})
+    with pytest.raises(ValueError, match="no tower"):
+        named("m@fsr64", reason="no tower")
+
+
+class GenerateRequest(SimpleNamespace):
+    """By the name of vLLM's request class that carries rendered images."""
+
+
+def test_endpoints_that_cannot_prune_say_so(named):
+    request = GenerateRequest(model="m", model_extra={"fsr_budget": 64})
+    with pytest.raises(ValueError, match="on this endpoint") as error:
+        HOOK.accept(configured({}), request, None)
+    assert error.value.parameter == "fsr_budget"
+    with pytest.raises(ValueError, match="on this endpoint") as error:
+        HOOK.accept(configured({"model_alias": True}), GenerateRequest(model="m", model_extra={}), "64")
+    assert error.value.parameter == "model"
+    HOOK.accept(configured({}), GenerateRequest(model="m", model_extra={}), None)
