@@ -25,6 +25,8 @@ WIDTH, LAYERS, HEADS = 128, 4, 4
 QUESTIONS_PER_PICTURE = 16
 # How often each family is drawn in training: look-ups that take longest to be learned come most often.
 MIX = {"attribute": 3, "object": 4, "existence": 3, "digit": 3, "scene": 1, "count": 2, "relation": 3}
+# From two thirds of the steps on: what is known by then is only kept in mind.
+LATE_MIX = {"attribute": 1, "object": 1, "existence": 2, "digit": 8, "scene": 2, "count": 1, "relation": 6}
 _END_WEIGHT = 0.2  # of the end token in the loss, against 1 of the answer; the end is easily learned, yet must be
 
 
@@ -88,9 +90,11 @@ class Wording:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def draw(scene: Scene, random: np.random.Generator, count: int = QUESTIONS_PER_PICTURE) -> list[Question]:
+def draw(
+    scene: Scene, random: np.random.Generator, count: int = QUESTIONS_PER_PICTURE, late: bool = False
+) -> list[Question]:
     """Questions about a scene in the training mix; fewer where it has too little to ask about."""
-    shares = np.array([MIX[family] for family in FAMILIES], float)
+    shares = np.array([(LATE_MIX if late else MIX)[family] for family in FAMILIES], float)
     drawn = random.choice(list(FAMILIES), count, p=shares / shares.sum())
     found = {}
     for family in drawn:

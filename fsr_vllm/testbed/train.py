@@ -105,7 +105,8 @@ def _train_reader(
     def loss(step: int) -> Tensor:
         random = np.random.default_rng([recipe.seed, 2, step])
         picks = random.integers(0, recipe.pictures, recipe.reader_batch)
-        asked = [language.draw(data.scenes[index], random) for index in picks]
+        late = 3 * step >= 2 * recipe.reader_steps
+        asked = [language.draw(data.scenes[index], random, late=late) for index in picks]
         return language.loss(reader, wording, features[torch.from_numpy(picks)].float().to(device), asked)
 
     return fit(reader, [muon, adamw(rest, recipe.reader_rate)], loss, recipe.reader_steps, work / "reader.pt", "reader")

@@ -30,10 +30,9 @@ BUDGETS = (16, 32)
 # Values worth trying, by method and option. What is not here has nothing to tune, or nothing on one small grid.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
     "fsr": {
-        "alpha": (1.0, 2.0, 3.0, 5.0, 8.0), "beta": (0.5, 1.0), "rho": (0.5, 0.7, 0.9), "kappa": (0.5, 1.0),
-        "focus_scope": ("all", "topk"), "max_focus_share": (0.5, 0.75, 1.0), "refine": ("phi", "off"),
-        "scan": ("farthest", "saliency", "coverage"), "coverage_weight": ("phi", "saliency", "uniform"),
-        "space": ("features", "metric"),
+        "alpha": (2.0, 3.0, 5.0, 8.0), "beta": (0.25, 0.5, 1.0), "rho": (0.5, 0.7, 0.9),
+        "max_focus_share": (0.25, 0.5, 0.75, 1.0), "refine": ("phi", "off"), "space": ("features", "metric"),
+        "scan": ("farthest", "saliency", "coverage"), "coverage_weight": ("phi", "uniform"),
     },
     "cdpruner": {"weighting": ("product", "exp"), "theta": tuple(round(0.05 * i, 2) for i in range(1, 20))},
     "vispruner": {"ratio": (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0), "step": (4, 8, 16)},
