@@ -31,7 +31,7 @@ sign is {sign:+d} (`fsr_relevance_sign`); OpenAI's CLIP has -1.
 **Accuracy**, all 144 tokens, {checked} validation scenes, one question per family and scene where there is one:
 
 | {families} |
-|{rule}|
+|{rule}
 | {accuracy} |
 
 **What it cannot do.** Anything else: it knows these questions in these words, in pictures like these, and answers with
