@@ -151,7 +151,7 @@ def test_statistics_count_requests_and_work(outcome):
 
 def test_images_of_equal_budget_are_pruned_in_one_call(outcome):
     worker = outcome("maximum")["stats"]["workers"][0]
-    # Three images of one request in one call, and the four of MANY.
+    # Three images of one request in one call, and the five of MANY in two: the bound of a batch is three.
     assert worker["pruned_images"] - worker["selection_calls"] == 2 + 3
 
 
