@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from fsr_vllm.adaptive import parse_range
 from fsr_vllm.budgets import (
     MAX_BUDGET,
     MAX_IMAGES,
@@ -30,8 +31,8 @@ from fsr_vllm.budgets import (
 __all__ = [
     "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_QUESTION", "PREFIX", "REQUEST_FIELDS", "SELECTION_VERSION",
     "SERVED_DEFAULTS", "SETTINGS_KEY", "Budget", "FieldError", "ImagePlan", "RequestFields", "ServerSettings",
-    "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "per_image", "readable", "resolve",
-    "resolve_budget", "shown",
+    "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range", "per_image", "readable",
+    "resolve", "resolve_budget", "shown",
 ]  # fmt: skip
 
 PREFIX = "fsr_"
@@ -66,6 +67,7 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     budget: Any = None
+    adaptive: Any = None
     min_budget: int | None = None
     max_budget: int | None = None
     method: str = "fsr"
@@ -96,6 +98,13 @@ class ServerSettings(BaseModel):
     @classmethod
     def _check_budget(cls, value: Any) -> Any:
         return None if value is None else parse_budget(value, "fsr.budget")
+
+    @field_validator("adaptive", mode="before")
+    @classmethod
+    def _check_adaptive(cls, value: Any) -> Any:
+        if value is not None:
+            parse_range(value, "fsr.adaptive")
+        return value
 
     @field_validator("min_budget", "max_budget", mode="before")
     @classmethod
@@ -132,11 +141,23 @@ class ServerSettings(BaseModel):
         for name, budget in (("budget", self.budget), *(("detail_budgets", b) for b in self.detail_budgets.values())):
             if budget is not None and not isinstance(budget, float):
                 self.check_bounds(budget, f"fsr.{name}")
+        if self.adaptive is not None:
+            if self.budget is not None:
+                raise FieldError("fsr.adaptive", "fsr.adaptive sets the default budget; leave fsr.budget out")
+            for bound in self.adaptive_range or ():
+                self.check_bounds(bound, f"fsr.adaptive {self.adaptive}: each bound")
         return self
 
     @property
+    def adaptive_range(self) -> tuple[int, int] | None:
+        """(low, high) between which the default budget follows the load; None where it is fixed."""
+        return None if self.adaptive is None else parse_range(self.adaptive, "fsr.adaptive")
+
+    @property
     def default_budget(self) -> Budget:
-        """What a request without a budget gets: the server's default, else its maximum, else all tokens."""
+        """What a request without a budget gets, without load: the server's default, else its maximum, else all."""
+        if self.adaptive_range is not None:
+            return self.adaptive_range[1]
         if self.budget is not None:
             return self.budget
         return self.max_budget if self.max_budget is not None else "off"

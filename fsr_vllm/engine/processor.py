@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import compat
+from fsr_vllm import adaptive, compat
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -36,6 +36,7 @@ PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
 # What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the text encoder.
 TAP_SIGNALS = frozenset("saliency shallow_saliency attention keys last_query last_key metric cls_row grid text".split())
 RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on the processed input, for whoever reports it
+ADAPTIVE_KEY = "fsr_adaptive"  # the budget that the load gave its images, where the request named none
 
 
 def read_settings(hf_config: Any) -> ServerSettings | None:
@@ -70,6 +71,7 @@ class PlannedInputs(ProcessorInputs):
     fsr_settings: ServerSettings | None = None
     fsr_codebook: str = ""
     fsr_dummy: bool = False
+    fsr_adaptive: int | None = None
 
     def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
         """Identities for processor cache, encoder cache and KV blocks: vLLM's own hash, then what we keep of it."""
@@ -147,6 +149,8 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         result = super().apply(inputs, *args, **kwargs)
         if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
             result[RESULT_KEY] = self._count(inputs.fsr_plans)
+            if inputs.fsr_adaptive is not None:
+                result[ADAPTIVE_KEY] = inputs.fsr_adaptive
         return result
 
     def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
@@ -203,6 +207,10 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         settings = self.fsr_settings
         assert settings is not None
         items = inputs.mm_data_items
+        # Decided here rather than on arrival: what waits to be prepared is part of the load.
+        by_load = None if values.get("fsr_budget") is not None else adaptive.default_budget(settings.adaptive_range)
+        if by_load is not None:
+            values = {**values, "fsr_budget": by_load}
         count = items.get_count("image", strict=False)
         totals = [self.fsr_total(items["image"], index) for index in range(count)]
         try:
@@ -211,7 +219,12 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             raise compat.request_error(str(error), error.field) from None
         items.fsr_plans = plans
         return self._without(
-            inputs, fsr_plans=plans, fsr_settings=settings, fsr_codebook=self._fsr_codebook, fsr_dummy=dummy
+            inputs,
+            fsr_plans=plans,
+            fsr_settings=settings,
+            fsr_codebook=self._fsr_codebook,
+            fsr_dummy=dummy,
+            fsr_adaptive=by_load,
         )
 
     def _shortened(self, update: Any, plans: Sequence[ImagePlan]) -> Any:

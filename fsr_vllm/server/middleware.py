@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from fsr_vllm import adaptive
 from fsr_vllm.server.requests import RequestReport, current_report
 
 BUDGET_HEADER = b"x-fsr-budget"
 TOKENS_HEADER = b"x-fsr-visual-tokens"
+ADAPTIVE_HEADER = b"x-fsr-adaptive"
 
 
 class FsrMiddleware:
@@ -25,13 +27,21 @@ class FsrMiddleware:
 
         async def send_with_header(message: Any) -> None:
             if message["type"] == "http.response.start" and report.total:
-                value = f"{report.kept}/{report.total}".encode()
-                message = {**message, "headers": [*message.get("headers", ()), (TOKENS_HEADER, value)]}
+                added = [(TOKENS_HEADER, f"{report.kept}/{report.total}".encode())]
+                if report.adaptive is not None:
+                    added.append((ADAPTIVE_HEADER, str(report.adaptive).encode()))
+                message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
         # A variable of this task and its children: the endpoint, and whatever vLLM starts for it, see the same report.
         token = current_report.set(report)
+        # Work comes by POST; probes of health and metrics are no load.
+        monitor = adaptive.active() if scope.get("method") == "POST" else None
+        if monitor is not None:
+            monitor.enter()
         try:
             await self.app(scope, receive, send_with_header)
         finally:
             current_report.reset(token)
+            if monitor is not None:
+                monitor.leave()

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from fsr_vllm import compat
+from fsr_vllm import adaptive, compat
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     MAX_QUESTION,
@@ -37,6 +37,7 @@ class RequestReport:
     budget_header: str | None = None
     kept: int = 0
     total: int = 0
+    adaptive: int | None = None  # the budget that the load gave images the request named none for
 
 
 current_report: ContextVar[RequestReport | None] = ContextVar("fsr_report", default=None)
@@ -72,6 +73,8 @@ class RendererHook:
             kept, total = engine_input.get("fsr_visual_tokens", (0, 0)) if isinstance(engine_input, dict) else (0, 0)
             report.kept += kept
             report.total += total
+            if isinstance(engine_input, dict) and "fsr_adaptive" in engine_input:
+                report.adaptive = engine_input["fsr_adaptive"]
 
     def _before(self, renderer: Any, request: Any, messages: Any) -> None:
         values = body_fields(request)
@@ -113,9 +116,15 @@ class RendererHook:
         return f"architecture {names} is not supported (supported: {', '.join(self.supported)})"
 
     def _by_detail(self, settings: ServerSettings, messages: Any) -> list[Any]:
-        """Per image: the budget its `image_url.detail` maps to, else the server's default."""
-        details = (detail or "auto" for detail in self.details(messages))
-        return [settings.detail_budgets.get(detail, settings.default_budget) for detail in details]
+        """Per image: the budget its `image_url.detail` maps to, else the server's default, which may follow the load."""
+        details = [detail or "auto" for detail in self.details(messages)]
+        default = settings.default_budget
+        if settings.adaptive_range is not None and not settings.detail_budgets.keys() >= set(details):
+            default = adaptive.default_budget(settings.adaptive_range) or default
+            report = current_report.get()
+            if report is not None and isinstance(default, int):
+                report.adaptive = default
+        return [settings.detail_budgets.get(detail, default) for detail in details]
 
 
 def body_fields(request: Any) -> dict[str, Any]:
