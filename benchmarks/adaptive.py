@@ -2,9 +2,9 @@
 
     python -m benchmarks.adaptive            # about a minute on one core
 
-Service times are the measured ones of results/service-times-cpu.json (see benchmarks.servicetimes), and the same divided
-by 50, as on a faster machine: a rule that needs the right seconds would show there. Loads are multiples of the rate that
-the server reaches at HIGH with requests always waiting. Writes adaptive-simulation.json and .md into --out.
+Service times are the measured ones of results/service-times-cpu.json (see benchmarks.servicetimes), and the same
+divided by 50, as on a faster machine: a rule that needs the right seconds would show there. Loads are multiples of the
+rate that the server reaches at HIGH with requests always waiting. Writes adaptive-simulation.json and .md into --out.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ RULES = {
     "in force": Rule(),
     "no hysteresis": Rule(margin=0.0, hold_seconds=0.0),
     "no hold": Rule(hold_seconds=0.0),
-    "hold 3 s": Rule(hold_seconds=3.0),
-    "hold 30 s": Rule(hold_seconds=30.0),
+    "hold 5 s": Rule(hold_seconds=5.0),
+    "hold 60 s": Rule(hold_seconds=60.0),
     "no smoothing": Rule(smooth_seconds=1e-6),
     "smoothing 5 s": Rule(smooth_seconds=5.0),
-    "half the queue": Rule(queue=(0.0, 0.25, 0.5, 1.0, 2.0)),
-    "twice the queue": Rule(queue=(0.0, 1.0, 2.0, 4.0, 8.0)),
-    "spare 1": Rule(spare=1.0),
-    "spare 16": Rule(spare=16.0),
+    "half the queue": Rule(queue=tuple(0.5 * point for point in Rule().queue)),
+    "twice the queue": Rule(queue=tuple(2.0 * point for point in Rule().queue)),
+    "spare 4": Rule(spare=4.0),
+    "spare 24": Rule(spare=24.0),
 }
 
 
@@ -108,7 +108,9 @@ def markdown(data: dict[str, Any]) -> str:
         ]
         for load, policies in run["loads"].items():
             lines += [f"### {load}", ""]
-            lines += ["| policy | TTFT p50 s | p95 s | goodput /s | mean budget | at HIGH | changes/min | switches/100 |"]
+            lines += [
+                "| policy | TTFT p50 s | p95 s | goodput /s | mean budget | at HIGH | changes/min | switches/100 |"
+            ]
             lines += ["|---|---|---|---|---|---|---|---|"]
             for name, found in policies.items():
                 lines.append(

@@ -2,9 +2,9 @@
 
     python -m benchmarks.servicetimes
 
-Starts one offline engine on the generated LLaVA (random weights, with a language model wide enough that prefill matters),
-runs single requests at several budgets and batches of several sizes, fits straight lines, and writes service-times-cpu.json
-into --out. Runs a few minutes on one core.
+Starts one offline engine on the generated LLaVA (random weights, with a language model wide enough that prefill
+matters), runs single requests at several budgets and batches of several sizes, fits straight lines, and writes
+service-times-cpu.json into --out. Takes a few minutes on one core.
 """
 
 from __future__ import annotations
@@ -114,7 +114,12 @@ def measured(engine: Engine, repeats: int) -> dict[str, Any]:
         "prefill_per_token": per_token,
         "decode_step": step,
         "decode_per_sequence": per_sequence,
-        "measured": {"image": by_image, "text": by_text, "decode_step": steps, "prefill_per_text_token": per_text_token},
+        "measured": {
+            "image": by_image,
+            "text": by_text,
+            "decode_step": steps,
+            "prefill_per_text_token": per_text_token,
+        },
     }
 
 

@@ -61,15 +61,15 @@ class Rule:
     Pressure i is `queue[i]` waiting requests per running one, or `kv[i]` of the KV cache in use, whichever is more;
     between these points it is linear. Level i is entered at pressure i and left, one level at a time, when pressure has
     been below i - `margin` for `hold_seconds`. Pressure is smoothed over `smooth_seconds`. `spare` is added to the
-    running requests: on a server that hardly does anything, the two requests that just came are no queue.
+    running requests: on a server that hardly does anything, two requests that just came are no queue.
     """
 
-    queue: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
+    queue: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     kv: tuple[float, ...] = (0.70, 0.80, 0.88, 0.95, 1.0)
-    spare: float = 4.0
+    spare: float = 12.0
     margin: float = 0.5
     smooth_seconds: float = 1.0
-    hold_seconds: float = 10.0
+    hold_seconds: float = 20.0
 
     def pressure(self, load: Load) -> float:
         """From 0 to the number of points less one; never falls when more requests wait or more cache is in use."""

@@ -116,7 +116,7 @@ class RendererHook:
         return f"architecture {names} is not supported (supported: {', '.join(self.supported)})"
 
     def _by_detail(self, settings: ServerSettings, messages: Any) -> list[Any]:
-        """Per image: the budget its `image_url.detail` maps to, else the server's default, which may follow the load."""
+        """Per image: the budget its `image_url.detail` maps to, else the default, which may follow the load."""
         details = [detail or "auto" for detail in self.details(messages)]
         default = settings.default_budget
         if settings.adaptive_range is not None and not settings.detail_budgets.keys() >= set(details):
