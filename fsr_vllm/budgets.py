@@ -32,6 +32,22 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)[:80]
 
 
+def readable(text: str) -> str:
+    """Text that every tokenizer takes: JSON can hold half of a surrogate pair, which is no character."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def per_image(value: Any, count: int, field: str) -> list[Any]:
+    """One value per image: a list must have exactly `count` entries, anything else is repeated."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise FieldError(
+            field, f"{field} has {len(value)} entries for {count} image(s); give one per image, in prompt order"
+        )
+    return value
+
+
 def parse_budget(value: Any, field: str = "fsr_budget") -> Budget:
     """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError otherwise."""
     if value == "off" and isinstance(value, str):

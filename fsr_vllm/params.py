@@ -24,6 +24,8 @@ from fsr_vllm.budgets import (
     parse_budget,
     parse_budget_text,
     parse_budgets,
+    per_image,
+    readable,
     resolve_budget,
     shown,
 )
@@ -248,11 +250,6 @@ def _known_method(name: str, field: str) -> str:
     return name
 
 
-def readable(text: str) -> str:
-    """Text that every tokenizer takes: JSON can hold half of a surrogate pair, which is no character."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
     """The method with published defaults, then served defaults, then `options`; FieldError if wrong."""
     from fsr_vllm.methods import get_method
@@ -266,17 +263,6 @@ def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
         return get_method(method, **{**served, **given})
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise FieldError("fsr_options", f"fsr_options: {str(error)[:500]}") from None
-
-
-def per_image(value: Any, count: int, field: str) -> list[Any]:
-    """One value per image: a list must have exactly `count` entries, anything else is repeated."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise FieldError(
-            field, f"{field} has {len(value)} entries for {count} image(s); give one per image, in prompt order"
-        )
-    return value
 
 
 def resolve(

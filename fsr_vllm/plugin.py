@@ -85,7 +85,7 @@ def add_cli_args(parser: Any) -> None:
         'tokens, a share between 0 and 1, or "off" (default).')  # fmt: skip
     # The value is optional to argparse alone: without it, the message is ours.
     add("--fsr-adaptive", type=_range, nargs="?", const="", metavar="LOW:HIGH", help="Default budget that follows "
-        "the load: HIGH visual tokens per image at rest, down to LOW when requests wait or the cache fills.")  # fmt: skip
+        "the load: HIGH visual tokens per image at rest, down to LOW when requests queue or KV fills.")  # fmt: skip
     add("--fsr-min-budget", type=int, help="Smallest budget a request may ask for.")
     add("--fsr-max-budget", type=int, help="Largest budget a request may ask for; vLLM profiles with it.")
     add("--fsr-method", help="Method used when a request does not say (default: fsr). See `fsr-vllm methods`.")
