@@ -118,7 +118,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             f"fixed {args.high}": ("--fsr-budget", str(args.high)),
             f"adaptive {args.low}:{args.high}": ("--fsr-adaptive", f"{args.low}:{args.high}"),
         }
-        for name, options in policies.items():
+        # In turns, back and forth: on a shared machine no policy has the better half of the time.
+        turns = [turn for lap in range(args.laps) for turn in list(policies.items())[:: -1 if lap % 2 else 1]]
+        for number, (policy, options) in enumerate(turns, 1):
+            name = f"{number}. {policy}"
             with serve(model, Path(folder) / "log", (*OPTIONS, *options)) as url:
                 take = lambda count: [urls[next(spare)] for _ in range(count)]  # noqa: E731
                 rest = asyncio.run(rested(url, take(5), args.high))
@@ -145,14 +148,14 @@ def markdown(data: dict[str, Any]) -> str:
         f"Capacity at {data['high']} tokens {data['capacity']:.2f} requests/s; offered {data['rate']:.2f} requests/s. "
         f"First token at rest {data['ttft_at_rest']:.2f} s; good is within {data['ttft_limit']:.2f} s.",
         "",
-        "| default budget | requests | first tokens | TTFT p50 s | p95 s | goodput /s | kept/total: requests |",
-        "|---|---|---|---|---|---|---|",
+        "| run, default | at rest s | sent | first tokens | TTFT p50 s | p95 s | goodput /s | kept/total: how many |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in data["runs"].items():
         budgets = ", ".join(f"{tokens}: {count}" for tokens, count in found["budgets"].items())
         lines.append(
-            f"| {name} | {found['requests']} | {found['first_tokens']} | {found['ttft_p50']:.2f} | "
-            f"{found['ttft_p95']:.2f} | {found['goodput']:.2f} | {budgets} |"
+            f"| {name} | {found['ttft_at_rest']:.2f} | {found['requests']} | {found['first_tokens']} | "
+            f"{found['ttft_p50']:.2f} | {found['ttft_p95']:.2f} | {found['goodput']:.2f} | {budgets} |"
         )
     return "\n".join([*lines, ""])
 
@@ -166,13 +169,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=45.0, help="of arrivals")
     parser.add_argument("--drain", type=float, default=45.0, help="seconds to wait after the last arrival")
     parser.add_argument("--probe", type=int, default=24, help="requests that measure the capacity")
+    parser.add_argument("--laps", type=int, default=1, help="runs of each policy")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--note", default="", help="about the machine, for the report")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     data = run(args)
-    data["command"] = " ".join(["python -m benchmarks.overload", *(sys.argv[1:] if argv is None else argv)]).strip()
-    data["note"] = args.note or "A request without a first token at the end counts with the time it had waited."
+    given = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--note", args.note)]
+    data["command"] = " ".join(["python -m benchmarks.overload", *given])
+    data["note"] = f"A request without a first token at the end counts with the time it had waited. {args.note}".strip()
     (args.out / "overload-cpu.json").write_text(json.dumps(data, indent=1) + "\n")
     (args.out / "overload-cpu.md").write_text(markdown(data))
     print(markdown(data))

@@ -216,11 +216,14 @@ def test_load_is_read_where_vllm_records_its_statistics(monkeypatch):
     from vllm.v1.metrics import loggers
     from vllm.v1.metrics.stats import SchedulerStats
 
-    stock = loggers.StatLoggerManager.record
-    assert parameters(inspect.unwrap(stock))[:2] == ["self", "scheduler_stats"]
+    stock = inspect.unwrap(loggers.StatLoggerManager.record)
+    assert parameters(stock)[:2] == ["self", "scheduler_stats"]
     assert "engine_idx" in parameters(stock)
     assert "disable_log_stats" in plugin_fields()
-    monkeypatch.setattr(loggers.StatLoggerManager, "record", stock)  # put back, whatever is done to it
+    # Both are put back afterwards, whatever is done to them here.
+    monkeypatch.setattr(loggers.StatLoggerManager, "record", stock)
+    monkeypatch.setattr(loggers.StatLoggerManager, "_fsr_wrapped", False, raising=False)
+    monkeypatch.setattr(compat, "_load_readers", [])
     seen, manager = [], object.__new__(loggers.StatLoggerManager)
     manager.stat_loggers = []
     for _ in range(2):  # every engine made in this process calls it
@@ -229,7 +232,6 @@ def test_load_is_read_where_vllm_records_its_statistics(monkeypatch):
     manager.record(scheduler_stats=stats, iteration_stats=None, mm_cache_stats=None, engine_idx=1)
     manager.record(stats, None)
     manager.record(scheduler_stats=None, iteration_stats=None)
-    compat._load_readers.clear()
     assert seen == [(1, 3, 3, 0.5), (0, 3, 3, 0.5)]
 
 
