@@ -147,7 +147,7 @@ class ServerSettings(BaseModel):
             if self.budget is not None:
                 raise FieldError("fsr.adaptive", "fsr.adaptive sets the default budget; leave fsr.budget out")
             for bound in self.adaptive_range or ():
-                self.check_bounds(bound, f"fsr.adaptive {self.adaptive}: each bound")
+                self.check_bounds(bound, "fsr.adaptive")
         return self
 
     @property

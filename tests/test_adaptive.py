@@ -49,8 +49,9 @@ def test_no_ranges(value):
     ],
 )
 def test_ranges_that_do_not_go_with_the_other_options(settings, words):
-    with pytest.raises(FieldError, match=words):
+    with pytest.raises(FieldError, match=words) as error:
         ServerSettings.parse({"adaptive": "64:288", **settings})
+    assert error.value.field == "fsr.adaptive"
 
 
 def test_high_is_the_default_budget_and_the_range_travels_with_the_settings():

@@ -85,7 +85,7 @@ REFUSED_STARTS = {
     "adaptive over maximum": (
         ("--plugin", "fsr", "--fsr-adaptive", "64:288", "--fsr-max-budget", "100"),
         {},
-        ["fsr.adaptive", "64:288", "100"],
+        ["fsr.adaptive", "288", "100"],
     ),
     "budget over maximum": (
         ("--plugin", "fsr", "--fsr-budget", "200", "--fsr-max-budget", "100"),
