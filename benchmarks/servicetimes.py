@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,12 @@ BUDGETS = (32, 64, 128, 192, 288, 432)
 QUESTION = "What is in this picture?"
 
 
-def pictures(count: int, side: int = 336) -> list[Any]:
+def pictures(count: int, side: int = 336) -> Iterator[Any]:
     """Different pictures: windows of the photographs, so that no cache knows them."""
     sources = [image.convert("RGB").resize((side + 64, side + 64)) for image in photos().values()]
-    found = []
     for index in range(count):
         left, top = index // len(sources) * 7 % 64, index // len(sources) // 9 * 5 % 64
-        found.append(sources[index % len(sources)].crop((left, top, left + side, top + side)))
-    return found
+        yield sources[index % len(sources)].crop((left, top, left + side, top + side))
 
 
 def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -83,7 +81,7 @@ class Engine:
 
 def measured(engine: Engine, repeats: int) -> dict[str, Any]:
     """Medians of single requests, the lines through them, and seconds of a decode step by batch size."""
-    stock = iter(pictures(len(BUDGETS) * repeats + 8))
+    stock = pictures(len(BUDGETS) * repeats + 8)
     number = iter(range(10**6))
 
     def image_prompt(budget: int) -> dict[str, Any]:
