@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 MAX_BUDGET = 1_000_000
 MAX_IMAGES = 10_000  # entries of a list; more are refused unread
 
@@ -31,6 +33,22 @@ class FieldError(ValueError):
 def shown(value: Any) -> str:
     """A value for an error message, cut short: it is the client's, and may be anything."""
     return reprlib.repr(value)[:80]
+
+
+def readable(text: str) -> str:
+    """Text that every tokenizer takes: JSON can hold half of a surrogate pair, which is no character."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def per_image(value: Any, count: int, field: str) -> list[Any]:
+    """One value per image: a list must have exactly `count` entries, anything else is repeated."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise FieldError(
+            field, f"{field} has {len(value)} entries for {count} image(s); give one per image, in prompt order"
+        )
+    return value
 
 
 def parse_budget(value: Any, field: str = "fsr_budget") -> Budget:
@@ -101,3 +119,13 @@ class ImagePlan:
     @classmethod
     def decode(cls, data: bytes) -> ImagePlan:
         return cls(**json.loads(data))
+
+
+def field_error(error: ValidationError, prefix: str) -> FieldError:
+    """The first pydantic complaint, as a FieldError that carries the full option name."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, FieldError):
+        return cause
+    name = prefix + str(first["loc"][0]) if first["loc"] else prefix.rstrip("_.")
+    return FieldError(name, f"{name}: {first['msg']}")

@@ -18,6 +18,7 @@ from typing import Any
 from fsr_vllm import compat
 
 RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on a processed input, and on an offline request output
+ADAPTIVE_KEY = "fsr_adaptive"  # the budget that the load gave its images, where the request named none
 MODEL_CHECKS = (
     ("vllm.entrypoints.serve.engine.serving", "BaseServing"),
     ("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing"),

@@ -14,15 +14,19 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from fsr_vllm.adaptive import parse_range
 from fsr_vllm.budgets import (
     MAX_BUDGET,
     MAX_IMAGES,
     Budget,
     FieldError,
     ImagePlan,
+    field_error,
     parse_budget,
     parse_budget_text,
     parse_budgets,
+    per_image,
+    readable,
     resolve_budget,
     shown,
 )
@@ -30,8 +34,8 @@ from fsr_vllm.budgets import (
 __all__ = [
     "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_QUESTION", "PREFIX", "REQUEST_FIELDS", "SELECTION_VERSION",
     "SERVED_DEFAULTS", "SETTINGS_KEY", "Budget", "FieldError", "ImagePlan", "RequestFields", "ServerSettings",
-    "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "per_image", "readable", "resolve",
-    "resolve_budget", "shown",
+    "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range", "per_image", "readable",
+    "resolve", "resolve_budget", "shown",
 ]  # fmt: skip
 
 PREFIX = "fsr_"
@@ -51,22 +55,13 @@ SELECTION_VERSION = 1
 SERVED_DEFAULTS: dict[str, dict[str, Any]] = {}
 
 
-def _field_error(error: ValidationError, prefix: str) -> FieldError:
-    """The first pydantic complaint, as a FieldError that carries the full option name."""
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, FieldError):
-        return cause
-    name = prefix + str(first["loc"][0]) if first["loc"] else prefix.rstrip("_.")
-    return FieldError(name, f"{name}: {first['msg']}")
-
-
 class ServerSettings(BaseModel):
     """Options of one server (`--fsr-*`, or additional_config={"fsr": {...}}), the same in all its processes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     budget: Any = None
+    adaptive: Any = None
     min_budget: int | None = None
     max_budget: int | None = None
     method: str = "fsr"
@@ -94,12 +89,19 @@ class ServerSettings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise _field_error(error, "fsr.") from None
+            raise field_error(error, "fsr.") from None
 
     @field_validator("budget", mode="before")
     @classmethod
     def _check_budget(cls, value: Any) -> Any:
         return None if value is None else parse_budget(value, "fsr.budget")
+
+    @field_validator("adaptive", mode="before")
+    @classmethod
+    def _check_adaptive(cls, value: Any) -> Any:
+        if value is not None:
+            parse_range(value, "fsr.adaptive")
+        return value
 
     @field_validator("min_budget", "max_budget", mode="before")
     @classmethod
@@ -144,11 +146,23 @@ class ServerSettings(BaseModel):
         for name, budget in (("budget", self.budget), *(("detail_budgets", b) for b in self.detail_budgets.values())):
             if budget is not None and not isinstance(budget, float):
                 self.check_bounds(budget, f"fsr.{name}")
+        if self.adaptive is not None:
+            if self.budget is not None:
+                raise FieldError("fsr.adaptive", "fsr.adaptive sets the default budget; leave fsr.budget out")
+            for bound in self.adaptive_range or ():
+                self.check_bounds(bound, "fsr.adaptive")
         return self
 
     @property
+    def adaptive_range(self) -> tuple[int, int] | None:
+        """(low, high) between which the default budget follows the load; None where it is fixed."""
+        return None if self.adaptive is None else parse_range(self.adaptive, "fsr.adaptive")
+
+    @property
     def default_budget(self) -> Budget:
-        """What a request without a budget gets: the server's default, else its maximum, else all tokens."""
+        """What a request without a budget gets, without load: the server's default, else its maximum, else all."""
+        if self.adaptive_range is not None:
+            return self.adaptive_range[1]
         if self.budget is not None:
             return self.budget
         return self.max_budget if self.max_budget is not None else "off"
@@ -208,7 +222,7 @@ class RequestFields(BaseModel):
         try:
             fields = cls(**values)
         except ValidationError as error:
-            raise _field_error(error, "") from None
+            raise field_error(error, "") from None
         for budget in fields.budgets() or []:
             settings.check_bounds(budget)
         build_method(fields.fsr_method or settings.method, fields.fsr_options)
@@ -239,11 +253,6 @@ def _known_method(name: str, field: str) -> str:
     return name
 
 
-def readable(text: str) -> str:
-    """Text that every tokenizer takes: JSON can hold half of a surrogate pair, which is no character."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
     """The method with published defaults, then served defaults, then `options`; FieldError if wrong."""
     from fsr_vllm.methods import get_method
@@ -257,17 +266,6 @@ def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
         return get_method(method, **{**served, **given})
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise FieldError("fsr_options", f"fsr_options: {str(error)[:500]}") from None
-
-
-def per_image(value: Any, count: int, field: str) -> list[Any]:
-    """One value per image: a list must have exactly `count` entries, anything else is repeated."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise FieldError(
-            field, f"{field} has {len(value)} entries for {count} image(s); give one per image, in prompt order"
-        )
-    return value
 
 
 def resolve(

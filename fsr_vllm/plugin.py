@@ -18,7 +18,7 @@ from fsr_vllm.engine.models import FAMILIES
 logger = logging.getLogger("vllm.fsr_vllm")
 
 CLI_KEYS = (
-    "budget", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets",
+    "budget", "adaptive", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets",
     "feature_cache_bytes", "pixel_cache_bytes", "model_alias",
 )  # fmt: skip
 
@@ -59,6 +59,16 @@ def _budget(text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _range(text: str) -> str:
+    from fsr_vllm import params
+
+    try:
+        params.parse_range(text, "--fsr-adaptive")
+    except params.FieldError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def add_cli_args(parser: Any) -> None:
     """Add `--plugin` and the `--fsr-*` options; another package may already have brought `--plugin`."""
     group = parser.add_argument_group("Plugins", "Options of installed vLLM plugins (fsr-vllm).")
@@ -74,6 +84,9 @@ def add_cli_args(parser: Any) -> None:
     add = group.add_argument
     add("--fsr-budget", type=_budget, help="Visual tokens kept per image when a request does not say: a number of "
         'tokens, a share between 0 and 1, or "off" (default).')  # fmt: skip
+    # The value is optional to argparse alone: without it, the message is ours.
+    add("--fsr-adaptive", type=_range, nargs="?", const="", metavar="LOW:HIGH", help="Default budget that follows "
+        "the load: HIGH visual tokens per image at rest, down to LOW when requests queue or KV fills.")  # fmt: skip
     add("--fsr-min-budget", type=int, help="Smallest budget a request may ask for.")
     add("--fsr-max-budget", type=int, help="Largest budget a request may ask for; vLLM profiles with it.")
     add("--fsr-method", help="Method used when a request does not say (default: fsr). See `fsr-vllm methods`.")
@@ -148,6 +161,8 @@ def put_settings(engine_args: Any) -> None:
     given = _given(engine_args)
     if given is not None:
         settings = params.ServerSettings.parse(given)
+        if settings.adaptive is not None:
+            _follow_load(engine_args, settings)
         overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
         engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
         from fsr_vllm.engine.extension import with_ours
@@ -167,6 +182,20 @@ def _forget_pixels(processor: Any) -> None:
     """vLLM's multimodal cache was reset in this front end: so is ours."""
     if getattr(processor, "fsr_pixels", None) is not None:
         processor.fsr_pixels.clear()
+
+
+def _follow_load(engine_args: Any, settings: Any) -> None:
+    """Let this process follow the load of its engines; ValueError where there is nothing to follow."""
+    from fsr_vllm import adaptive
+
+    if not compat.is_online(engine_args):
+        raise ValueError(
+            "fsr.adaptive needs a server: LLM() prepares all its prompts before the first one runs, so there is no "
+            "load to follow; set fsr.budget instead"
+        )
+    if getattr(engine_args, "disable_log_stats", False):
+        raise ValueError("fsr.adaptive reads vLLM's statistics: leave out --disable-log-stats, or set fsr.budget")
+    compat.watch_load(adaptive.start(*settings.adaptive_range))
 
 
 def finish_settings(engine_args: Any, model_config: Any) -> None:

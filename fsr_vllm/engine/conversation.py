@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fsr_vllm import compat, compat_surfaces
+from fsr_vllm import adaptive, compat, compat_surfaces
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     MAX_QUESTION,
@@ -71,6 +71,7 @@ def settled(
 
 
 def budgets_by_detail(settings: ServerSettings, messages: Any) -> list[Any]:
-    """Per image: the budget its `image_url.detail` maps to, else the server's default; no detail counts as auto."""
+    """Per image: the budget its `image_url.detail` maps to, else the default, which may follow the load."""
     details = (detail or "auto" for detail in instruction.image_details(messages))
-    return [settings.detail_budgets.get(detail, settings.default_budget) for detail in details]
+    default = adaptive.default_budget(settings.adaptive_range) or settings.default_budget
+    return [settings.detail_budgets.get(detail, default) for detail in details]

@@ -18,8 +18,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import compat, compat_caches
-from fsr_vllm.compat_surfaces import RESULT_KEY
+from fsr_vllm import adaptive, compat, compat_caches
+from fsr_vllm.compat_surfaces import ADAPTIVE_KEY, RESULT_KEY
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
@@ -71,6 +71,7 @@ class PlannedInputs(ProcessorInputs):
     fsr_codebook: str = ""
     fsr_dummy: bool = False
     fsr_hashes: dict[str, list[str]] | None = None  # vLLM's own, once they are known
+    fsr_adaptive: int | None = None
 
     def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
         """Identities for processor cache, encoder cache and KV blocks: vLLM's own hash, then what we keep of it."""
@@ -151,6 +152,8 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         result = super().apply(inputs, *args, **kwargs)
         if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
             result[RESULT_KEY] = self._count(inputs.fsr_plans)
+            if inputs.fsr_adaptive is not None:
+                result[ADAPTIVE_KEY] = inputs.fsr_adaptive
         return result
 
     def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
@@ -240,6 +243,10 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         settings = self.fsr_settings
         assert settings is not None
         items = inputs.mm_data_items
+        # Decided here rather than on arrival: what waits to be prepared is part of the load.
+        by_load = None if values.get("fsr_budget") is not None else adaptive.default_budget(settings.adaptive_range)
+        if by_load is not None:
+            values = {**values, "fsr_budget": by_load}
         count = items.get_count("image", strict=False)
         totals = [self.fsr_total(items["image"], index) for index in range(count)]
         try:
@@ -249,6 +256,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         planned = self._without(
             inputs, fsr_plans=plans, fsr_settings=settings, fsr_codebook=self._fsr_codebook, fsr_dummy=dummy
         )
+        planned.fsr_adaptive = by_load
         items.fsr_plans, items.fsr_keys, items.fsr_dummy = plans, [None] * count, dummy
         if not dummy and count and (settings.pixel_cache_bytes or settings.feature_cache_bytes):
             planned.fsr_hashes, images = compat_caches.image_hashes(planned, self.info)

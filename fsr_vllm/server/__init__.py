@@ -19,4 +19,14 @@ class FsrEndpointPlugin:
         app.add_middleware(FsrMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Nothing to prepare: the routes read the registry only."""
+        """Show the default budget on /metrics where it follows the load; the routes read the registry only."""
+        from fsr_vllm import adaptive
+
+        monitor = adaptive.active()
+        if monitor is None:
+            return
+        if engine_client is None:  # vLLM's render server
+            raise RuntimeError("fsr.adaptive needs an engine whose load it can follow; set fsr.budget instead")
+        from fsr_vllm.server import load_metrics
+
+        load_metrics.publish(monitor)

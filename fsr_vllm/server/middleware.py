@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fsr_vllm import adaptive
 from fsr_vllm.server.requests import RequestReport, current_report
 
 BUDGET_HEADER = b"x-fsr-budget"
 TOKENS_HEADER = b"x-fsr-visual-tokens"
 EXPOSE_HEADER = b"access-control-expose-headers"
+ADAPTIVE_HEADER = b"x-fsr-adaptive"
 
 
 class FsrMiddleware:
@@ -30,12 +32,20 @@ class FsrMiddleware:
             if message["type"] == "http.response.start" and report.total:
                 value = f"{report.kept}/{report.total}".encode()
                 added = [(TOKENS_HEADER, value), *([(EXPOSE_HEADER, TOKENS_HEADER)] if foreign else [])]
+                if report.adaptive is not None:
+                    added.append((ADAPTIVE_HEADER, str(report.adaptive).encode()))
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
         # A variable of this task and its children: the endpoint, and whatever vLLM starts for it, see the same report.
         token = current_report.set(report)
+        # Work comes by POST; probes of health and metrics are no load.
+        monitor = adaptive.active() if scope.get("method") == "POST" else None
+        if monitor is not None:
+            monitor.enter()
         try:
             await self.app(scope, receive, send_with_header)
         finally:
             current_report.reset(token)
+            if monitor is not None:
+                monitor.leave()

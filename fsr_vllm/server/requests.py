@@ -42,6 +42,7 @@ class RequestReport:
     body: dict[str, Any] = field(default_factory=dict)  # fsr_* of a body whose request model drops them
     kept: int = 0
     total: int = 0
+    adaptive: int | None = None  # the budget that the load gave images the request named none for
 
 
 current_report: ContextVar[RequestReport | None] = ContextVar("fsr_report", default=None)
@@ -97,6 +98,8 @@ class RequestHook:
             result = engine_input.get(compat_surfaces.RESULT_KEY, (0, 0)) if isinstance(engine_input, dict) else (0, 0)
             report.kept += result[0]
             report.total += result[1]
+            if isinstance(engine_input, dict):
+                report.adaptive = engine_input.get(compat_surfaces.ADAPTIVE_KEY, report.adaptive)
 
     def accept(self, model_config: Any, request: Any, suffix: str | None) -> None:
         """After vLLM knows the model: the budget behind its name, and fields that this endpoint cannot honour."""

@@ -193,6 +193,54 @@ def test_options_become_additional_config_beside_the_users_own(groups, monkeypat
     assert args.additional_config == {"theirs": 1, "fsr": fsr}
 
 
+@pytest.mark.parametrize("argv", [("--fsr-adaptive",), ("--fsr-adaptive", "288:64"), ("--fsr-adaptive", "m")])
+def test_adaptive_without_bounds_is_an_error_of_the_command_line(groups, monkeypatch, capsys, argv):
+    monkeypatch.setenv("VLLM_PLUGINS", "fsr")
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert "--fsr-adaptive" in (said := capsys.readouterr().err) and "LOW:HIGH" in said
+    assert parse("--fsr-adaptive", "64:288").fsr_adaptive == "64:288"
+
+
+def test_adaptive_is_refused_where_there_is_no_load_to_follow(tmp_path):
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+    settings = {"fsr": {"adaptive": "64:288"}}
+    with pytest.raises(ValueError, match="needs a server"):
+        plugin.put_settings(EngineArgs(str(tmp_path), additional_config=settings))
+    with pytest.raises(ValueError, match="--disable-log-stats"):
+        plugin.put_settings(AsyncEngineArgs(str(tmp_path), additional_config=settings, disable_log_stats=True))
+
+
+def test_load_is_read_where_vllm_records_its_statistics(monkeypatch):
+    from vllm.v1.metrics import loggers
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    stock = inspect.unwrap(loggers.StatLoggerManager.record)
+    assert parameters(stock)[:2] == ["self", "scheduler_stats"]
+    assert "engine_idx" in parameters(stock)
+    assert "disable_log_stats" in plugin_fields()
+    # Both are put back afterwards, whatever is done to them here.
+    monkeypatch.setattr(loggers.StatLoggerManager, "record", stock)
+    monkeypatch.setattr(loggers.StatLoggerManager, "_fsr_wrapped", False, raising=False)
+    monkeypatch.setattr(compat, "_load_readers", [])
+    seen, manager = [], object.__new__(loggers.StatLoggerManager)
+    manager.stat_loggers = []
+    for _ in range(2):  # every engine made in this process calls it
+        compat.watch_load(lambda *figures: seen.append(figures))
+    stats = SchedulerStats(num_running_reqs=3, num_waiting_reqs=2, num_skipped_waiting_reqs=1, kv_cache_usage=0.5)
+    manager.record(scheduler_stats=stats, iteration_stats=None, mm_cache_stats=None, engine_idx=1)
+    manager.record(stats, None)
+    manager.record(scheduler_stats=None, iteration_stats=None)
+    assert seen == [(1, 3, 3, 0.5), (0, 3, 3, 0.5)]
+
+
+def plugin_fields():
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs.__dataclass_fields__
+
+
 def test_settings_that_are_no_object_are_refused():
     for value in ("64", 64, ["budget"]):
         with pytest.raises(ValueError, match="must be an object"):

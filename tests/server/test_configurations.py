@@ -130,6 +130,12 @@ REFUSED_STARTS = {
     "rust": (("--plugin", "fsr"), {"VLLM_USE_RUST_FRONTEND": "1"}, ["Rust", "fsr"]),
     "option without plugin": (("--fsr-budget", "64"), {}, ["--fsr-budget", "--plugin fsr"]),
     "bad budget": (("--plugin", "fsr", "--fsr-budget", "1.5"), {}, ["--fsr-budget", "off"]),
+    "adaptive without bounds": (("--plugin", "fsr", "--fsr-adaptive"), {}, ["--fsr-adaptive", "LOW:HIGH", "bounds"]),
+    "adaptive over maximum": (
+        ("--plugin", "fsr", "--fsr-adaptive", "64:288", "--fsr-max-budget", "100"),
+        {},
+        ["fsr.adaptive", "288", "100"],
+    ),
     "budget over maximum": (
         ("--plugin", "fsr", "--fsr-budget", "200", "--fsr-max-budget", "100"),
         {},

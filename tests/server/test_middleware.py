@@ -2,11 +2,14 @@
 
 import asyncio
 
+import pytest
+
+from fsr_vllm import adaptive
 from fsr_vllm.server.middleware import FsrMiddleware
 from fsr_vllm.server.requests import current_report
 
 
-def call(app, headers=(), kind="http"):
+def call(app, headers=(), kind="http", method="POST"):
     sent = []
 
     async def receive():
@@ -15,7 +18,7 @@ def call(app, headers=(), kind="http"):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(FsrMiddleware(app)({"type": kind, "headers": list(headers)}, receive, send))
+    asyncio.run(FsrMiddleware(app)({"type": kind, "method": method, "headers": list(headers)}, receive, send))
     return sent
 
 
@@ -75,3 +78,32 @@ def test_other_protocols_pass():
         await send({"type": "websocket.accept"})
 
     assert call(app, kind="websocket") == [{"type": "websocket.accept"}]
+
+
+def test_the_budget_that_the_load_gave_is_a_header_too():
+    async def app(scope, receive, send):
+        report = current_report.get()
+        report.kept, report.total, report.adaptive = 106, 576, 106
+        await answer(send)
+
+    assert call(app)[0]["headers"][-1] == (b"x-fsr-adaptive", b"106")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_requests_count_as_load_until_they_are_answered_and_probes_never(monkeypatch, fails):
+    monitor = adaptive.LoadMonitor(64, 288)
+    monkeypatch.setattr(adaptive, "_active", monitor)
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(monitor.load().waiting)
+        if fails:
+            raise RuntimeError("gone")
+        await answer(send)
+
+    for method in ("POST", "GET", "POST"):
+        try:
+            call(app, method=method)
+        except RuntimeError:
+            assert fails
+    assert seen == [1, 0, 1] and monitor.load().waiting == 0

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fsr_vllm import adaptive
 from fsr_vllm.engine.conversation import settled
 from fsr_vllm.params import SETTINGS_KEY, ServerSettings
 from fsr_vllm.server import alias
@@ -67,6 +68,30 @@ def test_detail_comes_after_the_request_and_before_the_default():
     messages = [{"role": "user", "content": [*low, *MESSAGES[0]["content"]]}]
     assert after(settings, messages)["fsr_budget"] == [16, 100]
     assert after(settings, messages, fsr_budget=8)["fsr_budget"] == 8
+
+
+def test_a_default_that_follows_the_load_stands_in_for_details_without_a_budget(monkeypatch):
+    monitor = adaptive.LoadMonitor(64, 288, clock=lambda: now[0])
+    monkeypatch.setattr(adaptive, "_active", monitor)
+    now = [0.0]
+    settings = {"adaptive": "64:288", "detail_budgets": {"low": 16, "high": 500}}
+    low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
+    messages = [{"role": "user", "content": [*low, *MESSAGES[0]["content"]]}]
+    assert after({"adaptive": "64:288"}) == {"fsr_question": ["What?"]}  # the processor's, at the last moment
+    report = RequestReport()
+    token = current_report.set(report)
+    try:
+        assert after(settings, messages)["fsr_budget"] == [16, 288]
+        monitor.read(0, adaptive.Load(0, 100))
+        now[0] += 5.0
+        assert after(settings, messages)["fsr_budget"] == [16, 64]
+        assert after(settings, [{"role": "user", "content": low}])["fsr_budget"] == [16]
+        assert after(settings, messages, fsr_budget=500)["fsr_budget"] == 500
+        assert report.adaptive is None
+        HOOK.after([{"fsr_visual_tokens": (64, 576), "fsr_adaptive": 64}])
+        assert report.adaptive == 64
+    finally:
+        current_report.reset(token)
 
 
 def test_contents_that_can_be_read_once_are_still_there_for_vllm():

@@ -1,0 +1,74 @@
+"""A server whose default budget follows its load: full at rest, less when requests wait; what is asked for stays."""
+
+import asyncio
+import time
+
+import httpx
+import pytest
+
+from .conftest import KEY, NAME
+
+pytestmark = pytest.mark.engine
+
+WHAT = "What is this?"
+RANGE = (16, 128)
+
+
+@pytest.fixture(scope="module")
+def server(start, checkpoint):
+    options = ("--fsr-adaptive", "{}:{}".format(*RANGE), "--fsr-detail-budgets", '{"low": 100}', "--max-num-seqs", "2")
+    with start("adaptive", checkpoint, *options) as server:
+        yield server
+
+
+def asked(server, detail="auto", **fields):
+    """(x-fsr-visual-tokens, x-fsr-adaptive) of one short request."""
+    messages = server.messages("chelsea", WHAT)
+    messages[0]["content"][0]["image_url"]["detail"] = detail
+    answer = server.post({"model": NAME, "messages": messages, "max_tokens": 1, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.headers["x-fsr-visual-tokens"], answer.headers.get("x-fsr-adaptive")
+
+
+def metrics(server):
+    text = httpx.get(server.url.removesuffix("/v1") + "/metrics", timeout=60).text
+    lines = (line.rpartition(" ") for line in text.splitlines() if line.startswith("fsr_adaptive"))
+    return {name: float(value) for name, _, value in lines}
+
+
+def test_at_rest_requests_get_high_and_may_ask_for_anything(server):
+    assert asked(server) == ("128/576", "128")
+    assert asked(server, detail="low") == ("100/576", None)
+    for budget, kept in ((300, 300), (8, 8), ("off", 576)):  # the range bounds the default, not requests
+        assert asked(server, fsr_budget=budget) == (f"{kept}/576", None)
+    found = metrics(server)
+    assert found["fsr_adaptive_budget"] == 128
+    assert found['fsr_adaptive_changes_total{direction="down"}'] == 0
+
+
+def test_under_load_the_default_falls_and_what_was_asked_for_stays(server):
+    found, lowest = asyncio.run(crowded(server))
+    assert lowest == RANGE[0]
+    assert found == [("16/576", "16"), ("100/576", None), ("300/576", None)]
+    assert metrics(server)['fsr_adaptive_changes_total{direction="down"}'] >= 1
+    assert "Traceback" not in server.log.read_text()
+
+
+async def crowded(server):
+    """Three short requests while many long ones wait, and the lowest default budget seen before them."""
+    url, headers = f"{server.url}/chat/completions", {"authorization": f"Bearer {KEY}"}
+    long = {"model": NAME, "max_tokens": 1500, "ignore_eos": True, "messages": [{"role": "user", "content": "Go on"}]}
+    async with httpx.AsyncClient(headers=headers, timeout=None) as client:
+        crowd = [asyncio.create_task(client.post(url, json=long)) for _ in range(24)]
+        deadline, lowest = time.monotonic() + 60, float(RANGE[1])
+        while lowest > RANGE[0] and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+            lowest = (await asyncio.to_thread(metrics, server))["fsr_adaptive_budget"]
+        asking = [
+            asyncio.create_task(asyncio.to_thread(asked, server, detail, **fields))
+            for detail, fields in (("auto", {}), ("low", {}), ("auto", {"fsr_budget": 300}))
+        ]
+        await asyncio.sleep(2)  # their budgets are settled now; they wait behind the others, which go away
+        for task in crowd:
+            task.cancel()
+        return [await answer for answer in asking], lowest
