@@ -28,6 +28,7 @@ class Focus(NamedTuple):
     """What the focus stage found for each image of a batch."""
 
     saliency: Tensor  # (B, N) float32, s scaled to [0, 1]
+    relevance: Tensor  # (B, N) float32, r scaled to [0, 1]; ones where there is none
     phi: Tensor  # (B, N) float32, equation (3)
     order: Tensor  # (B, K) int64: pi, best first; the first num_focus are F; if F is empty the scan starts at the first
     k_focus: Tensor  # (B,) int64: K_F of equation (4), before clamping
@@ -59,7 +60,8 @@ def focus(
     saliency, relevance (B, N) unscaled, N >= budget; group (B,) as in `minmax`. Without relevance r = 1.
     """
     s = minmax(saliency, group)
-    phi = s.pow(beta) if relevance is None else minmax(relevance, group).pow(alpha) * s.pow(beta)
+    r = torch.ones_like(s) if relevance is None else minmax(relevance, group)
+    phi = s.pow(beta) if relevance is None else r.pow(alpha) * s.pow(beta)
     ranked, order = phi.sort(dim=-1, descending=True, stable=True)
     mass = ranked.double().cumsum(-1)
     wanted = rho * mass[:, -1 if focus_scope == "all" else budget - 1]
@@ -70,7 +72,7 @@ def focus(
     order = order[:, :budget].contiguous()
     first = saliency.float().masked_fill(phi < ranked[:, :1], -torch.inf).argmax(-1)
     order[:, 0] = torch.where(num_focus > 0, order[:, 0], first)
-    return Focus(s, phi, order, k_focus, num_focus)
+    return Focus(s, r, phi, order, k_focus, num_focus)
 
 
 def scan(
@@ -79,9 +81,10 @@ def scan(
     """Equation (5): round by round the token that A, the tokens chosen so far, accounts for least; F, then S: (B, K).
 
     similarity (B, N, N) float32 cosines; order (B, K) and num_focus (B,) as in `Focus`: A starts as F, or as the first
-    of order. Rules: "farthest" takes the largest min over A of (1 - cos), "saliency" the largest weight times that,
-    "coverage" the largest sum over i of weight_i * max(0, cos_ij - c_i) with c_i = max(0, max over A of cos_i).
-    weight (B, N) float32, None = ones. The picks are in the order in which they were made.
+    of order. Rules: "farthest" takes the largest min over A of (1 - cos), "saliency" and "relevance" the largest
+    weight times that, "coverage" the largest sum over i of weight_i * max(0, cos_ij - c_i) with
+    c_i = max(0, max over A of cos_i). weight (B, N) float32, None = ones. The picks come in the order in which they
+    were made.
     With d the angle, or the chord sqrt(2 - 2 cos), "farthest" leaves every token within twice the best radius that
     any choice of as many tokens beside F could reach (equations (6), (7)); 1 - cos itself is no metric.
     """
@@ -165,11 +168,15 @@ class FSR(Method):
         "row", choices=("row", "group"), doc="scores are scaled per row, or jointly over a group such as tiles (open)"
     )
     scan: str = option(
-        "farthest", choices=("farthest", "saliency", "coverage"), doc="paper's rule, that times saliency, coverage gain"
+        "farthest",
+        choices=("farthest", "saliency", "relevance", "coverage"),
+        doc="paper's rule, that times saliency or relevance, coverage gain",
     )
-    scan_gamma: float = option(1.0, low=0, doc='exponent of saliency in scan="saliency"')
+    scan_gamma: float = option(1.0, low=0, doc='exponent of the map in scan="saliency" and scan="relevance"')
     coverage_weight: str = option(
-        "phi", choices=("phi", "saliency", "uniform"), doc='how much a covered token counts in scan="coverage"'
+        "phi",
+        choices=("phi", "saliency", "relevance", "uniform"),
+        doc='how much a covered token counts in scan="coverage"',
     )
     refine: str = option("phi", choices=("phi", "uniform", "off"), doc="weights of merging, or no merging")
     weight_floor: float = option(0.0, low=0, doc='least weight in refine="phi" (open: phi can be 0)')
@@ -218,9 +225,11 @@ class FSR(Method):
         picks = found.order
         if scans:
             similarity = cosine_similarity(space)
-            weight = {"farthest": None, "saliency": found.saliency.pow(self.scan_gamma)}.get(self.scan)
-            if self.scan == "coverage":
-                weight = {"phi": found.phi, "saliency": found.saliency, "uniform": None}[self.coverage_weight]
+            kind = self.coverage_weight if self.scan == "coverage" else self.scan
+            maps = {"saliency": found.saliency, "relevance": found.relevance, "phi": found.phi}
+            weight = maps.get(kind)
+            if weight is not None and self.scan != "coverage":
+                weight = weight.pow(self.scan_gamma)
             picks = scan(similarity, picks, found.num_focus, self.scan, weight)
         indices, when = picks.sort(dim=-1)
         is_focus = when < found.num_focus[:, None]

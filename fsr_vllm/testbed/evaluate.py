@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ from .questions import FAMILIES
 from .report import markdown, plot
 from .scenes import PATCHES
 from .stats import admitted, compare, macro, standard_error
+from .tune import BUDGETS as TUNED_AT
 
 BUDGETS = (16, 32, 72)  # 11, 22 and 50 % of 144
 
@@ -65,6 +67,11 @@ def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
     return [row for row in found if not only or row.method in only or row.label in only]
 
 
+def budgets_of(row: Row, budgets: Sequence[int]) -> list[int]:
+    """Tuned rows and controls are run where they were tuned: at larger budgets rows hardly differ."""
+    return [budget for budget in budgets if row.kind in ("published", "served", "ceiling") or budget <= max(TUNED_AT)]
+
+
 def outcome(bench: Bench, row: Row, budget: int) -> Outcome:
     """Ask all questions with what this row keeps."""
     if row.method == "oracle":
@@ -74,7 +81,8 @@ def outcome(bench: Bench, row: Row, budget: int) -> Outcome:
 
 def summarise(bench: Bench, row: Row, budget: int, found: Outcome, families: Sequence[str]) -> dict[str, Any]:
     """One row at one budget, as it is written: accuracies in per cent, standard errors over scenes."""
-    by_family = {family: 100 * float(found.right[bench.families == family].mean()) for family in FAMILIES}
+    present = [family for family in FAMILIES if family in bench.families]
+    by_family = {family: 100 * float(found.right[bench.families == family].mean()) for family in present}
     return asdict(row) | {
         "budget": budget,
         "mean": 100 * macro(found.right, bench.families, families),
@@ -89,12 +97,13 @@ def summarise(bench: Bench, row: Row, budget: int, found: Outcome, families: Seq
 _BENCH: dict[tuple[str, int, Path], Bench] = {}
 
 
-def _one(split: str, per_family: int, folder: Path, row: Row, budget: int) -> Outcome:
+def _one(split: str, per_family: int, folder: Path, families: tuple[str, ...], row: Row, budget: int) -> Outcome:
     """In a worker process, which keeps its bench."""
     torch.set_num_threads(1)
     key = (split, per_family, folder)
     if key not in _BENCH:
-        _BENCH[key] = Bench(*key)
+        whole = Bench(*key)
+        _BENCH[key] = whole.subset(np.flatnonzero(np.isin(whole.families, families)))
     return outcome(_BENCH[key], row, budget)
 
 
@@ -108,11 +117,12 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     majority, right = bench.majority(), {f: float(full.right[bench.families == f].mean()) for f in FAMILIES}
     families = admitted(right, majority, args.per_family)
     found: dict[tuple[str, int], Outcome] = {}
+    source = (args.split, args.per_family, args.model)
     with ProcessPoolExecutor(args.jobs) as pool:
         jobs = {
-            pool.submit(_one, args.split, args.per_family, args.model, row, budget): (row.label, budget)
+            pool.submit(_one, *source, tuple(families), row, budget): (row.label, budget)
             for row in lines
-            for budget in args.budgets
+            for budget in budgets_of(row, args.budgets)
         }
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows", unit="row", mininterval=1):
             found[jobs[job]] = job.result()
@@ -126,8 +136,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "full": summarise(bench, full_row, PATCHES, full, families),
         "rows": [],
     }
+    bench = bench.subset(np.flatnonzero(np.isin(bench.families, families)))
     for row in lines:
-        for budget in args.budgets:
+        for budget in budgets_of(row, args.budgets):
             mine = found[row.label, budget]
             entry = summarise(bench, row, budget, mine, families)
             for reference in args.against:

@@ -40,7 +40,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += _table(head, [
             [
                 row["label"], f"{row['mean']:.1f} ± {row['standard_error']:.1f}",
-                *(f"{row['families'][family]:.1f}" for family in FAMILIES),
+                *(f"{row['families'][family]:.1f}" if family in row["families"] else "" for family in FAMILIES),
                 *(_difference(row.get(key)) for key in against),
                 f"{row['focus_share']:.2f}" if row["method"] == "fsr" else "",
             ]

@@ -98,8 +98,8 @@ def focus_count(phi: list[float], order: list[int], rho: float, among: int, marg
     raise AssertionError("unreachable: all of Z is held by all tokens")
 
 
-def scan(features: list[list[float]], chosen: list[int], rounds: int, s: list[float], phi: list[float], how: Settings):
-    """Equation (5) and its two variants; returns S in the order of picking."""
+def scan(features: list[list[float]], chosen: list[int], rounds: int, maps: dict[str, list[float]], how: Settings):
+    """Equation (5) and its variants; returns S in the order of picking."""
     n, anchors = len(features), []
     for _ in range(rounds):
         taken = chosen + anchors
@@ -109,10 +109,10 @@ def scan(features: list[list[float]], chosen: list[int], rounds: int, s: list[fl
             delta = min(1.0 - cos(features[i], features[j]) for j in taken)
             if how.scan == "farthest":
                 score[i] = delta
-            elif how.scan == "saliency":
-                score[i] = s[i] ** how.scan_gamma * delta
+            elif how.scan != "coverage":
+                score[i] = maps[how.scan][i] ** how.scan_gamma * delta
             else:
-                weight = {"phi": phi, "saliency": s, "uniform": [1.0] * n}[how.coverage_weight]
+                weight = maps[how.coverage_weight]
                 score[i] = 0.0
                 for t in range(n):
                     covered = max(0.0, max(cos(features[t], features[j]) for j in taken))
@@ -161,7 +161,9 @@ def fsr(features, saliency, relevance, budget: int, **options) -> Result:
     focus, anchors = order[:num_focus], []
     if not focus:
         anchors = [max(range(len(phi)), key=lambda i: (phi[i], saliency[i], -i))]
-    anchors = anchors + scan(features, focus + anchors, budget - num_focus - len(anchors), s, phi, how)
+    ones = [1.0] * len(phi)
+    maps = {"phi": phi, "saliency": s, "relevance": ones if relevance is None else scaled(relevance), "uniform": ones}
+    anchors = anchors + scan(features, focus + anchors, budget - num_focus - len(anchors), maps, how)
 
     pairs = assign(features, focus + anchors, anchors, how.kappa, how.margin) if how.refine != "off" else []
     weight = [max(p, how.weight_floor) for p in phi] if how.refine == "phi" else [1.0] * len(phi)

@@ -29,6 +29,9 @@ SETTINGS = [
     {"alpha": 1.5, "beta": 0.0, "rho": 0.5},
     {"rho": 0.5, "scan": "saliency"},
     {"rho": 0.5, "scan": "saliency", "scan_gamma": 2.0, "refine": "uniform"},
+    {"rho": 0.5, "scan": "relevance"},
+    {"alpha": 5.0, "max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 0.5},  # as served
+    {"rho": 0.5, "scan": "coverage", "coverage_weight": "relevance"},
     {"rho": 0.5, "scan": "coverage"},
     {"rho": 0.0, "scan": "coverage", "coverage_weight": "saliency"},
     {"rho": 0.5, "scan": "coverage", "coverage_weight": "uniform", "refine": "off"},
@@ -263,7 +266,7 @@ def test_half_precision_signals_are_scored_in_float32():
     assert torch.equal(a.indices, b.indices) and torch.equal(a.tokens, b.tokens)
 
 
-@pytest.mark.parametrize("rule", ["farthest", "saliency", "coverage"])
+@pytest.mark.parametrize("rule", ["farthest", "saliency", "relevance", "coverage"])
 @pytest.mark.parametrize("kappa", [0.5, 1.0, 4.0])
 def test_stages_on_a_whole_batch_are_those_of_its_images(rule, kappa):
     """As on a GPU, where all images step together; one of them focuses on nothing, one on all of K."""
@@ -279,7 +282,7 @@ def test_stages_on_a_whole_batch_are_those_of_its_images(rule, kappa):
 
     found = focus(saliency, relevance, k, rho=0.4)
     similarity = cosine_similarity(features)
-    weight = {"farthest": None, "saliency": found.saliency, "coverage": found.phi}[rule]
+    weight = {"saliency": found.saliency, "relevance": found.relevance, "coverage": found.phi}.get(rule)
     indices, when = scan(similarity, found.order, found.num_focus, rule, weight).sort(dim=-1)
     is_focus = when < found.num_focus[:, None]
     out = refine(features, similarity, indices, is_focus, found.phi, kappa=kappa)
