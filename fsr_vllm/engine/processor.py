@@ -18,7 +18,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import compat, compat_caches
+from fsr_vllm import compat, compat_caches, compat_version
 from fsr_vllm.compat_surfaces import RESULT_KEY
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.params import (
@@ -221,7 +221,8 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         embeds = images is not None and not isinstance(images, ImageProcessorItems)
         if self.fsr_settings is None:
             if fields:
-                raise compat.request_error(f"{min(fields)}: plugin fsr is not active; {HOW_TO_ACTIVATE}", min(fields))
+                reason = compat_version.why_inactive(HOW_TO_ACTIVATE)
+                raise compat.request_error(f"{min(fields)}: {reason}", min(fields))
             return inputs
         if self.fsr_unsupported or embeds:
             if fields:
