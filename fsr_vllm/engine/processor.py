@@ -18,7 +18,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import adaptive, compat, compat_caches
+from fsr_vllm import adaptive, compat, compat_caches, compat_version
 from fsr_vllm.compat_surfaces import ADAPTIVE_KEY, RESULT_KEY
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.params import (
@@ -222,14 +222,12 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         fields = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k.startswith(PREFIX) and v is not None}
         images = inputs.mm_data_items.get("image")
         embeds = images is not None and not isinstance(images, ImageProcessorItems)
-        if self.fsr_settings is None:
+        if self.fsr_settings is None or self.fsr_unsupported or embeds:
+            why: str | None = "precomputed image embeddings cannot be pruned" if embeds else self.fsr_unsupported
+            if self.fsr_settings is None:
+                why = compat_version.why_inactive(HOW_TO_ACTIVATE)
             if fields:
-                raise compat.request_error(f"{min(fields)}: plugin fsr is not active; {HOW_TO_ACTIVATE}", min(fields))
-            return inputs
-        if self.fsr_unsupported or embeds:
-            if fields:
-                reason = "precomputed image embeddings cannot be pruned" if embeds else self.fsr_unsupported
-                raise compat.request_error(f"{min(fields)}: {reason}", min(fields))
+                raise compat.request_error(f"{min(fields)}: {why}", min(fields))
             return inputs
         return self._planned(inputs, fields) if images is not None else self._without(inputs)
 

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from fsr_vllm import compat, compat_surfaces
+from fsr_vllm import compat, compat_surfaces, compat_version
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -132,7 +132,7 @@ class RequestHook:
         if not asked and budget is None:
             return {}
         text = getattr(model_config.hf_config, SETTINGS_KEY, None)
-        reason = f"plugin fsr is not active; {HOW_TO_ACTIVATE}" if text is None else self.unsupported(model_config)
+        reason = compat_version.why_inactive(HOW_TO_ACTIVATE) if text is None else self.unsupported(model_config)
         if reason:
             raise FieldError(asked[0], f"{asked[0]}: {reason}")
         if header is not None:

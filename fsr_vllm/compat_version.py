@@ -1,0 +1,85 @@
+"""Which vLLM this is: outside the supported window the plugin refuses, beside a budget of vLLM's own it steps aside.
+
+FSR_ALLOW_ANY_VLLM=1 lifts both. Part of `compat`; the same rules hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from importlib import metadata
+
+ALLOW = "FSR_ALLOW_ANY_VLLM"
+DISTRIBUTION = "fsr-vllm"
+# How a request field would be called that sets the number of an image's tokens, or the share that is kept.
+_MEDIA = r"(image|visual|vision|mm|multimodal)"
+_NATIVE = re.compile(
+    rf"(max|num)_{_MEDIA}_tokens(_per_image)?"
+    rf"|{_MEDIA}_(tokens?_)?(budget|limit|ratio|(keep|retention|prun(e|ing))_(rate|ratio))"
+)
+
+
+def allowed_anyway() -> bool:
+    return os.environ.get(ALLOW, "0").lower() in ("1", "true")
+
+
+@functools.cache
+def vllm_version() -> str:
+    from vllm.version import __version__
+
+    return __version__
+
+
+@functools.cache
+def window() -> str | None:
+    """The releases of vLLM that this package requires, as its own metadata says; None where it is not installed."""
+    from packaging.requirements import Requirement
+
+    try:
+        required = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or ()]
+    except metadata.PackageNotFoundError:
+        return None
+    return next((str(each.specifier) for each in required if each.name == "vllm"), None)
+
+
+def outside_window() -> str | None:
+    """Why the plugin must not start beside this vLLM, or None. pip enforces the window, but not for `--no-deps`."""
+    supported = window()
+    if supported is None or allowed_anyway():
+        return None
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        # Builds between releases count as what they lead to, 0.33.1.dev5 as 0.33.1.
+        if SpecifierSet(supported).contains(Version(vllm_version()), prereleases=True):
+            return None
+    except InvalidVersion:  # "dev": vLLM's own word where it does not know
+        pass
+    return (
+        f"plugin fsr supports vllm {supported}, this is {vllm_version()}; install a release of that range, "
+        f"look for a newer {DISTRIBUTION}, or set {ALLOW}=1 to try it all the same"
+    )
+
+
+def native_field() -> str | None:
+    """The request field with which vLLM itself sets how many tokens an image gets; None while it has none.
+
+    Why: two features that shorten the same placeholders would disagree. No release up to 0.33 has one; the fields of a
+    chat request are where every OpenAI-style feature arrives. Can go, with the plugin, when such a release is out.
+    """
+    if allowed_anyway():
+        return None
+    from fsr_vllm.compat_surfaces import owner
+
+    request = owner("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
+    return next((name for name in getattr(request, "model_fields", ()) if _NATIVE.fullmatch(name)), None)
+
+
+def why_inactive(how_to_activate: str) -> str:
+    """What a request with fsr fields is told by a server that does not prune."""
+    native = native_field()
+    if native is None:
+        return f"plugin fsr is not active; {how_to_activate}"
+    return f"plugin fsr steps aside, since this vLLM has a budget of its own: use {native}, or start with {ALLOW}=1"

@@ -1,0 +1,183 @@
+"""The window of vLLM releases, and stepping aside for a budget of vLLM's own."""
+
+import argparse
+from types import SimpleNamespace
+
+import pytest
+from pydantic import create_model
+
+from fsr_vllm import compat, compat_surfaces, compat_version, params, plugin
+from fsr_vllm.engine.conversation import settled
+from fsr_vllm.server.requests import RequestHook
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv(compat_version.ALLOW, raising=False)
+    monkeypatch.setenv("VLLM_PLUGINS", "lora")
+
+
+def engine_args(fsr=None):
+    additional = {} if fsr is None else {"fsr": fsr}
+    return SimpleNamespace(additional_config=additional, hf_overrides={}, worker_extension_cls="")
+
+
+# --- the window -----------------------------------------------------------------------------------------------------
+
+
+def this_is(monkeypatch, version):
+    monkeypatch.setattr(compat_version, "vllm_version", lambda: version)
+
+
+def test_this_vllm_is_inside_and_has_no_budget_of_its_own():
+    import vllm.version
+
+    assert compat_version.vllm_version() == vllm.version.__version__
+    assert compat_version.window() and compat_version.outside_window() is None
+    assert compat_version.native_field() is None
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.30.1", "0.32.0+cpu", "0.33.0.post1", "0.33.1.dev7+gabc"])
+def test_inside(monkeypatch, version):
+    this_is(monkeypatch, version)
+    monkeypatch.setattr(compat_version, "window", lambda: "<0.34,>=0.26")
+    assert compat_version.outside_window() is None
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0rc1", "0.34.0", "1.0", "0.1.dev1+gabc", "dev"])
+def test_outside_the_message_names_versions_and_ways_out(monkeypatch, version):
+    this_is(monkeypatch, version)
+    monkeypatch.setattr(compat_version, "window", lambda: "<0.34,>=0.26")
+    message = compat_version.outside_window()
+    assert message and version in message and "<0.34" in message and "FSR_ALLOW_ANY_VLLM=1" in message
+    monkeypatch.setenv(compat_version.ALLOW, "1")
+    assert compat_version.outside_window() is None
+
+
+def test_a_checkout_that_is_not_installed_states_no_window(monkeypatch):
+    monkeypatch.setattr(compat_version, "DISTRIBUTION", "no-such-distribution")
+    assert compat_version.window.__wrapped__() is None
+
+
+def test_outside_an_active_plugin_refuses_and_an_inactive_one_does_nothing(monkeypatch):
+    this_is(monkeypatch, "0.99.0")
+    with pytest.raises(ValueError, match="supports vllm .* this is 0.99.0"):
+        plugin.put_settings(engine_args(fsr={}))
+    inactive = engine_args()
+    monkeypatch.setattr(compat, "is_online", lambda args: pytest.fail("went on to hook requests"))
+    plugin.put_settings(inactive)
+    assert inactive.hf_overrides == {} and inactive.worker_extension_cls == ""
+
+
+def test_outside_the_command_line_says_so(monkeypatch):
+    this_is(monkeypatch, "0.99.0")
+    monkeypatch.setenv("VLLM_PLUGINS", "fsr")
+    assert "this is 0.99.0" in plugin.conflict(argparse.Namespace())
+    monkeypatch.setenv("VLLM_PLUGINS", "lora")
+    assert plugin.conflict(argparse.Namespace()) is None
+
+
+def test_outside_nothing_is_registered(monkeypatch):
+    import vllm
+
+    registered = []
+    monkeypatch.setattr(vllm.ModelRegistry, "register_model", lambda *given: registered.append(given))
+    plugin.register()
+    assert registered
+    registered.clear()
+    this_is(monkeypatch, "0.99.0")
+    plugin.register()
+    assert not registered
+
+
+def test_outside_hooks_that_are_gone_stop_only_those_who_asked(monkeypatch):
+    def gone(*steps):
+        raise AttributeError("EngineArgs has no attribute 'create_model_config'")
+
+    monkeypatch.setattr(compat, "wrap_engine_args", gone)
+    with pytest.raises(AttributeError):
+        plugin.register()  # inside the window it is a bug of ours
+    this_is(monkeypatch, "0.99.0")
+    plugin.register()
+    monkeypatch.setenv("VLLM_PLUGINS", "fsr")
+    with pytest.raises(RuntimeError, match="this is 0.99.0"):
+        plugin.register()
+
+
+# --- a budget of vLLM's own -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """vLLM's own chat request, with one field more."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    def gains(name):
+        request = create_model("Request", __base__=ChatCompletionRequest, **{name: (int | None, None)})
+        monkeypatch.setattr(compat_surfaces, "owner", lambda module, cls: request)
+
+    return gains
+
+
+@pytest.mark.parametrize(
+    "name", ["image_token_budget", "max_image_tokens", "visual_tokens_ratio", "mm_pruning_rate", "vision_budget"]
+)
+def test_a_field_that_sets_image_tokens_is_recognised(native, name):
+    native(name)
+    assert compat_version.native_field() == name
+
+
+@pytest.mark.parametrize("name", ["max_tokens_per_step", "mm_cache_ratio", "image_token_id", "thinking_token_budget"])
+def test_another_field_is_not(native, name):
+    native(name)
+    assert compat_version.native_field() is None
+
+
+def test_no_request_of_this_vllm_has_such_a_field():
+    """Here rather than at a user's start: a new field that only looks like one is noticed when the window moves."""
+    import vllm.entrypoints.openai.completion.protocol as completion
+    import vllm.entrypoints.openai.responses.protocol as responses
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    requests = (ChatCompletionRequest, completion.CompletionRequest, responses.ResponsesRequest)
+    assert "mm_processor_kwargs" in ChatCompletionRequest.model_fields
+    assert not [name for kind in requests for name in kind.model_fields if compat_version._NATIVE.fullmatch(name)]
+
+
+def test_the_plugin_steps_aside(native, monkeypatch, caplog):
+    native("image_token_budget")
+    monkeypatch.setattr(compat, "is_online", lambda args: False)
+    args = engine_args(fsr={"min_budget": 8})
+    with caplog.at_level("WARNING"):
+        monkeypatch.setattr(plugin.logger, "propagate", True)
+        monkeypatch.setattr(plugin.logger.parent, "propagate", True)
+        plugin.put_settings(args)
+    assert "steps aside" in caplog.text and "image_token_budget" in caplog.text
+    assert args.hf_overrides == {} and args.worker_extension_cls == ""  # so that every path is the stock one
+    plugin.finish_settings(args, SimpleNamespace(hf_config=SimpleNamespace()))  # and there is nothing to finish
+
+
+def test_but_not_where_a_default_budget_would_be_ignored(native):
+    native("image_token_budget")
+    with pytest.raises(ValueError, match="use image_token_budget.* default budget"):
+        plugin.put_settings(engine_args(fsr={"budget": 64}))
+
+
+def test_requests_are_told_which_field_to_use(native):
+    native("image_token_budget")
+    model_config = SimpleNamespace(hf_config=SimpleNamespace())
+    request = SimpleNamespace(model_extra={"fsr_budget": 64})
+    with pytest.raises(ValueError, match="use image_token_budget") as error:
+        RequestHook(plugin.unsupported).before(SimpleNamespace(model_config=model_config), request)
+    assert error.value.parameter == "fsr_budget"
+    with pytest.raises(params.FieldError, match="use image_token_budget"):
+        settled(model_config, [], {"fsr_budget": 64}, plugin.unsupported)
+    untouched = {"num_crops": 4}
+    assert settled(model_config, [], untouched, plugin.unsupported) is untouched
+
+
+def test_the_override_prunes_all_the_same(native, monkeypatch):
+    native("image_token_budget")
+    monkeypatch.setenv(compat_version.ALLOW, "1")
+    assert compat_version.native_field() is None
+    assert "not active" in compat_version.why_inactive("activate it")
