@@ -232,6 +232,12 @@ def finish_settings(engine_args: Any, model_config: Any) -> None:
 
     settings = params.ServerSettings.model_validate_json(getattr(model_config.hf_config, params.SETTINGS_KEY))
     family = next((name for name in model_config.architectures if name in FAMILIES), None)
+    if getattr(engine_args, "enable_lora", False) and getattr(engine_args, "enable_tower_connector_lora", False):
+        # vLLM would warn once, in a worker, and then leave out what an adapter changes in the tower.
+        raise ValueError(
+            "plugin fsr: --enable-tower-connector-lora does not work together with the plugin, whose rows vLLM would "
+            "take for the tower's; start without it (adapters of the language model work)"
+        )
     reason = unsupported(model_config)
     if reason:
         if settings.prunes_by_default:
