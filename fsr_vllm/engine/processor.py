@@ -216,8 +216,6 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         plans = getattr(mm_items, "fsr_plans", None)
         return [self._shortened(update, plans) for update in updates] if plans else updates
 
-    # Helpers -----------------------------------------------------------------------------------------------------
-
     def _plan_request(self, inputs: ProcessorInputs) -> ProcessorInputs:
         fields = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k.startswith(PREFIX) and v is not None}
         images = inputs.mm_data_items.get("image")
@@ -278,7 +276,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             return self.fsr_counts | (self.fsr_pixels.stats() if self.fsr_pixels is not None else {})
 
     def _count(self, plans: Sequence[ImagePlan]) -> tuple[int, int]:
-        kept, total = sum(plan.keep for plan in plans), sum(plan.total for plan in plans)
+        kept, total = (sum(getattr(plan, name) for plan in plans) for name in ("keep", "total"))
         with self._fsr_lock:
             self.fsr_counts["images"] += len(plans)
             self.fsr_counts["pruned_images"] += sum(plan.pruned for plan in plans)
