@@ -31,9 +31,11 @@ class FsrMiddleware:
         async def send_with_header(message: Any) -> None:
             if message["type"] == "http.response.start" and report.total:
                 value = f"{report.kept}/{report.total}".encode()
-                added = [(TOKENS_HEADER, value), *([(EXPOSE_HEADER, TOKENS_HEADER)] if foreign else [])]
+                added = [(TOKENS_HEADER, value)]
                 if report.adaptive is not None:
                     added.append((ADAPTIVE_HEADER, str(report.adaptive).encode()))
+                if foreign:
+                    added.append((EXPOSE_HEADER, b", ".join(name for name, _ in added)))
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
