@@ -62,8 +62,8 @@ def settled(
     others = {k: v for k, v in (given or {}).items() if not k.startswith(PREFIX)}
     if not questions:
         return others if fields else given  # text only: nothing to prune
-    if "fsr_budget" not in fields and settings.detail_budgets:
-        fields["fsr_budget"] = budgets_by_detail(settings, messages)
+    if "fsr_budget" not in fields and (by_detail := budgets_by_detail(settings, messages)):
+        fields["fsr_budget"] = by_detail
     for name in ("fsr_budget", "fsr_question"):  # said here, where the images are counted, rather than at the first one
         per_image(fields.get(name), len(questions), name)
     # Of a long text the end is read: that is where people put their question.
@@ -71,8 +71,13 @@ def settled(
     return {**others, **fields}
 
 
-def budgets_by_detail(settings: ServerSettings, messages: Any) -> list[Any]:
-    """Per image: the budget its `image_url.detail` maps to, else the default, which may follow the load."""
-    details = (detail or "auto" for detail in instruction.image_details(messages))
+def budgets_by_detail(settings: ServerSettings, messages: Any) -> list[Any] | None:
+    """Per image: the budget its `image_url.detail` maps to, else the default; None where no image's detail maps to one.
+
+    A default that follows the load is best left to the processor, which knows the load later and reports it.
+    """
+    details = [detail or "auto" for detail in instruction.image_details(messages)]
+    if settings.detail_budgets.keys().isdisjoint(details):
+        return None
     default = adaptive.default_budget(settings.adaptive_range) or settings.default_budget
     return [settings.detail_budgets.get(detail, default) for detail in details]

@@ -3,7 +3,7 @@
 Two losses. The whole picture: [CLS] of the last layer against a caption of its objects alone, which makes [CLS] look at
 objects. Regions: patches of one thing, of its digit card or of the background, in the penultimate and the last layer,
 against short texts and against the very questions that are asked about it, which makes patch-text similarity point at
-what a text names. `plain` trains with the first loss alone; such towers turn out inverted, as OpenAI's CLIP is.
+what a text names. `plain` trains with the first loss alone; similarity then says little about places.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Recipe:
     reader_batch: int = 6
     reader_rate: float = 2e-3
     checked: int = 500  # scenes of the validation split that gates and accuracy are measured on
-    plain: bool = False  # only CLIP's own loss, and no reader: an inverted tower
+    plain: bool = False  # only CLIP's own loss, and no reader
 
 
 MINIATURE = Recipe(pictures=400, tower_steps=40, tower_batch=16, reader_steps=120, reader_batch=4, checked=40)
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         if field.name == "plain":
-            parser.add_argument(flag, action="store_true", help="train only CLIP, by its own loss: an inverted tower")
+            parser.add_argument(flag, action="store_true", help="train only CLIP, by its own loss")
         else:
             parser.add_argument(flag, type=type(field.default), help=f"default: {field.default}")
     args = parser.parse_args(argv)
