@@ -65,7 +65,7 @@ def main() -> int:
 def window() -> tuple[int, int]:
     """First minor version of the window, and the first one after it."""
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    (found,) = filter(None, (re.fullmatch(r"vllm[>]=0\.(\d+),<0\.(\d+)", each) for each in dependencies))
+    (found,) = filter(None, (re.fullmatch(r"vllm>=[0]\.(\d+),<[0]\.(\d+)", each) for each in dependencies))
     return int(found[1]), int(found[2])
 
 
