@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             found[jobs[job]] = job.result()
     full_row = Row("all tokens", "off", kind="ceiling")
     report: dict[str, Any] = {
-        "command": "python -m fsr_vllm.testbed.evaluate",
+        "command": shlex.join(["python", "-m", "fsr_vllm.testbed.evaluate", *args.given]),
         "split": args.split,
         "questions_per_family": args.per_family,
         "admitted": families,
@@ -164,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--server", action="store_true", help="instead: ask a running server too, and compare answers")
     args = parser.parse_args(argv)
+    args.given = sys.argv[1:] if argv is None else argv
     if args.server:
         from .agreement import agreement
 
