@@ -61,7 +61,7 @@ def focus(
     """
     s = minmax(saliency, group)
     r = torch.ones_like(s) if relevance is None else minmax(relevance, group)
-    phi = s.pow(beta) if relevance is None else r.pow(alpha) * s.pow(beta)
+    phi = r.pow(alpha) * s.pow(beta)
     ranked, order = phi.sort(dim=-1, descending=True, stable=True)
     mass = ranked.double().cumsum(-1)
     wanted = rho * mass[:, -1 if focus_scope == "all" else budget - 1]

@@ -53,17 +53,13 @@ class Bench:
     def __init__(self, split: str, per_family: int, folder: Path = SHIPPED) -> None:
         self.clip, self.reader, self.wording, self.clip_tokenizer = load(folder)
         self.sign = stated_sign(folder)
-        self.folder = folder
         count = int(per_family * _SCENES_PER_QUESTION) + 20
         self.pictures = Pictures.of(split, count)
         self.items: list[tuple[int, Question]] = []
         for number, family in enumerate(FAMILIES):
-            found: dict[int, tuple[int, Question]] = {}
-            for index, one in enumerate(self.pictures.scenes):
-                if question := ask(one, family, np.random.default_rng([7, number, index])):
-                    found[id(question)] = (index, question)
-            chosen = balanced([question for _, question in found.values()], per_family)
-            self.items += sorted((found[id(question)] for question in chosen), key=lambda item: item[0])
+            asked = [ask(one, family, np.random.default_rng([7, number, one.index])) for one in self.pictures.scenes]
+            chosen = {id(question) for question in balanced([found for found in asked if found], per_family)}
+            self.items += [(index, found) for index, found in enumerate(asked) if found and id(found) in chosen]
         self._index()
         self.signals = self._signals()
         self._texts: dict[str, Tensor] = {}

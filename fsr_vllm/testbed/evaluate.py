@@ -8,6 +8,7 @@ questions are the same for all rows, so differences are paired. Writes accuracy.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -95,17 +96,19 @@ def summarise(bench: Bench, row: Row, budget: int, found: Outcome, families: Seq
     }
 
 
-_BENCH: dict[tuple[str, int, Path], Bench] = {}
+@functools.cache
+def _bench(split: str, per_family: int, folder: Path, families: tuple[str, ...]) -> Bench:
+    """One per worker process."""
+    return _about(Bench(split, per_family, folder), families)
+
+
+def _about(bench: Bench, families: Sequence[str]) -> Bench:
+    return bench.subset(np.flatnonzero(np.isin(bench.families, families)))
 
 
 def _one(split: str, per_family: int, folder: Path, families: tuple[str, ...], row: Row, budget: int) -> Outcome:
-    """In a worker process, which keeps its bench."""
     torch.set_num_threads(1)
-    key = (split, per_family, folder)
-    if key not in _BENCH:
-        whole = Bench(*key)
-        _BENCH[key] = whole.subset(np.flatnonzero(np.isin(whole.families, families)))
-    return outcome(_BENCH[key], row, budget)
+    return outcome(_bench(split, per_family, folder, families), row, budget)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "full": summarise(bench, full_row, PATCHES, full, families),
         "rows": [],
     }
-    bench = bench.subset(np.flatnonzero(np.isin(bench.families, families)))
+    bench = _about(bench, families)
     for row in lines:
         for budget in budgets_of(row, args.budgets):
             mine = found[row.label, budget]
@@ -166,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--server", action="store_true", help="instead: ask a running server too, and compare answers")
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
+    args.output.mkdir(parents=True, exist_ok=True)
     if args.server:
         from .agreement import agreement
 
@@ -175,7 +179,6 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result, indent=2))
         return int(result["different"] > 0)
     report = evaluate(args)
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.output / "accuracy.md").write_text(markdown(report))
     plot(report, args.output / "accuracy.svg")

@@ -99,7 +99,7 @@ def _train_reader(
     features = _features(clip, data, work / "features.pt", device)
     matrices = [p for name, p in reader.named_parameters() if p.ndim == 2 and ".layers." in name]
     rest = [p for name, p in reader.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
-    # Muon: look-ups are learned in about half the steps that AdamW needs.
+    # Muon for the matrices, as its authors advise; embeddings, norms and projector by AdamW.
     muon = torch.optim.Muon(matrices, lr=recipe.reader_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
 
     def loss(step: int) -> Tensor:

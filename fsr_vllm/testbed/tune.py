@@ -9,9 +9,11 @@ families and budgets.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
+import shlex
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
@@ -24,6 +26,8 @@ import torch
 from fsr_vllm.methods import get_method, methods
 
 from .bench import Bench
+from .questions import FAMILIES
+from .stats import macro
 
 TRIES = 24
 BUDGETS = (16, 32)
@@ -66,42 +70,36 @@ def tries(method: str, count: int = TRIES) -> list[dict[str, Any]]:
     return found
 
 
-def tune(method: str, per_family: int, folder: Path | None = None) -> list[dict[str, Any]]:
+def tune(method: str, per_family: int) -> list[dict[str, Any]]:
     """Every try of a method, best first, with its accuracy and how many questions per family it is known on."""
     torch.set_num_threads(1)
-    bench = _bench(per_family, *([folder] if folder else []))
+    bench = _bench(per_family)
     results: list[dict[str, Any]] = [
         {"options": options, "accuracy": 0.0, "per_family": 0} for options in tries(method)
     ]
     alive = results
     for share in (6, 2, 1):
-        part = _Part(bench, math.ceil(per_family / share))
+        part = _first(bench, math.ceil(per_family / share))
         for result in alive:
-            result["accuracy"] = float(np.mean([part.accuracy(method, b, result["options"]) for b in BUDGETS]))
+            result["accuracy"] = float(np.mean([_accuracy(part, method, b, result["options"]) for b in BUDGETS]))
             result["per_family"] = math.ceil(per_family / share)
         alive = sorted(alive, key=lambda result: -result["accuracy"])[: max(1, len(alive) // 2)]
     return sorted(results, key=lambda result: (-result["per_family"], -result["accuracy"]))
 
 
-class _Part:
-    """The first questions of every family, with the signals of the whole bench."""
-
-    def __init__(self, bench: Bench, per_family: int) -> None:
-        rows = np.concatenate([np.flatnonzero(bench.families == f)[:per_family] for f in dict.fromkeys(bench.families)])
-        self.bench = bench.subset(rows)
-
-    def accuracy(self, method: str, budget: int, options: dict[str, Any]) -> float:
-        right = self.bench.method(method, budget, options).right
-        return float(np.mean([right[self.bench.families == f].mean() for f in dict.fromkeys(self.bench.families)]))
+def _first(bench: Bench, per_family: int) -> Bench:
+    """The first questions of every family."""
+    return bench.subset(np.concatenate([np.flatnonzero(bench.families == f)[:per_family] for f in FAMILIES]))
 
 
-_BENCHES: dict[int, Bench] = {}
+def _accuracy(bench: Bench, method: str, budget: int, options: dict[str, Any]) -> float:
+    return macro(bench.method(method, budget, options).right, bench.families, list(FAMILIES))
 
 
-def _bench(per_family: int, *folder: Path) -> Bench:
-    if per_family not in _BENCHES:
-        _BENCHES[per_family] = Bench("validation", per_family, *folder)
-    return _BENCHES[per_family]
+@functools.cache
+def _bench(per_family: int) -> Bench:
+    """One per worker process, for all methods it tunes."""
+    return Bench("validation", per_family)
 
 
 def _key(method: str, options: dict[str, Any]) -> str:
@@ -124,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tuning.json"))
     args = parser.parse_args(argv)
     settings = {"split": "validation", "per_family": args.per_family, "budgets": BUDGETS, "tries": TRIES}
-    report: dict[str, Any] = {"command": "python -m fsr_vllm.testbed.tune", **settings, "methods": {}}
+    command = shlex.join(["python", "-m", "fsr_vllm.testbed.tune", *(sys.argv[1:] if argv is None else argv)])
+    report: dict[str, Any] = {"command": command, **settings, "methods": {}}
     if args.output.exists():
         report["methods"] = json.loads(args.output.read_text())["methods"]
     with ProcessPoolExecutor(args.jobs) as pool:
