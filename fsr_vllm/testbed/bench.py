@@ -185,7 +185,7 @@ class Bench:
 
     def _text(self, question: str) -> Tensor:
         if question not in self._texts:
-            self._texts[question] = pool_chunks(towers.encode(self.clip, self.clip_tokenizer, [question]))
+            self._texts[question] = pool_chunks(towers.encode(self.clip, towers.tokens(self.clip_tokenizer, [question])))
         return self._texts[question]
 
     @torch.inference_mode()

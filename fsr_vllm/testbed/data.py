@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from tqdm import tqdm
 
 from .checkpoint import CLIP_MEAN, CLIP_STD
 from .scenes import SIDE, Scene, render, scene
+
+_FEW = 2000  # pictures that are drawn before other processes would be ready to help
 
 
 @dataclass
@@ -29,8 +33,11 @@ class Pictures:
         if file is not None and file.exists():
             return cls(scenes, np.load(file, mmap_mode="r"))
         images = np.empty((count, SIDE, SIDE, 3), np.uint8)
-        for index, one in enumerate(tqdm(scenes, desc=f"drawing {split}", unit="scene", mininterval=1)):
-            images[index] = render(one)
+        with ProcessPoolExecutor() if count > _FEW else nullcontext() as pool:
+            drawn = map(render, scenes) if pool is None else pool.map(render, scenes, chunksize=200)
+            bar = tqdm(drawn, desc=f"drawing {split}", total=count, unit="scene", mininterval=1)
+            for index, picture in enumerate(bar):
+                images[index] = picture
         if file is not None:
             unfinished = file.with_suffix(".part.npy")
             np.save(unfinished, images)
@@ -38,8 +45,9 @@ class Pictures:
         return cls(scenes, images)
 
 
-def pixels(images: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
+def pixels(images: np.ndarray | Tensor, device: str | torch.device = "cpu") -> Tensor:
     """CLIP's preprocessing of pictures that already have the tower's size: (B, H, W, 3) uint8 -> (B, 3, H, W)."""
-    scaled = torch.from_numpy(np.ascontiguousarray(images)).to(device).float() / 255
+    found = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    scaled = found.to(device).float() / 255
     mean, std = (torch.tensor(values, device=device) for values in (CLIP_MEAN, CLIP_STD))
     return ((scaled - mean) / std).permute(0, 3, 1, 2).contiguous()

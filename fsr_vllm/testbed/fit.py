@@ -6,26 +6,32 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 SAVE_SECONDS = 60.0
+_LOOK_EVERY = 25
 
 
 def fit(
     module: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
-    loss: Callable[[int], Tensor],
+    draw: Callable[[int], Any],
+    loss: Callable[[Any], Tensor],
     steps: int,
     state: Path,
     name: str,
     warmup: int = 100,
+    workers: int = 0,
 ) -> float:
     """Train to `steps`; a run that was stopped goes on from `state`, to the same result. Returns seconds of training.
 
-    `loss` takes the number of the step and draws its batch from that alone. The rate follows a cosine after `warmup`.
+    `draw` makes a step's batch from the step's number alone, in `workers` processes if there are any; `loss` takes it.
+    The rate follows a cosine after `warmup`.
     """
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     start, before = 0, 0.0
@@ -37,27 +43,42 @@ def fit(
         start, before = saved["step"], saved["seconds"]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading made new ones
     began = last = time.monotonic()
-    bar = tqdm(range(start, steps), desc=name, unit="step", initial=start, total=steps, mininterval=2)
+    batches = DataLoader(_Steps(draw, start, steps), batch_size=None, num_workers=workers)
+    bar = tqdm(batches, desc=name, unit="step", initial=start, total=steps, mininterval=2)
     mean = None
-    for step in bar:
+    for step, batch in enumerate(bar, start):
         factor = min(1.0, (step + 1) / warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * factor
-        value = loss(step)
+        value = loss(batch)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        mean = value.item() if mean is None else 0.98 * mean + 0.02 * value.item()
-        bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-        if not math.isfinite(mean):
-            raise RuntimeError(f"{name}: the loss is {value.item()} at step {step}")
+        mean = value.detach() if mean is None else 0.98 * mean + 0.02 * value.detach()
+        if step % _LOOK_EVERY == 0 or step + 1 == steps:  # looking waits for the device
+            bar.set_postfix(loss=f"{float(mean):.3f}", refresh=False)
+            if not math.isfinite(mean):
+                raise RuntimeError(f"{name}: the loss is {value.item()} at step {step}")
         if time.monotonic() - last > SAVE_SECONDS or step + 1 == steps:
             last = time.monotonic()
             _save(module, optimizers, step + 1, before + last - began, state)
     return before + time.monotonic() - began
+
+
+class _Steps(Dataset):
+    """What `draw` makes of the steps that are left."""
+
+    def __init__(self, draw: Callable[[int], Any], start: int, stop: int) -> None:
+        self.draw, self.start, self.stop = draw, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Any:
+        return self.draw(self.start + index)
 
 
 def adamw(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .wording import BOS, EOS, PAD
 
 WIDTH, LAYERS, HEADS = 128, 4, 4
 QUESTIONS_PER_PICTURE = 16
+LONGEST = 14  # tokens of a question with its answer, at most
 # How often each family is drawn in training: look-ups that take longest to be learned come most often.
 MIX = {"attribute": 3, "object": 4, "existence": 3, "digit": 3, "scene": 1, "count": 2, "relation": 3}
 # From two thirds of the steps on: what is known by then is only kept in mind.
@@ -104,54 +106,80 @@ def draw(
     return list(found.values())
 
 
-def loss(reader: Reader, wording: Wording, features: Tensor, questions: Sequence[Sequence[Question]]) -> Tensor:
-    """Cross-entropy of answers and ends, for (B, N, Dv) tower features and the questions about each picture."""
-    device = features.device
-    head, patches = wording.head, features.shape[1]
-    prefix = len(head) + patches
-    rows = []
-    for asked in questions:
-        rows.append([(*wording.question(one.text), wording.answer(one.answer)) for one in asked])
+class Packed(NamedTuple):
+    """Questions about B pictures with their answers, side by side behind each picture; on the CPU, or as `loss` has it.
+
+    Every tensor but `places` is (B, L); `places` is (B, 2Q): where in L the answers and the ends are predicted.
+    """
+
+    ids: Tensor
+    segment: Tensor  # which question a token belongs to, from 1; 0: padding
+    position: Tensor  # from the picture's end, as if each question were alone
+    places: Tensor
+    wanted: Tensor  # (B, 2Q) the tokens to be predicted there
+    weight: Tensor  # (B, 2Q) float, 0 where there is none
+
+
+def pack(wording: Wording, questions: Sequence[Sequence[Question]], length: int = 0) -> Packed:
+    """A row of `length` tokens for each picture; 0: as long as the longest one needs. ValueError: it needs more."""
+    rows = [[(*wording.question(one.text), wording.answer(one.answer)) for one in asked] for asked in questions]
     longest = max(sum(map(len, row)) for row in rows)
-    ids = torch.full((len(rows), longest), wording.pad)
-    segment = torch.zeros(len(rows), longest, dtype=torch.long)  # 0: padding
-    position = torch.zeros(len(rows), longest, dtype=torch.long)
-    places, wanted = [], []
+    if length and longest > length:
+        raise ValueError(f"questions take {longest} tokens, more than {length}")
+    shape, most = (len(rows), length or longest), 2 * max(QUESTIONS_PER_PICTURE, *map(len, rows))
+    ids, segment, position = torch.full(shape, wording.pad), torch.zeros(shape).long(), torch.zeros(shape).long()
+    places, wanted = (torch.zeros(len(rows), most).long() for _ in range(2))
+    weight = torch.zeros(len(rows), most)
     for index, row in enumerate(rows):
         start = 0
-        for number, tokens in enumerate(row, 1):
+        for number, tokens in enumerate(row):
             stop = start + len(tokens)
             ids[index, start:stop] = torch.tensor(tokens)
-            segment[index, start:stop] = number
-            position[index, start:stop] = torch.arange(prefix, prefix + len(tokens))
-            places += [(index, stop - 2), (index, stop - 1)]
-            wanted += [tokens[-1], wording.end]
+            segment[index, start:stop] = number + 1
+            position[index, start:stop] = torch.arange(len(tokens))
+            pair = slice(2 * number, 2 * number + 2)
+            places[index, pair] = torch.tensor([stop - 2, stop - 1])
+            wanted[index, pair] = torch.tensor([tokens[-1], wording.end])
+            weight[index, pair] = torch.tensor([1.0, _END_WEIGHT])
             start = stop
-    hidden = _packed(reader, features, torch.tensor(head), ids, segment, position)
-    where = torch.tensor(places, device=device)
-    logits = reader.llama.lm_head(hidden[where[:, 0], prefix + where[:, 1]]).float()
-    each = F.cross_entropy(logits, torch.tensor(wanted, device=device), reduction="none")
-    weight = torch.tensor([1.0, _END_WEIGHT], device=device).repeat(len(wanted) // 2)
-    return (each * weight).sum() / weight.sum()
+    return Packed(ids, segment, position, places, wanted, weight)
 
 
-def _packed(reader: Reader, features: Tensor, head: Tensor, ids: Tensor, segment: Tensor, position: Tensor) -> Tensor:
-    """Last hidden states of [head, picture, questions side by side]."""
-    device, batch = features.device, features.shape[0]
-    embed = reader.llama.model.embed_tokens
-    start = embed(head.to(device)).expand(batch, -1, -1)
-    rows = torch.cat([start, reader.project(features).to(start.dtype), embed(ids.to(device))], 1)
-    prefix = start.shape[1] + features.shape[1]
-    block = torch.cat([torch.zeros(batch, prefix, dtype=torch.long), segment], 1)
-    order = torch.arange(rows.shape[1])
-    first = order < prefix
-    sees = (first[None, None, :] | (block[:, :, None] == block[:, None, :])) & (order[:, None] >= order[None, :])
-    mask = torch.zeros(batch, 1, *sees.shape[1:]).masked_fill_(~sees[:, None], torch.finfo(torch.float32).min)
-    positions = torch.cat([torch.arange(prefix).expand(batch, -1), position], 1)
-    return reader.llama.model(
-        inputs_embeds=rows, attention_mask=mask.to(device, rows.dtype), position_ids=positions.to(device),
-        use_cache=False,
-    ).last_hidden_state  # fmt: skip
+class Loss(nn.Module):
+    """Cross-entropy of answers and ends, for (B, N, Dv) tower features and the packed questions about each picture."""
+
+    def __init__(self, reader: Reader, wording: Wording) -> None:
+        super().__init__()
+        self.reader = reader
+        self.register_buffer("head", torch.tensor(wording.head), persistent=False)
+
+    def forward(self, features: Tensor, *packed: Tensor) -> Tensor:
+        """The mean over all answers and ends, by their weights."""
+        asked, reader = Packed(*packed), self.reader
+        hidden = self._hidden(features, asked)
+        prefix = hidden.shape[1] - asked.ids.shape[1]
+        there = (prefix + asked.places)[..., None].expand(-1, -1, hidden.shape[2])
+        logits = reader.llama.lm_head(hidden.gather(1, there)).float().flatten(0, 1)
+        each = F.cross_entropy(logits, asked.wanted.flatten(), reduction="none")
+        return (each * asked.weight.flatten()).sum() / asked.weight.sum()
+
+    def _hidden(self, features: Tensor, asked: Packed) -> Tensor:
+        """Last hidden states of [head, picture, questions side by side]."""
+        device, batch = features.device, features.shape[0]
+        embed = self.reader.llama.model.embed_tokens
+        start = embed(self.head).expand(batch, -1, -1)
+        rows = torch.cat([start, self.reader.project(features).to(start.dtype), embed(asked.ids)], 1)
+        prefix = start.shape[1] + features.shape[1]
+        block = F.pad(asked.segment, (prefix, 0))
+        order = torch.arange(rows.shape[1], device=device)
+        first = order < prefix
+        sees = (first[None, None, :] | (block[:, :, None] == block[:, None, :])) & (order[:, None] >= order[None, :])
+        mask = torch.zeros(sees.shape, device=device, dtype=rows.dtype)
+        mask = mask.masked_fill(~sees, torch.finfo(rows.dtype).min)[:, None]
+        positions = torch.cat([order[:prefix].expand(batch, -1), prefix + asked.position], 1)
+        return self.reader.llama.model(
+            inputs_embeds=rows, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
 
 
 @torch.inference_mode()

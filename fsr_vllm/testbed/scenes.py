@@ -203,8 +203,12 @@ def _card(split: str, value: int, random: np.random.Generator) -> Image.Image:
     """A 16 x 16 card with one digit in dark ink."""
     pool = _digits(split)[value]
     ink = Image.fromarray((pool[random.integers(len(pool))] * (255 / 16)).astype(np.uint8))
-    card = Image.new("L", (16, 16), int(random.integers(225, 250)))
-    card.paste(20, (1, 1), ink.resize((14, 14), Image.Resampling.BICUBIC))
+    card, ink = Image.new("L", (16, 16), int(random.integers(225, 250))), ink.resize((14, 14), Image.Resampling.BICUBIC)
+    place = (1, 1)
+    if split == "train":  # a thousand digits are few: each comes turned and shifted a little
+        ink = ink.rotate(random.uniform(-15, 15), Image.Resampling.BICUBIC)
+        place = (int(random.integers(0, 3)), int(random.integers(0, 3)))
+    card.paste(20, place, ink)
     ImageDraw.Draw(card).rectangle((0, 0, 15, 15), outline=90)
     return card.convert("RGB")
 

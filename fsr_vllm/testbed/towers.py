@@ -1,9 +1,10 @@
 """First stage of the testbed's training: a CLIP, image tower and text tower together, from nothing.
 
-Two losses. The whole picture: [CLS] of the last layer against a caption of its objects alone, which makes [CLS] look at
+Three losses. The whole picture: [CLS] of the last layer against a caption of its objects alone, which makes [CLS] look at
 objects. Regions: patches of one thing, of its digit card or of the background, in the penultimate and the last layer,
 against short texts and against the very questions that are asked about it, which makes patch-text similarity point at
-what a text names. `plain` trains with the first loss alone; similarity then says little about places.
+what a text names. And hints: large towers know where a patch is and what stands beside it; so small a one keeps that
+only if it is asked to. `plain` trains with the first loss alone; similarity then says little about places.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +23,14 @@ from transformers import CLIPConfig, CLIPModel
 
 from .data import Pictures, pixels
 from .questions import FAMILIES, ask
-from .scenes import COLOURS, GRID, PATCH, PATCHES, SHAPES, SIDE, Scene, Thing, patches
+from .scenes import COLOURS, DIGITS, GRID, PATCH, PATCHES, SHAPES, SIDE, Scene, Thing, patches
 from .wording import CLIP_BOS, CLIP_EOS, CLIP_LENGTH
 
 WIDTH, TEXT_WIDTH, LAYERS, TEXT_LAYERS, HEADS, JOINT = 128, 128, 5, 2, 4, 96
+# What a linear reader, thrown away afterwards, should find in penultimate patches, and its number of values: of a thing
+# its colour and shape, of a card those of the thing beside it and the digit, of every patch its row and column.
+HINTS = {"colour": 8, "shape": 8, "card colour": 8, "card shape": 8, "digit": 10, "row": GRID, "column": GRID}
+_HINT_WEIGHT = 0.3
 _NAMED = re.compile(rf"(?:({'|'.join(COLOURS)})\b)? ?(?:\b({'|'.join(SHAPES)})\b)?")
 
 Region = tuple[int, Thing | None, bool, tuple[int, ...]]  # picture in the batch, thing or background, card?, patches
@@ -49,52 +54,97 @@ def build(tokenizer: Tokenizer, seed: int) -> CLIPModel:
     return model
 
 
-def encode(model: CLIPModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """Unit vectors of texts in the joint space, (T, 96); pooled at the end token, as CLIP does."""
+def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """CLIP's token ids of texts, (T, L) int64, the shorter ones filled up with the end token."""
     ids = [tokenizer.encode(text).ids[:CLIP_LENGTH] for text in texts]
     longest, eos = max(map(len, ids)), tokenizer.token_to_id(CLIP_EOS)
-    device = model.device
-    padded = torch.tensor([row + [eos] * (longest - len(row)) for row in ids], device=device)
-    hidden = model.text_model(input_ids=padded).last_hidden_state
-    ends = torch.tensor([len(row) - 1 for row in ids], device=device)
-    pooled = hidden[torch.arange(len(ids), device=device), ends]
+    return torch.tensor([row + [eos] * (longest - len(row)) for row in ids])
+
+
+def encode(model: CLIPModel, ids: Tensor) -> Tensor:
+    """Unit vectors of token ids (T, L) in the joint space, (T, 96); pooled at the first end token, as CLIP does."""
+    ids = ids.to(model.device)
+    hidden = model.text_model(input_ids=ids).last_hidden_state
+    ends = (ids == model.config.text_config.eos_token_id).int().argmax(-1)
+    pooled = hidden[torch.arange(len(ids), device=ids.device), ends]
     return F.normalize(model.text_projection(pooled).float(), dim=-1)
 
 
-def look(model: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Joint-space vectors of [CLS] (last layer), (B, J), and of patches (penultimate, last), (2, B, N, J); not unit."""
+def look(model: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Joint-space vectors of [CLS] (last layer), (B, J), and of patches (penultimate, last), (2, B, N, J), not unit;
+    and the penultimate patches themselves, (B, N, 128)."""
     states = model.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
     joint = [model.visual_projection(model.vision_model.post_layernorm(state)).float() for state in states[-2:]]
-    return joint[1][:, 0], torch.stack([state[:, 1:] for state in joint])
+    return joint[1][:, 0], torch.stack([state[:, 1:] for state in joint]), states[-2][:, 1:]
 
 
-def loss(
-    model: CLIPModel, tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.random.Generator, plain: bool
-) -> Tensor:
-    """The training loss of one batch of pictures."""
+class Batch(NamedTuple):
+    """What a training step needs, on the CPU: worker processes make it. B pictures, R regions, T texts."""
+
+    images: Tensor  # (B, 96, 96, 3) uint8
+    captions: Tensor  # (B, L) token ids
+    texts: Tensor  # (T, L) token ids
+    match: Tensor  # (R, T) 1 where the text speaks of the region
+    patch: Tensor  # (P,) raster numbers of patches within the batch, B * N of them
+    region: Tensor  # (P,) which region each of them belongs to
+    labels: Tensor  # (len(HINTS), B * N), -100 where there is nothing to say
+
+
+def draw(tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.random.Generator) -> Batch:
+    """A batch of pictures with texts about them."""
     scenes = [data.scenes[index] for index in picks]
-    cls, maps = look(model, pixels(data.images[picks], model.device))
-    captions = encode(model, tokenizer, [caption(one, random) for one in scenes])
-    scale = model.logit_scale.exp().clamp(max=50.0)
-    logits = scale * F.normalize(cls, dim=-1) @ captions.T
-    same = torch.arange(len(scenes), device=logits.device)
-    whole = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-    if plain:
-        return whole
+    captions = [caption(one, random) for one in scenes]
     regions = [region for place, one in enumerate(scenes) for region in regions_of(place, one)]
     texts = sorted({text for place, thing, card, _ in regions for text in describe(scenes[place], thing, card, random)})
     truth = [[says(text, scenes[place], thing, card) for text in texts] for place, thing, card, _ in regions]
-    match = torch.tensor(truth, device=logits.device, dtype=torch.float32)
-    # A region is the mean of its patches half of the time, else one patch: maps are read patch by patch later.
-    pooling = torch.zeros(len(regions), len(scenes) * PATCHES)
+    patch, region = [], []
     for row, (place, _, _, where) in enumerate(regions):
+        # A region is the mean of its patches half of the time, else one patch: maps are read patch by patch later.
         chosen = list(where) if random.random() < 0.5 else [where[random.integers(len(where))]]
-        pooling[row, torch.tensor(chosen) + place * PATCHES] = 1 / len(chosen)
-    pooled = pooling.to(maps.device) @ maps.flatten(1, 2)
-    similarity = scale * F.normalize(pooled, dim=-1) @ encode(model, tokenizer, texts).T
+        patch += [place * PATCHES + number for number in chosen]
+        region += [row] * len(chosen)
+    images = torch.from_numpy(np.ascontiguousarray(data.images[picks]))
+    texts_read, match = tokens(tokenizer, texts), torch.tensor(truth, dtype=torch.float32)
+    found = torch.tensor(patch), torch.tensor(region)
+    return Batch(images, tokens(tokenizer, captions), texts_read, match, *found, labels_of(regions, len(scenes)))
+
+
+def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) -> Tensor:
+    """The training loss of one batch; `hints` reads penultimate patches (B * N, 128) -> all of HINTS side by side."""
+    device = model.device
+    cls, maps, patches_ = look(model, pixels(batch.images, device))
+    scale = model.logit_scale.exp().clamp(max=50.0)
+    logits = scale * F.normalize(cls, dim=-1) @ encode(model, batch.captions).T
+    same = torch.arange(len(logits), device=device)
+    whole = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+    if plain:
+        return whole
+    match, region = batch.match.to(device), batch.region.to(device)
+    rows = maps.flatten(1, 2)[:, batch.patch.to(device)]
+    pooled = maps.new_zeros(2, len(match), maps.shape[-1]).index_add(1, region, rows)
+    similarity = scale * F.normalize(pooled, dim=-1) @ encode(model, batch.texts).T
     per_region = -(similarity.log_softmax(-1) * match).sum(-1) / match.sum(-1).clamp(min=1)
     per_text = -(similarity.log_softmax(-2) * match).sum(-2) / match.sum(-2).clamp(min=1)
-    return 0.5 * whole + per_region.mean() + 0.5 * per_text.mean()
+    told = hints(patches_.flatten(0, 1)).split(list(HINTS.values()), -1)
+    labels = batch.labels.to(device)
+    missed = [F.cross_entropy(part, label, reduction="sum") for part, label in zip(told, labels, strict=True)]
+    missing = (torch.stack(missed) / (labels >= 0).sum(-1).clamp(min=1)).sum()
+    return 0.5 * whole + per_region.mean() + 0.5 * per_text.mean() + _HINT_WEIGHT * missing
+
+
+def labels_of(regions: Sequence[Region], count: int) -> Tensor:
+    """What each patch should tell a linear reader, (len(HINTS), count * N); -100: nothing."""
+    labels = torch.full((len(HINTS), count, PATCHES), -100)
+    for place, thing, card, where in regions:
+        if thing is None:
+            continue
+        colour, shape = list(COLOURS).index(thing.colour), SHAPES.index(thing.shape)
+        values = (2, colour), (3, shape), (4, DIGITS.index(thing.digit or "zero"))
+        for hint, value in values if card else ((0, colour), (1, shape)):
+            labels[hint, place, list(where)] = value
+    raster = torch.arange(PATCHES)
+    labels[5], labels[6] = raster // GRID, raster % GRID
+    return labels.flatten(1)
 
 
 def caption(scene: Scene, random: np.random.Generator) -> str:
@@ -158,7 +208,7 @@ def gates(model: CLIPModel, tokenizer: Tokenizer, data: Pictures) -> dict[str, f
             for family in by_family:
                 question = ask(one, family, one.generator)
                 if question and question.targets:
-                    cosines = (maps[place] @ encode(model, tokenizer, [question.text])[0]).cpu()
+                    cosines = (maps[place] @ encode(model, tokens(tokenizer, [question.text]))[0]).cpu()
                     by_family[family].append(auc(cosines, list(question.targets)))
                     relevance.append(by_family[family][-1])
     result = {"cls_attention": float(np.mean(attention)), "relevance": float(np.mean(relevance))}

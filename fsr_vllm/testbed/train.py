@@ -48,7 +48,7 @@ MINIATURE = Recipe(pictures=400, tower_steps=40, tower_batch=16, reader_steps=12
 GATES = {"cls_attention": 0.65, "relevance": 0.8}
 
 
-def train(recipe: Recipe, output: Path, work: Path, device: str) -> dict[str, Any]:
+def train(recipe: Recipe, output: Path, work: Path, device: str, workers: int = 0) -> dict[str, Any]:
     """Run all stages that `work` does not hold yet; returns what the card reports. RuntimeError at a failed gate."""
     work.mkdir(parents=True, exist_ok=True)
     _check_same(recipe, work)
@@ -57,14 +57,20 @@ def train(recipe: Recipe, output: Path, work: Path, device: str) -> dict[str, An
     held_out = Pictures.of("validation", recipe.checked, work)
 
     clip = towers.build(clip_tokenizer, recipe.seed).to(device)
+    hints = torch.nn.Linear(towers.WIDTH, sum(towers.HINTS.values())).to(device)
 
-    def tower_loss(step: int) -> Tensor:
+    def draw(step: int) -> towers.Batch:
         random = np.random.default_rng([recipe.seed, 1, step])
         picks = random.integers(0, recipe.pictures, recipe.tower_batch)
-        return towers.loss(clip, clip_tokenizer, data, picks, random, recipe.plain)
+        return towers.draw(clip_tokenizer, data, picks, random)
 
-    optimizers = [adamw(list(clip.parameters()), recipe.tower_rate)]
-    seconds = {"towers": fit(clip, optimizers, tower_loss, recipe.tower_steps, work / "towers.pt", "towers")}
+    def loss(batch: towers.Batch) -> Tensor:
+        return towers.loss(clip, hints, batch, recipe.plain)
+
+    both = torch.nn.ModuleList([clip, hints])
+    optimizers = [adamw(list(both.parameters()), recipe.tower_rate)]
+    state = work / "towers.pt"
+    seconds = {"towers": fit(both, optimizers, draw, loss, recipe.tower_steps, state, "towers", workers=workers)}
     clip.eval().requires_grad_(False)
     report: dict[str, Any] = {"recipe": asdict(recipe), "gates": towers.gates(clip, clip_tokenizer, held_out)}
     print("AUC:", "  ".join(f"{name} {value:.3f}" for name, value in report["gates"].items()))
@@ -72,7 +78,7 @@ def train(recipe: Recipe, output: Path, work: Path, device: str) -> dict[str, An
     save_clip(output / TEXT_ENCODER, clip, sign)
     if not recipe.plain:
         reader = language.Reader(towers.WIDTH, wording.tokenizer.get_vocab_size(), recipe.seed).to(device)
-        seconds["reader"] = _train_reader(recipe, reader, wording, clip, data, work, device)
+        seconds["reader"] = _train_reader(recipe, reader, wording, clip, data, work, device, workers)
         save(output, clip, reader, wording)
         # Measured on what was saved, in half precision as it is.
         clip, reader, wording, _ = load(output)
@@ -95,21 +101,39 @@ def _train_reader(
     data: Pictures,
     work: Path,
     device: str,
+    workers: int,
 ) -> float:
     features = _features(clip, data, work / "features.pt", device)
     matrices = [p for name, p in reader.named_parameters() if p.ndim == 2 and ".layers." in name]
     rest = [p for name, p in reader.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
     # Muon for the matrices, as its authors advise; embeddings, norms and projector by AdamW.
     muon = torch.optim.Muon(matrices, lr=recipe.reader_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    on_gpu = device != "cpu"
+    if on_gpu:
+        features = features.to(device)
+    # A step of so small a model is all launches: on a GPU its shapes are fixed and it is replayed as a graph.
+    length = language.QUESTIONS_PER_PICTURE * language.LONGEST if on_gpu else 0
+    look: torch.nn.Module = language.Loss(reader, wording).to(device)
 
-    def loss(step: int) -> Tensor:
+    def draw(step: int) -> tuple[Tensor, language.Packed]:
         random = np.random.default_rng([recipe.seed, 2, step])
         picks = random.integers(0, recipe.pictures, recipe.reader_batch)
         late = 3 * step >= 2 * recipe.reader_steps
         asked = [language.draw(data.scenes[index], random, late=late) for index in picks]
-        return language.loss(reader, wording, features[torch.from_numpy(picks)].float().to(device), asked)
+        return torch.from_numpy(picks), language.pack(wording, asked, length)
 
-    return fit(reader, [muon, adamw(rest, recipe.reader_rate)], loss, recipe.reader_steps, work / "reader.pt", "reader")
+    def inputs(batch: tuple[Tensor, language.Packed]) -> tuple[Tensor, ...]:
+        picks, asked = batch
+        return features[picks.to(features.device)].float(), *(part.to(device) for part in asked)
+
+    if on_gpu:
+        look = torch.cuda.make_graphed_callables(look, inputs(draw(0)))
+
+    def loss(batch: tuple[Tensor, language.Packed]) -> Tensor:
+        return look(*inputs(batch))
+
+    optimizers, state = [muon, adamw(rest, recipe.reader_rate)], work / "reader.pt"
+    return fit(reader, optimizers, draw, loss, recipe.reader_steps, state, "reader", workers=workers)
 
 
 @torch.no_grad()
@@ -147,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--miniature", action="store_true", help="two minutes, to prove the script; learns little")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument("--workers", type=int, help="processes that draw batches (default: 0, on a GPU 4)")
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         if field.name == "plain":
@@ -155,6 +180,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.add_argument(flag, type=type(field.default), help=f"default: {field.default}")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("high")
+    workers = args.workers if args.workers is not None else 0 if args.device == "cpu" else 4
     recipe = Recipe(**asdict(MINIATURE)) if args.miniature else Recipe()
     for field in fields(Recipe):
         if (value := getattr(args, field.name)) not in (None, False):
@@ -163,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.fresh:
         shutil.rmtree(work, ignore_errors=True)
     try:
-        report = train(recipe, args.output, work, args.device)
+        report = train(recipe, args.output, work, args.device, workers)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

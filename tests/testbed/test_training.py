@@ -77,13 +77,16 @@ def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch):
         module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
         muon = torch.optim.Muon([module[0].weight, module[2].weight], lr=1e-2, adjust_lr_fn="match_rms_adamw")
 
-        def loss(step):
+        def draw(step):
             if step == stop:
                 raise Stopped
-            x = torch.from_numpy(np.random.default_rng([5, step]).normal(size=(4, 8))).float()
+            return torch.from_numpy(np.random.default_rng([5, step]).normal(size=(4, 8))).float()
+
+        def loss(x):
             return F.mse_loss(module(x), x.flip(1))
 
-        seconds = fit(module, [muon, adamw([module[0].bias, module[2].bias], 1e-2)], loss, 20, state, "test", warmup=5)
+        optimizers = [muon, adamw([module[0].bias, module[2].bias], 1e-2)]
+        seconds = fit(module, optimizers, draw, loss, 20, state, "test", warmup=5)
         assert seconds > 0
         return module.state_dict()
 
@@ -99,7 +102,7 @@ def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     module = torch.nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match="the loss is nan at step 0"):
-        fit(module, [adamw(list(module.parameters()), 0.1)], lambda _: module.weight.sum() * torch.nan, 3,
+        fit(module, [adamw(list(module.parameters()), 0.1)], torch.tensor, lambda _: module.weight.sum() * torch.nan, 3,
             tmp_path / "s.pt", "test")  # fmt: skip
 
 
@@ -109,7 +112,7 @@ def test_packed_questions_are_as_if_alone(tmp_path):
     features = torch.randn(2, 144, towers.WIDTH, generator=torch.Generator().manual_seed(1))
     asked = [language.draw(scene("train", index), np.random.default_rng(index), 5) for index in range(2)]
     with torch.no_grad():
-        packed = language.loss(reader, wording, features, asked)
+        packed = language.Loss(reader, wording)(features, *language.pack(wording, asked))
         alone = []
         for index, questions in enumerate(asked):
             for question in questions:
@@ -137,7 +140,7 @@ def _end_losses(reader, wording, features, asked):
 def test_a_saved_model_is_read_back_as_it_was(miniature):
     clip, reader, wording, clip_tokenizer = load(miniature)
     assert wording.answer("red") != wording.answer("blue")
-    texts = towers.encode(clip, clip_tokenizer, ["a red star", "a blue ring"])
+    texts = towers.encode(clip, towers.tokens(clip_tokenizer, ["a red star", "a blue ring"]))
     assert texts.shape == (2, towers.JOINT)
     llava = LlavaForConditionalGeneration.from_pretrained(miniature, dtype=torch.float32)
     ours = dict(reader.llama.named_parameters())
