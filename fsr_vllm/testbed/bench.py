@@ -7,8 +7,10 @@ same, answers the same (`evaluate --server`).
 from __future__ import annotations
 
 import copy
+import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,6 @@ from .questions import FAMILIES, Question, ask, balanced
 from .scenes import GRID, PATCHES, render, scene
 
 GENERIC = "Describe the image."
-_BATCH = 64
 _SCENES_PER_QUESTION = 1.6  # scenes drawn per question wanted: some have nothing to ask about, answers are balanced
 
 
@@ -50,8 +51,10 @@ class Outcome:
 class Bench:
     """`per_family` questions of every family about one split, and all signals of the pictures they are about."""
 
-    def __init__(self, split: str, per_family: int, folder: Path = SHIPPED) -> None:
-        self.clip, self.reader, self.wording, self.clip_tokenizer = load(folder)
+    def __init__(self, split: str, per_family: int, folder: Path = SHIPPED, device: str = "cpu") -> None:
+        clip, reader, self.wording, self.clip_tokenizer = load(folder)
+        self.clip, self.reader, self.device = clip.to(device), reader.to(device), device
+        self.batch = 64 if device == "cpu" else 512
         self.sign = stated_sign(folder)
         count = int(per_family * _SCENES_PER_QUESTION) + 20
         self.pictures = Pictures.of(split, count)
@@ -87,7 +90,7 @@ class Bench:
 
     def off(self) -> Outcome:
         """All tokens."""
-        return self._run(lambda rows, _: self.signals["features"][torch.from_numpy(self.scene_of[rows])])
+        return self._run(lambda rows, _: self.signals["features"][self._scenes(rows)])
 
     def oracle(self, budget: int) -> Outcome:
         """Patches of what is asked about first, others at random: a ceiling that no method can know."""
@@ -98,8 +101,8 @@ class Bench:
 
         def rows_of(rows: np.ndarray, _: Outcome) -> Tensor:
             kept = chance[torch.from_numpy(rows)].topk(budget).indices.sort(-1).values
-            features = self.signals["features"][torch.from_numpy(self.scene_of[rows])]
-            return features.gather(1, kept[..., None].expand(-1, -1, features.shape[2]))
+            features = self.signals["features"][self._scenes(rows)]
+            return features.gather(1, kept[..., None].expand(-1, -1, features.shape[2]).to(self.device))
 
         return self._run(rows_of)
 
@@ -127,12 +130,12 @@ class Bench:
     @torch.inference_mode()
     def _run(self, rows_of: Callable[[np.ndarray, Outcome], Tensor]) -> Outcome:
         outcome, right = Outcome(np.zeros(0, bool), focus_share=0.0), []
-        for start in range(0, len(self.items), _BATCH):
-            rows = np.arange(start, min(start + _BATCH, len(self.items)))
+        for start in range(0, len(self.items), self.batch):
+            rows = np.arange(start, min(start + self.batch, len(self.items)))
             texts = [self.items[row][1].text for row in rows]
-            best = next_words(self.reader, self.wording, rows_of(rows, outcome), texts).argmax(-1)
+            best = next_words(self.reader, self.wording, rows_of(rows, outcome), texts).argmax(-1).cpu()
             outcome.words += [self._words[token].removeprefix("Ġ") for token in best.tolist()]
-            right.append((best == self.answers[start : start + _BATCH]).numpy())
+            right.append((best == self.answers[start : start + self.batch]).numpy())
         outcome.right = np.concatenate(right)
         for name in ("focus_share", "scan", "merged"):
             setattr(outcome, name, getattr(outcome, name) / len(self.items))
@@ -148,7 +151,7 @@ class Bench:
         return list(groups.values())
 
     def _tokens(self, rows: np.ndarray, read: set[str], name: str, text: str, sign: int) -> VisualTokens:
-        index = torch.from_numpy(self.scene_of[rows])
+        index = self._scenes(rows)
         given: dict[str, Any] = {key: value[index] for key, value in self.signals.items() if key in read}
         if "shallow_saliency" in read:
             given["shallow_saliency"] = self.signals[f"shallow_{name}"][index]
@@ -161,15 +164,15 @@ class Bench:
             given["relevance"] = sign * clip_relevance(metric, embedded, vision.post_layernorm, projection, self.sign)
         if "text" in read:
             ids = [self._ids(question) for question in questions]
-            given["text"] = self.reader.llama.model.embed_tokens(torch.tensor(ids))
+            given["text"] = self.reader.llama.model.embed_tokens(torch.tensor(ids, device=self.device))
         if "probe" in read:
             given["probe"] = probe(name, self.reader, self.wording, self.signals["features"][index], questions)
         if "grid" in read:
             given["grid"] = (GRID, GRID)
         if "frame_weights" in read:
-            given["frame_weights"] = torch.ones(len(rows), 1)
+            given["frame_weights"] = torch.ones(len(rows), 1, device=self.device)
         if "prototypes" in read:
-            given["prototypes"] = self._prototypes()
+            given["prototypes"] = self._prototypes().to(self.device)
         return VisualTokens(features=self.signals["features"][index], **given)
 
     @staticmethod
@@ -180,19 +183,24 @@ class Bench:
 
     # Signals --------------------------------------------------------------------------------------------------------
 
+    def _scenes(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.scene_of[rows]).to(self.device)
+
     def _ids(self, text: str) -> list[int]:
         return self.wording.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _text(self, question: str) -> Tensor:
         if question not in self._texts:
-            self._texts[question] = pool_chunks(towers.encode(self.clip, towers.tokens(self.clip_tokenizer, [question])))
+            self._texts[question] = pool_chunks(
+                towers.encode(self.clip, towers.tokens(self.clip_tokenizer, [question]))
+            )
         return self._texts[question]
 
     @torch.inference_mode()
     def _signals(self) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = defaultdict(list)
-        for start in tqdm(range(0, len(self.pictures.scenes), _BATCH), desc="signals", unit="batch", mininterval=1):
-            inside = pixels(self.pictures.images[start : start + _BATCH])
+        for start in tqdm(range(0, len(self.pictures.scenes), self.batch), desc="signals", unit="batch", mininterval=1):
+            inside = pixels(self.pictures.images[start : start + self.batch], self.device)
             for name, value in signals_of(self.clip, inside).items():
                 parts[name].append(value)
         signals = {name: torch.cat(values) for name, values in parts.items()}
@@ -204,6 +212,11 @@ class Bench:
         if not self._codebook:
             self._codebook.append(codebook(self.clip, self.reader))
         return self._codebook[0]
+
+
+def pool_of(jobs: int, device: str) -> ProcessPoolExecutor:
+    """Worker processes that may use the device: CUDA does not survive a fork."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork" if device == "cpu" else "spawn"))
 
 
 def signals_of(clip: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -247,6 +260,8 @@ def codebook(clip: Any, reader: Any, count: int = 128) -> Tensor:
     rows = []
     for one in (scene("train", index) for index in range(count)):
         background = towers.regions_of(0, one)[-1][3]
-        state = clip.vision_model(pixel_values=pixels(render(one)[None]), output_hidden_states=True).hidden_states[-2]
-        rows.append(reader.project(state[0, 1:])[list(background)])
+        state = clip.vision_model(
+            pixel_values=pixels(render(one)[None], clip.device), output_hidden_states=True
+        ).hidden_states[-2]
+        rows.append(reader.project(state[0, 1:])[list(background)].cpu())
     return build_prototypes(rows, clusters_per_image=4, clusters=32, min_images=8)

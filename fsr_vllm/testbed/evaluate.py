@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from fsr_vllm.methods import methods
 from fsr_vllm.params import SERVED_DEFAULTS
 
-from .bench import GENERIC, Bench, Outcome
+from .bench import GENERIC, Bench, Outcome, pool_of
 from .export import SHIPPED
 from .questions import FAMILIES
 from .report import markdown, plot
@@ -97,18 +97,20 @@ def summarise(bench: Bench, row: Row, budget: int, found: Outcome, families: Seq
 
 
 @functools.cache
-def _bench(split: str, per_family: int, folder: Path, families: tuple[str, ...]) -> Bench:
+def _bench(split: str, per_family: int, folder: Path, device: str, families: tuple[str, ...]) -> Bench:
     """One per worker process."""
-    return _about(Bench(split, per_family, folder), families)
+    return _about(Bench(split, per_family, folder, device), families)
 
 
 def _about(bench: Bench, families: Sequence[str]) -> Bench:
     return bench.subset(np.flatnonzero(np.isin(bench.families, families)))
 
 
-def _one(split: str, per_family: int, folder: Path, families: tuple[str, ...], row: Row, budget: int) -> Outcome:
+def _one(
+    split: str, per_family: int, folder: Path, device: str, families: tuple[str, ...], row: Row, budget: int
+) -> Outcome:
     torch.set_num_threads(1)
-    return outcome(_bench(split, per_family, folder, families), row, budget)
+    return outcome(_bench(split, per_family, folder, device, families), row, budget)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,13 +118,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     tuning = json.loads(args.tuning.read_text())["methods"] if args.tuning.exists() else {}
     lines = rows(tuning, args.methods)
-    bench = Bench(args.split, args.per_family, args.model)
+    bench = Bench(args.split, args.per_family, args.model, args.device)
     full = bench.off()
     majority, right = bench.majority(), {f: float(full.right[bench.families == f].mean()) for f in FAMILIES}
     families = admitted(right, majority, args.per_family)
     found: dict[tuple[str, int], Outcome] = {}
-    source = (args.split, args.per_family, args.model)
-    with ProcessPoolExecutor(args.jobs) as pool:
+    source = (args.split, args.per_family, args.model, args.device)
+    with pool_of(args.jobs, args.device) as pool:
         jobs = {
             pool.submit(_one, *source, tuple(families), row, budget): (row.label, budget)
             for row in lines
@@ -165,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--tuning", type=Path, default=Path("benchmarks/results/tuning.json"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--server", action="store_true", help="instead: ask a running server too, and compare answers")
     args = parser.parse_args(argv)

@@ -24,9 +24,10 @@ def probe(name: str, reader: Reader, wording: Wording, visual: Tensor, questions
     if name not in PROBES:
         raise ValueError(f"method {name!r} reads no probe; those that do: {', '.join(PROBES)}")
     llama: Any = reader.llama.model
-    ids = torch.tensor([wording.question(question) for question in questions])
+    device = visual.device
+    ids = torch.tensor([wording.question(question) for question in questions], device=device)
     asked = torch.tensor([len(wording.tokenizer.encode(q, add_special_tokens=False).ids) for q in questions])
-    start = llama.embed_tokens(torch.tensor(wording.head)).expand(len(ids), -1, -1)
+    start = llama.embed_tokens(torch.tensor(wording.head, device=device)).expand(len(ids), -1, -1)
     states = llama(inputs_embeds=torch.cat([start, visual, llama.embed_tokens(ids)], 1), output_hidden_states=True)
     hidden = states.hidden_states[_LAYER]
     block = llama.layers[_LAYER]
@@ -36,7 +37,7 @@ def probe(name: str, reader: Reader, wording: Wording, visual: Tensor, questions
         return linear(normed).unflatten(2, (HEADS, -1)).transpose(1, 2)
 
     query, key, value = (heads(getattr(block.self_attn, f"{kind}_proj")) for kind in "qkv")
-    turns = llama.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    turns = llama.rotary_emb(hidden, torch.arange(hidden.shape[1], device=device)[None])
     query, key = apply_rotary_pos_emb(query, key, *turns)
     first, n = len(wording.head), visual.shape[1]
     seen, text = slice(first, first + n), first + n
@@ -46,7 +47,7 @@ def probe(name: str, reader: Reader, wording: Wording, visual: Tensor, questions
     if name == "ivc":
         values = value[:, :, first:]
         return torch.softmax(values[:, :, :n] @ values.transpose(-1, -2) * scale, dim=2).mean(1)
-    causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
+    causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=device).tril()
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~causal, -torch.inf)
     attention = torch.softmax(scores, -1).mean(1)
     if name == "fastv":

@@ -1,14 +1,15 @@
 """First stage of the testbed's training: a CLIP, image tower and text tower together, from nothing.
 
-Three losses. The whole picture: [CLS] of the last layer against a caption of its objects alone, which makes [CLS] look at
-objects. Regions: patches of one thing, of its digit card or of the background, in the penultimate and the last layer,
-against short texts and against the very questions that are asked about it, which makes patch-text similarity point at
-what a text names. And hints: large towers know where a patch is and what stands beside it; so small a one keeps that
-only if it is asked to. `plain` trains with the first loss alone; similarity then says little about places.
+Three losses. The whole picture: [CLS] of the last layer against a caption of its objects alone, which makes [CLS] look
+at objects. Regions: patches of one thing, of its digit card or of the background, in the penultimate and the last
+layer, against short texts and against the very questions that are asked about it, which makes patch-text similarity
+point at what a text names. And hints: large towers know where a patch is and what stands beside it; so small a one
+keeps that only if it is asked to. `plain` trains with the first loss alone, at first on pictures of one thing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -90,9 +91,19 @@ class Batch(NamedTuple):
     labels: Tensor  # (len(HINTS), B * N), -100 where there is nothing to say
 
 
-def draw(tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.random.Generator) -> Batch:
-    """A batch of pictures with texts about them."""
+def draw(
+    tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.random.Generator, alone: bool = False
+) -> Batch:
+    """A batch of pictures with texts about them; `alone`: all but one thing is grey, and the caption speaks of that."""
     scenes = [data.scenes[index] for index in picks]
+    images = np.array(data.images[picks])
+    if alone:
+        scenes = [dataclasses.replace(one, things=(one.things[random.integers(len(one.things))],)) for one in scenes]
+        for place, (thing,) in enumerate(one.things for one in scenes):
+            top, left, bottom, right = thing.box
+            seen = images[place, top:bottom, left:right].copy()
+            images[place] = 128
+            images[place, top:bottom, left:right] = seen
     captions = [caption(one, random) for one in scenes]
     regions = [region for place, one in enumerate(scenes) for region in regions_of(place, one)]
     texts = sorted({text for place, thing, card, _ in regions for text in describe(scenes[place], thing, card, random)})
@@ -103,10 +114,9 @@ def draw(tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.ran
         chosen = list(where) if random.random() < 0.5 else [where[random.integers(len(where))]]
         patch += [place * PATCHES + number for number in chosen]
         region += [row] * len(chosen)
-    images = torch.from_numpy(np.ascontiguousarray(data.images[picks]))
-    texts_read, match = tokens(tokenizer, texts), torch.tensor(truth, dtype=torch.float32)
-    found = torch.tensor(patch), torch.tensor(region)
-    return Batch(images, tokens(tokenizer, captions), texts_read, match, *found, labels_of(regions, len(scenes)))
+    read = tokens(tokenizer, captions), tokens(tokenizer, texts), torch.tensor(truth, dtype=torch.float32)
+    found = torch.tensor(patch), torch.tensor(region), labels_of(regions, len(scenes))
+    return Batch(torch.from_numpy(images), *read, *found)
 
 
 def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) -> Tensor:
@@ -115,8 +125,9 @@ def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) ->
     cls, maps, patches_ = look(model, pixels(batch.images, device))
     scale = model.logit_scale.exp().clamp(max=50.0)
     logits = scale * F.normalize(cls, dim=-1) @ encode(model, batch.captions).T
-    same = torch.arange(len(logits), device=device)
-    whole = (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+    same = (batch.captions[:, None] == batch.captions[None]).all(-1).to(device)  # things alone may look alike
+    target = same / same.sum(-1, keepdim=True)
+    whole = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     if plain:
         return whole
     match, region = batch.match.to(device), batch.region.to(device)

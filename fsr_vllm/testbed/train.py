@@ -48,7 +48,9 @@ MINIATURE = Recipe(pictures=400, tower_steps=40, tower_batch=16, reader_steps=12
 GATES = {"cls_attention": 0.65, "relevance": 0.8}
 
 
-def train(recipe: Recipe, output: Path, work: Path, device: str, workers: int = 0) -> dict[str, Any]:
+def train(
+    recipe: Recipe, output: Path, work: Path, device: str, workers: int = 0, eager: bool = False
+) -> dict[str, Any]:
     """Run all stages that `work` does not hold yet; returns what the card reports. RuntimeError at a failed gate."""
     work.mkdir(parents=True, exist_ok=True)
     _check_same(recipe, work)
@@ -62,7 +64,8 @@ def train(recipe: Recipe, output: Path, work: Path, device: str, workers: int = 
     def draw(step: int) -> towers.Batch:
         random = np.random.default_rng([recipe.seed, 1, step])
         picks = random.integers(0, recipe.pictures, recipe.tower_batch)
-        return towers.draw(clip_tokenizer, data, picks, random)
+        alone = recipe.plain and 2 * step < recipe.tower_steps
+        return towers.draw(clip_tokenizer, data, picks, random, alone)
 
     def loss(batch: towers.Batch) -> Tensor:
         return towers.loss(clip, hints, batch, recipe.plain)
@@ -78,7 +81,7 @@ def train(recipe: Recipe, output: Path, work: Path, device: str, workers: int = 
     save_clip(output / TEXT_ENCODER, clip, sign)
     if not recipe.plain:
         reader = language.Reader(towers.WIDTH, wording.tokenizer.get_vocab_size(), recipe.seed).to(device)
-        seconds["reader"] = _train_reader(recipe, reader, wording, clip, data, work, device, workers)
+        seconds["reader"] = _train_reader(recipe, reader, wording, clip, data, work, device, workers, eager)
         save(output, clip, reader, wording)
         # Measured on what was saved, in half precision as it is.
         clip, reader, wording, _ = load(output)
@@ -102,6 +105,7 @@ def _train_reader(
     work: Path,
     device: str,
     workers: int,
+    eager: bool,
 ) -> float:
     features = _features(clip, data, work / "features.pt", device)
     matrices = [p for name, p in reader.named_parameters() if p.ndim == 2 and ".layers." in name]
@@ -113,7 +117,7 @@ def _train_reader(
         features = features.to(device)
     # A step of so small a model is all launches: on a GPU its shapes are fixed and it is replayed as a graph.
     length = language.QUESTIONS_PER_PICTURE * language.LONGEST if on_gpu else 0
-    look: torch.nn.Module = language.Loss(reader, wording).to(device)
+    look: Any = language.Loss(reader, wording).to(device)
 
     def draw(step: int) -> tuple[Tensor, language.Packed]:
         random = np.random.default_rng([recipe.seed, 2, step])
@@ -126,7 +130,7 @@ def _train_reader(
         picks, asked = batch
         return features[picks.to(features.device)].float(), *(part.to(device) for part in asked)
 
-    if on_gpu:
+    if on_gpu and not eager:
         look = torch.cuda.make_graphed_callables(look, inputs(draw(0)))
 
     def loss(batch: tuple[Tensor, language.Packed]) -> Tensor:
@@ -172,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--workers", type=int, help="processes that draw batches (default: 0, on a GPU 4)")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: no replay of the reader's step as a graph")
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         if field.name == "plain":
@@ -190,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.fresh:
         shutil.rmtree(work, ignore_errors=True)
     try:
-        report = train(recipe, args.output, work, args.device, workers)
+        report = train(recipe, args.output, work, args.device, workers, args.eager)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,6 @@ import math
 import os
 import shlex
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ import torch
 
 from fsr_vllm.methods import get_method, methods
 
-from .bench import Bench
+from .bench import Bench, pool_of
+from .export import SHIPPED
 from .questions import FAMILIES
 from .stats import macro
 
@@ -34,9 +34,8 @@ BUDGETS = (16, 32)
 # Values worth trying, by method and option. What is not here has nothing to tune, or nothing on one small grid.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
     "fsr": {
-        "alpha": (2.0, 3.0, 5.0, 8.0), "beta": (0.25, 0.5, 1.0), "rho": (0.5, 0.7, 0.9),
-        "max_focus_share": (0.25, 0.5, 0.75, 1.0), "refine": ("phi", "off"), "space": ("features", "metric"),
-        "scan": ("farthest", "saliency", "coverage"), "coverage_weight": ("phi", "uniform"),
+        "alpha": (3.0, 5.0), "max_focus_share": (0.06, 0.12, 0.25, 0.5), "refine": ("phi", "off"),
+        "scan": ("farthest", "saliency", "relevance"), "scan_gamma": (0.25, 0.5, 1.0, 2.0),
     },
     "cdpruner": {"weighting": ("product", "exp"), "theta": tuple(round(0.05 * i, 2) for i in range(1, 20))},
     "vispruner": {"ratio": (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0), "step": (4, 8, 16)},
@@ -70,10 +69,10 @@ def tries(method: str, count: int = TRIES) -> list[dict[str, Any]]:
     return found
 
 
-def tune(method: str, per_family: int) -> list[dict[str, Any]]:
+def tune(method: str, per_family: int, model: Path, device: str) -> list[dict[str, Any]]:
     """Every try of a method, best first, with its accuracy and how many questions per family it is known on."""
     torch.set_num_threads(1)
-    bench = _bench(per_family)
+    bench = _bench(per_family, model, device)
     results: list[dict[str, Any]] = [
         {"options": options, "accuracy": 0.0, "per_family": 0} for options in tries(method)
     ]
@@ -97,17 +96,17 @@ def _accuracy(bench: Bench, method: str, budget: int, options: dict[str, Any]) -
 
 
 @functools.cache
-def _bench(per_family: int) -> Bench:
+def _bench(per_family: int, model: Path, device: str) -> Bench:
     """One per worker process, for all methods it tunes."""
-    return Bench("validation", per_family)
+    return Bench("validation", per_family, model, device)
 
 
 def _key(method: str, options: dict[str, Any]) -> str:
     """Two settings that differ only in an option that has no effect are one."""
     made = get_method(method, **options)
     values = {item.name: getattr(made, item.name) for item in fields(made)}
-    if method == "fsr" and values["scan"] != "coverage":
-        values.pop("coverage_weight")
+    if method == "fsr" and values["scan"] == "farthest":
+        values.pop("scan_gamma")
     if method == "cdpruner" and values["weighting"] == "product":
         values.pop("theta")
     return json.dumps(values, sort_keys=True)
@@ -119,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per-family", type=int, default=300)
     parser.add_argument("--methods", nargs="*", default=list(SPACE), choices=list(SPACE))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--model", type=Path, default=SHIPPED)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tuning.json"))
     args = parser.parse_args(argv)
     settings = {"split": "validation", "per_family": args.per_family, "budgets": BUDGETS, "tries": TRIES}
@@ -126,8 +127,8 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"command": command, **settings, "methods": {}}
     if args.output.exists():
         report["methods"] = json.loads(args.output.read_text())["methods"]
-    with ProcessPoolExecutor(args.jobs) as pool:
-        runs = {name: pool.submit(tune, name, args.per_family) for name in args.methods}
+    with pool_of(args.jobs, args.device) as pool:
+        runs = {name: pool.submit(tune, name, args.per_family, args.model, args.device) for name in args.methods}
         for name, run in runs.items():
             report["methods"][name] = run.result()
             best = report["methods"][name][0]

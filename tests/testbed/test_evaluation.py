@@ -9,7 +9,7 @@ import pytest
 from fsr_vllm.methods import get_method, methods
 from fsr_vllm.testbed import stats, tune
 from fsr_vllm.testbed.evaluate import rows
-from fsr_vllm.testbed.report import markdown, plot
+from fsr_vllm.testbed.report import markdown, plot, seeds_markdown
 
 
 def outcome(right):
@@ -95,6 +95,12 @@ def test_reports(tmp_path):
     assert "`python -m it`" in text and "1,000 questions" in text and "count, relation do not clearly beat" in text
     best = text.index("| fsr | 57.0 ± 1.0")
     assert best < text.index("| random | 50.0 ± 1.0") and "+7.0 [+5.5, +8.5]" in text
+    other = report | {"rows": [row("random", 16, 51.0), row("fsr", 16, 60.0), row("scope", 16, 99.0)]}
+    seeds = seeds_markdown([report, other], mine="fsr")
+    assert (
+        "| fsr | 57.0 | 60.0 | 58.5 | +0.0, +0.0 |" in seeds and "| random | 50.0 | 51.0 | 50.5 | +7.0, +9.0 |" in seeds
+    )
+    assert "scope" not in seeds and "## 32" not in seeds
     files = [tmp_path / "a.svg", tmp_path / "b.svg"]
     for file in files:
         plot(report, file)
