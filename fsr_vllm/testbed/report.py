@@ -68,8 +68,8 @@ def seeds_markdown(reports: Sequence[dict[str, Any]], mine: str = "fsr (served)"
     lines = [
         "# Accuracy on the testbed, by training seed", "",
         f"The same questions to {len(reports)} models that were trained from different seeds; means over the admitted "
-        f"families of each ({'; '.join(', '.join(report['admitted']) for report in reports)}), per cent right. Tuned on "
-        f"the first model alone. *ahead*: {mine} minus the row, model by model. All tokens: "
+        f"families of each ({'; '.join(', '.join(report['admitted']) for report in reports)}), per cent right. Tuned "
+        f"on the first model alone. *ahead*: {mine} minus the row, model by model. All tokens: "
         f"{', '.join(f'{value:.1f}' for value in full)}.",
     ]  # fmt: skip
     for budget in dict.fromkeys(budget for _, budget in keys):
