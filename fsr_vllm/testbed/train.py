@@ -34,11 +34,11 @@ class Recipe:
 
     seed: int = 0
     pictures: int = 20_000
-    tower_steps: int = 1800
+    tower_steps: int = 2400
     tower_batch: int = 32
     tower_rate: float = 1.5e-3
     reader_steps: int = 14_000
-    reader_batch: int = 6
+    reader_batch: int = 8
     reader_rate: float = 2e-3
     checked: int = 500  # scenes of the validation split that gates and accuracy are measured on
     plain: bool = False  # only CLIP's own loss, and no reader
@@ -89,7 +89,8 @@ def train(
         report["parameters"] = sum(p.numel() for part in (clip, reader) for p in part.parameters())
         report["accuracy"] = language.accuracy(reader, wording, features, held_out.scenes)
         print("accuracy:", "  ".join(f"{family} {100 * value:.1f}" for family, value in report["accuracy"].items()))
-    report |= {"seconds": seconds, "sign": sign, "device": device, "threads": torch.get_num_threads()}
+    where = device if device == "cpu" else torch.cuda.get_device_name(device)
+    report |= {"seconds": seconds, "sign": sign, "device": where, "threads": torch.get_num_threads()}
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     if not recipe.plain:
         (output / "README.md").write_text(model_card(report))
