@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
 
         per_family = min(args.per_family, 200)
         bench = Bench(args.split, per_family, args.model)
-        result = {"command": _command(args)}
+        result: dict[str, Any] = {"command": _command(args)}
         result |= agreement(bench, args.model, server_options=args.server_options, log=args.server_log)
         (args.output / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result, indent=2))
