@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
-import itertools
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -22,14 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-from PIL import Image
 
-from fsr_vllm.demo import MODEL_NAME, SERVE_OPTIONS, serve
-from fsr_vllm.testbed import build_checkpoint, data_url, photos
+from fsr_vllm.demo import SERVE_OPTIONS, serve
+from fsr_vllm.testbed import build_checkpoint
 
+from .client import at_once, connect, pictures, row
 from .report import machine
 
 CONCURRENCIES = (1, 4, 16, 64)
@@ -38,17 +33,6 @@ SIDES = {"vanilla": (SERVE_OPTIONS[2:], {}), f"budget {BUDGET}": (SERVE_OPTIONS,
 TOKENS = 4  # of each answer: what is looked at comes before them
 WORKER = "VLLM::Worker"
 MIB = 1 << 20
-
-
-def pictures() -> Iterator[str]:
-    """Endless different photographs as data URLs: noise on top makes every one new."""
-    originals = [np.asarray(image.resize((336, 336))) for image in photos().values()]
-    for number in itertools.count():
-        noise = np.random.default_rng(number).integers(-8, 9, originals[0].shape)
-        pixels = (originals[number % len(originals)] + noise).clip(0, 255).astype(np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG")
-        yield data_url(Image.open(buffer))
 
 
 def worker() -> psutil.Process:
@@ -70,67 +54,18 @@ def resident(process: psutil.Process, field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
 
-async def one(client: AsyncOpenAI, url: str, fields: dict[str, Any]) -> dict[str, float]:
-    """Seconds to the first token and to the end, and the prompt's tokens, of one streamed answer."""
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": "What is this?"},
-    ]
-    started = time.perf_counter()
-    stream: Any = await client.chat.completions.create(
-        model=MODEL_NAME,
-        messages=[{"role": "user", "content": content}],  # type: ignore[misc, list-item]
-        max_tokens=TOKENS,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={**fields, "ignore_eos": True},
-    )
-    first, prompt = None, 0
-    async for chunk in stream:
-        if chunk.choices and first is None and chunk.choices[0].delta.content:
-            first = time.perf_counter() - started
-        prompt = chunk.usage.prompt_tokens if chunk.usage else prompt
-    end = time.perf_counter() - started
-    return {"first": end if first is None else first, "end": end, "prompt": prompt}
-
-
-async def at_once(client: AsyncOpenAI, urls: list[str], fields: dict[str, Any], concurrency: int) -> list[Any]:
-    """All of `urls`, with as many on their way as `concurrency` says, always."""
-    waiting = iter(urls)
-
-    async def ask() -> list[Any]:
-        return [await one(client, url, fields) for url in waiting]
-
-    return [answer for answers in await asyncio.gather(*(ask() for _ in range(concurrency))) for answer in answers]
-
-
 async def measure(url: str, fields: dict[str, Any], fresh: Iterator[str], requests: int) -> list[dict[str, Any]]:
-    http = DefaultAsyncHttpxClient(trust_env=False)
-    client = AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=200, http_client=http)
-    await at_once(client, [next(fresh) for _ in range(3)], fields, 1)  # one-time work
+    client = connect(url)
+    await at_once(client, [next(fresh) for _ in range(3)], fields, 1, TOKENS)  # one-time work
     process, rows = worker(), []
     for concurrency in CONCURRENCIES:
         urls = [next(fresh) for _ in range(max(requests, concurrency))]
         reset_peak(process)
-        before, started = resident(process, "VmRSS"), time.perf_counter()
-        answers = await at_once(client, urls, fields, concurrency)
-        seconds = time.perf_counter() - started
-        first = [answer["first"] for answer in answers]
-        rows.append(
-            {
-                "concurrency": concurrency,
-                "requests": len(urls),
-                "prompt_tokens": statistics.mean(answer["prompt"] for answer in answers),
-                "seconds": seconds,
-                "requests_per_second": len(urls) / seconds,
-                "ttft_p50_ms": 1000 * statistics.median(first),
-                "ttft_p95_ms": 1000 * float(np.percentile(first, 95)),
-                "rss_before_mib": before / MIB,
-                "rss_peak_mib": resident(process, "VmHWM") / MIB,
-            }
-        )
-        print({key: round(value, 1) for key, value in rows[-1].items()}, flush=True)
+        before = resident(process, "VmRSS")
+        found: dict[str, Any] = await row(client, urls, fields, concurrency, TOKENS)
+        found["rss_before_mib"], found["rss_peak_mib"] = before / MIB, resident(process, "VmHWM") / MIB
+        rows.append(found)
+        print({key: round(value, 1) for key, value in found.items()}, flush=True)
     await client.close()
     return rows
 

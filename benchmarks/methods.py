@@ -32,10 +32,11 @@ _QUICK = [Cell(576, 64, 1024, 1), Cell(576, 64, 1024, 16), Cell(2880, 320, 1024,
 def cells(args: argparse.Namespace) -> list[Cell]:
     """The sizes to measure, the cheapest first: what they take says whether the next ones fit the limits."""
     asked = {name: getattr(args, name) or values for name, values in _FULL.items()}
-    if args.quick and asked == _FULL:
+    if args.quick and asked == _FULL and not args.pairs:
         return _QUICK
-    grid = itertools.product(asked["tokens"], asked["keep"], asked["dims"], asked["batches"])
-    found = [Cell(*sizes) for sizes in grid if sizes[1] < sizes[0]]
+    pairs = args.pairs or itertools.product(asked["tokens"], asked["keep"])
+    grid = itertools.product(pairs, asked["dims"], asked["batches"])
+    found = [Cell(*pair, *sizes) for pair, *sizes in grid if pair[1] < pair[0]]
     return sorted(found, key=lambda cell: (cell.n**2 * cell.d * cell.batch, cell.k))
 
 
@@ -78,6 +79,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for name, values in _FULL.items():
         given = " ".join(map(str, values))
         parser.add_argument(f"--{name}", type=int, nargs="+", metavar=name[0].upper(), help=f"instead of {given}")
+    parser.add_argument("--pairs", type=_pair, nargs="+", metavar="N:K", help="instead of all --tokens and --keep")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the report")
     args = parser.parse_args(argv)
     args.command = " ".join([parser.prog, *argv])
@@ -85,11 +87,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args.total_seconds = args.total_seconds or (25 if args.quick else 315)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if min(itertools.chain([1], *(args.pairs or []))) < 1:
+        parser.error("sizes must be 1 or more")
     if args.repeats < 1 or (args.threads is not None and args.threads < 1):
         parser.error("--repeats and --threads must be 1 or more")
     if any(min(getattr(args, name) or [1]) < 1 for name in _FULL):
         parser.error("sizes must be 1 or more")
     return args
+
+
+def _pair(text: str) -> tuple[int, int]:
+    tokens, keep = text.split(":")
+    return int(tokens), int(keep)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -91,9 +91,13 @@ def photographs() -> list[Asked]:
 
 @contextlib.contextmanager
 def serve(
-    model: str, log_path: Path, options: Sequence[str] = SERVE_OPTIONS, environment: Mapping[str, str] = ENVIRONMENT
+    model: str,
+    log_path: Path,
+    options: Sequence[str] = SERVE_OPTIONS,
+    environment: Mapping[str, str] = ENVIRONMENT,
+    patience: float = START_SECONDS,
 ) -> Iterator[str]:
-    """A running `vllm serve`; yields its base URL. RuntimeError with the log's end if it does not come up."""
+    """A running `vllm serve`; yields its base URL. RuntimeError with the log's end if it is not up after `patience`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -106,13 +110,13 @@ def serve(
             command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
         )
         try:
-            _wait_until_healthy(process, f"http://127.0.0.1:{port}", log_path)
+            _wait_until_healthy(process, f"http://127.0.0.1:{port}", log_path, patience)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             _stop(process)
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], root: str, log_path: Path) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes], root: str, log_path: Path, patience: float) -> None:
     started = time.monotonic()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
     while True:
@@ -122,7 +126,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], root: str, log_path: P
                 print(f"\rserver is up after {waited:.0f} s" + " " * 70)
                 return
         tail = log_path.read_text(errors="replace").strip().splitlines()
-        if process.poll() is not None or waited > START_SECONDS:
+        if process.poll() is not None or waited > patience:
             raise RuntimeError(
                 f"vllm serve did not come up after {waited:.0f} s; end of its log:\n" + "\n".join(tail[-30:])
             )

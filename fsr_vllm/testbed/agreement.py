@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,24 @@ _AT_ONCE = 16
 
 
 def agreement(
-    bench: Bench, folder: Path, methods: tuple[str, ...] = METHODS, budgets: tuple[int, ...] = BUDGETS
+    bench: Bench,
+    folder: Path,
+    methods: tuple[str, ...] = METHODS,
+    budgets: tuple[int, ...] = BUDGETS,
+    *,
+    server_options: Sequence[str] = (),
+    log: Path | None = None,
 ) -> dict[str, Any]:
     """Ask all questions of the bench over HTTP for every method and budget, and count answers that differ.
 
-    Methods run with their published defaults on both sides.
+    Methods run with their published defaults on both sides; the API computes in float32 on the CPU, the server with
+    `server_options` behind the demo's. `log` keeps the server's log.
     """
     from fsr_vllm.demo import SERVE_OPTIONS, serve
 
     with tempfile.TemporaryDirectory(prefix="fsr-agreement-") as place:
-        options = [*SERVE_OPTIONS, "--max-num-seqs", str(_AT_ONCE)]
-        with serve(str(folder), Path(place) / "server.log", options) as url:
+        options = [*SERVE_OPTIONS, "--max-num-seqs", str(_AT_ONCE), *server_options]
+        with serve(str(folder), log or Path(place) / "server.log", options) as url:
             results = []
             for method in methods:
                 for budget in budgets:
@@ -37,7 +45,6 @@ def agreement(
                     answers = asyncio.run(_ask_all(bench, url, method, budget))
                     results.append(_compare(bench, method, budget, expected, answers))
     return {
-        "command": "python -m fsr_vllm.testbed.evaluate --server",
         "questions": len(bench.items),
         "asked": len(bench.items) * len(results),
         "different": sum(result["different"] for result in results),

@@ -134,7 +134,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             found[jobs[job]] = job.result()
     full_row = Row("all tokens", "off", kind="ceiling")
     report: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "fsr_vllm.testbed.evaluate", *args.given]),
+        "command": _command(args),
         "split": args.split,
         "questions_per_family": args.per_family,
         "admitted": families,
@@ -156,6 +156,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def _command(args: argparse.Namespace) -> str:
+    return shlex.join(["python", "-m", "fsr_vllm.testbed.evaluate", *args.given])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m fsr_vllm.testbed.evaluate", description=__doc__)
@@ -170,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--server", action="store_true", help="instead: ask a running server too, and compare answers")
+    parser.add_argument("--server-options", type=shlex.split, default=[], help="of that server")
+    parser.add_argument("--server-log", type=Path, help="file that keeps its log")
     args = parser.parse_args(argv)
     args.given = sys.argv[1:] if argv is None else argv
     args.output.mkdir(parents=True, exist_ok=True)
@@ -177,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         from .agreement import agreement
 
         per_family = min(args.per_family, 200)
-        result = agreement(Bench(args.split, per_family, args.model), args.model)
+        bench = Bench(args.split, per_family, args.model)
+        result: dict[str, Any] = {"command": _command(args)}
+        result |= agreement(bench, args.model, server_options=args.server_options, log=args.server_log)
         (args.output / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result, indent=2))
         return int(result["different"] > 0)
