@@ -288,10 +288,10 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
 def processor_factory(stock: Callable[..., Any], mixin: type, unsupported: Callable[[Any], str | None]) -> Any:
     """A factory for vLLM's registry: the stock processor of this checkpoint with the family's mixin before it."""
 
-    def build(info: Any, dummy_inputs: Any) -> Any:
-        processor = stock(info, dummy_inputs)
+    def build(info: Any, dummy_inputs: Any, **more: Any) -> Any:  # 0.26 also passes `cache`
+        processor = stock(info, dummy_inputs, **more)
         kind = type(processor)
-        built = type(f"Fsr{kind.__name__}", (mixin, kind), {})(info, dummy_inputs)
+        built = type(f"Fsr{kind.__name__}", (mixin, kind), {})(info, dummy_inputs, **more)
         built.fsr_unsupported = unsupported(info.get_hf_config())
         built.fsr_check_defaults()
         return built
