@@ -100,6 +100,20 @@ def owned(item: Any) -> tuple[Any, int] | None:
     return type(item)(kept), size
 
 
+def wrap_dummy_inputs(processor: Any, plan: Callable[[Any], Any]) -> None:
+    """Let `plan` have the profiling inputs of a processor that is not asked for them itself.
+
+    Why: until 0.30 vLLM asks the processor's `dummy_inputs`; since 0.31 `get_dummy_inputs` is the processor's own. Run
+    in 0.26, 0.30 and 0.32. Can go when the window begins at 0.31.
+    """
+    from vllm.multimodal.processing import BaseMultiModalProcessor
+
+    if hasattr(BaseMultiModalProcessor, "get_dummy_inputs"):
+        return
+    stock = processor.dummy_inputs.get_dummy_processor_inputs
+    processor.dummy_inputs.get_dummy_processor_inputs = lambda *args, **kwargs: plan(stock(*args, **kwargs))
+
+
 def wrap_mm_cache_reset(clear: Callable[[Any], None]) -> None:
     """Call `clear(processor)` whenever a front end clears its multimodal cache; safe to call twice.
 

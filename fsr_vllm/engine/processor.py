@@ -91,6 +91,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fsr_settings = read_settings(self.info.get_hf_config())
+        compat_caches.wrap_dummy_inputs(self, self._profiled)
         self.fsr_counts = {"images": 0, "pruned_images": 0, "visual_tokens_kept": 0, "visual_tokens_total": 0}
         self.fsr_counts["preprocessed_images"] = 0  # by the Hugging Face processor; warm-up left out
         capacity = self.fsr_settings.pixel_cache_bytes if self.fsr_settings is not None else 0
@@ -139,12 +140,13 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return super()._hf_processor_applies_updates(*args, **kwargs) if self.fsr_settings is None else False
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        return self._profiled(super().get_dummy_inputs(*args, **kwargs))
+
+    def _profiled(self, inputs: ProcessorInputs) -> ProcessorInputs:
         """Profiling inputs, planned at the largest budget any request can have."""
-        inputs = super().get_dummy_inputs(*args, **kwargs)
         if self.fsr_settings is None or self.fsr_unsupported:
             return inputs
-        fields = {"fsr_budget": self.fsr_settings.max_budget} if self.fsr_settings.max_budget else {"fsr_budget": "off"}
-        return self._planned(inputs, fields, dummy=True)
+        return self._planned(inputs, {"fsr_budget": self.fsr_settings.max_budget or "off"}, dummy=True)
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(inputs, PlannedInputs):
@@ -288,9 +290,8 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
 def processor_factory(stock: Callable[..., Any], mixin: type, unsupported: Callable[[Any], str | None]) -> Any:
     """A factory for vLLM's registry: the stock processor of this checkpoint with the family's mixin before it."""
 
-    def build(info: Any, dummy_inputs: Any, **more: Any) -> Any:  # 0.26 also passes `cache`
-        processor = stock(info, dummy_inputs, **more)
-        kind = type(processor)
+    def build(info: Any, dummy_inputs: Any, **more: Any) -> Any:  # until 0.30 also `cache`
+        kind = type(stock(info, dummy_inputs, **more))
         built = type(f"Fsr{kind.__name__}", (mixin, kind), {})(info, dummy_inputs, **more)
         built.fsr_unsupported = unsupported(info.get_hf_config())
         built.fsr_check_defaults()
