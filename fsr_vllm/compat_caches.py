@@ -103,8 +103,8 @@ def owned(item: Any) -> tuple[Any, int] | None:
 def wrap_dummy_inputs(processor: Any, plan: Callable[[Any], Any]) -> None:
     """Let `plan` have the profiling inputs of a processor that is not asked for them itself.
 
-    Why: 0.26 asks the processor's `dummy_inputs`; in 0.32 `get_dummy_inputs` is the processor's own. Run in both. Can
-    go when the window begins where `BaseMultiModalProcessor.get_dummy_inputs` does.
+    Why: until 0.30 vLLM asks the processor's `dummy_inputs`; since 0.31 `get_dummy_inputs` is the processor's own. Run
+    in 0.26, 0.30 and 0.32. Can go when the window begins at 0.31.
     """
     from vllm.multimodal.processing import BaseMultiModalProcessor
 

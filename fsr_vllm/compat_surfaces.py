@@ -216,11 +216,12 @@ def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
     """
 
     def make(stock: Any) -> Any:
-        async def handler(self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any) -> Any:
+        async def handler(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            raw_request = kwargs.get("raw_request", args[0] if args else None)
             try:
                 if raw_request is not None:
                     note(request, await raw_request.json())
-                return await stock(self, request, raw_request, *args, **kwargs)
+                return await stock(self, request, *args, **kwargs)  # not all take a raw request before 0.32
             except compat.request_error_class() as error:
                 return self.create_error_response(error)  # raised, it would be logged as a failure of the server
 

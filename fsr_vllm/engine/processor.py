@@ -290,7 +290,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
 def processor_factory(stock: Callable[..., Any], mixin: type, unsupported: Callable[[Any], str | None]) -> Any:
     """A factory for vLLM's registry: the stock processor of this checkpoint with the family's mixin before it."""
 
-    def build(info: Any, dummy_inputs: Any, **more: Any) -> Any:  # 0.26 also passes `cache`
+    def build(info: Any, dummy_inputs: Any, **more: Any) -> Any:  # until 0.30 also `cache`
         kind = type(stock(info, dummy_inputs, **more))
         built = type(f"Fsr{kind.__name__}", (mixin, kind), {})(info, dummy_inputs, **more)
         built.fsr_unsupported = unsupported(info.get_hf_config())
