@@ -246,6 +246,13 @@ def weight_source(path: str, prefix: str) -> Any:
     return DefaultModelLoader.Source(path, revision=None, prefix=prefix)
 
 
+def load_parameter(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Fill a parameter by its loader: while weights are reloaded vLLM puts one there, and a copy would be lost."""
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+
+
 def tensor_parallel_sum(value: torch.Tensor) -> torch.Tensor:
     """All-reduce (sum) over the tensor-parallel group."""
     from vllm.distributed import tensor_model_parallel_all_reduce

@@ -106,7 +106,7 @@ class ClipText(nn.Module):
         self._cache = _QuestionCache(self._encode)
 
     def take(self, name: str, tensor: torch.Tensor) -> str | None:
-        """Copy one tensor of a CLIP checkpoint if it is ours; returns the parameter's name, else None."""
+        """Load one tensor of a CLIP checkpoint if it is ours; returns the parameter's name, else None."""
         ours = name.removeprefix("vision_model.")
         if name.startswith(("text_model.", "text_projection.")):
             ours = f"text.{name}"
@@ -114,7 +114,7 @@ class ClipText(nn.Module):
                 ours = f"text.{name.removeprefix('text_model.')}"
         if ours not in self._wanted:
             return None
-        self.get_parameter(ours).data.copy_(tensor)
+        compat.load_parameter(self.get_parameter(ours), tensor)
         self._cache.clear()
         return ours
 
