@@ -53,7 +53,7 @@ SELECTION_VERSION = 1
 # Laid under a request's `fsr_options`; {"preset": "paper"} drops it. Decided by measurement only: a method that is
 # not listed is served with its published defaults. FSR's: benchmarks/results/accuracy.md (docs/testbed.md says how).
 SERVED_DEFAULTS: dict[str, dict[str, Any]] = {
-    "fsr": {"alpha": 5.0, "max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 0.5}
+    "fsr": {"alpha": 3.0, "max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 2.0}
 }
 
 
