@@ -30,7 +30,7 @@ SETTINGS = [
     {"rho": 0.5, "scan": "saliency"},
     {"rho": 0.5, "scan": "saliency", "scan_gamma": 2.0, "refine": "uniform"},
     {"rho": 0.5, "scan": "relevance"},
-    {"alpha": 5.0, "max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 0.5},  # as served
+    {"max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 2.0},  # as served
     {"rho": 0.5, "scan": "coverage", "coverage_weight": "relevance"},
     {"rho": 0.5, "scan": "coverage"},
     {"rho": 0.0, "scan": "coverage", "coverage_weight": "saliency"},
