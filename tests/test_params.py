@@ -98,7 +98,7 @@ def test_resolved_values_not_spellings_make_the_plan():
         {"fsr_budget": 0.2501},
         {"fsr_budget": 144, "fsr_options": {"rho": 0.9}},
     ]
-    spelled += [{"fsr_budget": 144, "fsr_options": {"alpha": 5}}, {"fsr_budget": 144, "fsr_options": None}]
+    spelled += [{"fsr_budget": 144, "fsr_options": {"alpha": 3}}, {"fsr_budget": 144, "fsr_options": None}]
     assert len({plans({**fields, "fsr_question": " q "})[0] for fields in spelled}) == 1
     different = [{"fsr_budget": 143}, {"fsr_question": "p"}, {"fsr_method": "random"}, {"fsr_options": {"rho": 0.8}}]
     base = {"fsr_budget": 144, "fsr_question": "q"}
