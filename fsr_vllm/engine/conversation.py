@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fsr_vllm import adaptive, compat, compat_surfaces, compat_version
+from fsr_vllm.budgets import DetailBudgets
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     MAX_QUESTION,
@@ -71,13 +72,24 @@ def settled(
     return {**others, **fields}
 
 
-def budgets_by_detail(settings: ServerSettings, messages: Any) -> list[Any] | None:
-    """Per image: the budget its `image_url.detail` maps to, else the default; None where no image's detail maps to one.
+def budgets_by_detail(settings: ServerSettings, messages: Any) -> DetailBudgets | None:
+    """Per image: the budget its `image_url.detail` maps to; None where no image's detail maps to one.
 
-    A default that follows the load is best left to the processor, which knows the load later and reports it.
+    Where only some do, the default of the others is left to the processor, which knows the load later and reports it.
     """
     details = [detail or "auto" for detail in instruction.image_details(messages)]
     if settings.detail_budgets.keys().isdisjoint(details):
         return None
-    default = adaptive.default_budget(settings.adaptive_range) or settings.default_budget
-    return [settings.detail_budgets.get(detail, default) for detail in details]
+    return DetailBudgets(settings.detail_budgets.get(detail) for detail in details)
+
+
+def with_default(settings: ServerSettings, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], int | None]:
+    """The fields with the default budget for images that neither the request nor their detail gives one, and that
+    default where it follows the load and was used."""
+    asked = values.get("fsr_budget")
+    by_detail = asked if isinstance(asked, DetailBudgets) else None
+    complete = asked is not None if by_detail is None else None not in by_detail
+    by_load = None if complete else adaptive.default_budget(settings.adaptive_range)
+    if by_detail is not None:
+        return {**values, "fsr_budget": by_detail.filled(by_load or settings.default_budget)}, by_load
+    return ({**values, "fsr_budget": by_load} if by_load is not None else values), by_load

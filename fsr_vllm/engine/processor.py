@@ -18,9 +18,10 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import adaptive, compat, compat_caches, compat_version
+from fsr_vllm import compat, compat_caches, compat_version
 from fsr_vllm.compat_surfaces import ADAPTIVE_KEY, RESULT_KEY
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
+from fsr_vllm.engine.conversation import with_default
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -241,10 +242,8 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         settings = self.fsr_settings
         assert settings is not None
         items = inputs.mm_data_items
-        # Decided here rather than on arrival: what waits to be prepared is part of the load.
-        by_load = None if values.get("fsr_budget") is not None else adaptive.default_budget(settings.adaptive_range)
-        if by_load is not None:
-            values = {**values, "fsr_budget": by_load}
+        # Now rather than on arrival: what waits to be prepared is part of the load.
+        values, by_load = with_default(settings, values)
         count = items.get_count("image", strict=False)
         totals = [self.fsr_total(items["image"], index) for index in range(count)]
         try:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,18 @@ from fsr_vllm import compat, plugin
 
 def parameters(function):
     return list(inspect.signature(inspect.unwrap(function)).parameters)
+
+
+def test_parts_of_an_offline_engine():
+    from vllm.distributed.parallel_state import GroupCoordinator, get_tp_group
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    assert "self.renderer" in inspect.getsource(LLMEngine.__init__)
+    assert parameters(BaseRenderer.get_mm_processor) == ["self"]
+    assert parameters(default_weight_loader) == ["param", "loaded_weight"]
+    assert callable(get_tp_group) and isinstance(GroupCoordinator.is_first_rank, property)
 
 
 def test_engine_args():
@@ -121,10 +134,7 @@ def test_groups_that_load_by_themselves():
 
 def test_only_compat_names_private_parts_of_vllm():
     """Our subclasses may override single-underscore names of vLLM; calling and patching them is for compat alone."""
-    from pathlib import Path
-
-    package = Path(compat.__file__).parent
-    for path in package.rglob("*.py"):
+    for path in Path(compat.__file__).parent.rglob("*.py"):
         text = path.read_text()
         if path.name not in ("compat.py", "compat_caches.py", "compat_surfaces.py"):
             assert "from vllm.v1" not in text and "import vllm.v1" not in text, path

@@ -270,8 +270,7 @@ def test_half_precision_signals_are_scored_in_float32():
 @pytest.mark.parametrize("kappa", [0.5, 1.0, 4.0])
 def test_stages_on_a_whole_batch_are_those_of_its_images(rule, kappa):
     """As on a GPU, where all images step together; one of them focuses on nothing, one on all of K."""
-    g = torch.Generator().manual_seed(5)
-    b, n, k = 5, 21, 8
+    b, n, k, g = 5, 21, 8, torch.Generator().manual_seed(5)
     features = torch.randn(b, n, 6, generator=g)
     saliency, relevance = torch.rand(b, n, generator=g), torch.rand(b, n, generator=g)
     saliency[0], relevance[0] = torch.arange(n) < 4, torch.arange(n) >= 4  # all phi are 0

@@ -30,6 +30,14 @@ def asked(server, detail="auto", **fields):
     return answer.headers["x-fsr-visual-tokens"], answer.headers.get("x-fsr-adaptive")
 
 
+def test_only_images_without_a_mapped_detail_follow_the_load(server):
+    messages = server.messages("chelsea", "rocket", WHAT)
+    messages[0]["content"][0]["image_url"]["detail"] = "low"
+    answer = server.post({"model": NAME, "messages": messages, "max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-fsr-visual-tokens"] == "228/1152" and answer.headers["x-fsr-adaptive"] == "128"
+
+
 def metrics(server):
     text = httpx.get(server.url.removesuffix("/v1") + "/metrics", timeout=60).text
     lines = (line.rpartition(" ") for line in text.splitlines() if line.startswith("fsr_adaptive"))
