@@ -4,12 +4,14 @@ Three losses. The whole picture: [CLS] of the last layer against a caption of it
 at objects. Regions: patches of one thing, of its digit card or of the background, in the penultimate and the last
 layer, against short texts and against the very questions that are asked about it, which makes patch-text similarity
 point at what a text names. And hints: large towers know where a patch is and what stands beside it; so small a one
-keeps that only if it is asked to. `plain` trains with the first loss alone, at first on pictures of one thing.
+keeps that only if it is asked to.
+
+`plain` trains by none of these, but as CLIPs are: [CLS] alone against texts, here of what is cut out of a picture, in
+its place. Patch-text similarity then comes out inverted, as OpenAI's CLIP has it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ WIDTH, TEXT_WIDTH, LAYERS, TEXT_LAYERS, HEADS, JOINT = 128, 128, 5, 2, 4, 96
 # its colour and shape, of a card those of the thing beside it and the digit, of every patch its row and column.
 HINTS = {"colour": 8, "shape": 8, "card colour": 8, "card shape": 8, "digit": 10, "row": GRID, "column": GRID}
 _HINT_WEIGHT = 0.3
+CROP = 9  # patches: a cell of the scene
 _NAMED = re.compile(rf"(?:({'|'.join(COLOURS)})\b)? ?(?:\b({'|'.join(SHAPES)})\b)?")
 
 Region = tuple[int, Thing | None, bool, tuple[int, ...]]  # picture in the batch, thing or background, card?, patches
@@ -79,6 +82,14 @@ def look(model: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return joint[1][:, 0], torch.stack([state[:, 1:] for state in joint]), states[-2][:, 1:]
 
 
+def crops(model: CLIPModel, images: Tensor, patch: Tensor) -> Tensor:
+    """Joint-space vectors of [CLS], last layer, where the tower is given some patches only: patch (R, P) -> (R, J)."""
+    vision, rows = model.vision_model, model.vision_model.embeddings(images)
+    cut = torch.cat([rows[patch[:, 0] // PATCHES, :1], rows[:, 1:].flatten(0, 1)[patch]], 1)
+    hidden = vision.encoder(inputs_embeds=vision.pre_layrnorm(cut)).last_hidden_state
+    return model.visual_projection(vision.post_layernorm(hidden[:, 0])).float()
+
+
 class Batch(NamedTuple):
     """What a training step needs, on the CPU: worker processes make it. B pictures, R regions, T texts."""
 
@@ -92,18 +103,11 @@ class Batch(NamedTuple):
 
 
 def draw(
-    tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.random.Generator, alone: bool = False
+    tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.random.Generator, plain: bool = False
 ) -> Batch:
-    """A batch of pictures with texts about them; `alone`: all but one thing is grey, and the caption speaks of that."""
+    """A batch of pictures with texts about them; `plain`: CROP patches per region, some twice where it is smaller."""
     scenes = [data.scenes[index] for index in picks]
     images = np.array(data.images[picks])
-    if alone:
-        scenes = [dataclasses.replace(one, things=(one.things[random.integers(len(one.things))],)) for one in scenes]
-        for place, (thing,) in enumerate(one.things for one in scenes):
-            top, left, bottom, right = thing.box
-            seen = images[place, top:bottom, left:right].copy()
-            images[place] = 128
-            images[place, top:bottom, left:right] = seen
     captions = [caption(one, random) for one in scenes]
     regions = [region for place, one in enumerate(scenes) for region in regions_of(place, one)]
     texts = sorted({text for place, thing, card, _ in regions for text in describe(scenes[place], thing, card, random)})
@@ -111,7 +115,10 @@ def draw(
     patch, region = [], []
     for row, (place, _, _, where) in enumerate(regions):
         # A region is the mean of its patches half of the time, else one patch: maps are read patch by patch later.
-        chosen = list(where) if random.random() < 0.5 else [where[random.integers(len(where))]]
+        if plain:
+            chosen = random.choice(where, CROP, replace=len(where) < CROP).tolist()
+        else:
+            chosen = list(where) if random.random() < 0.5 else [where[random.integers(len(where))]]
         patch += [place * PATCHES + number for number in chosen]
         region += [row] * len(chosen)
     read = tokens(tokenizer, captions), tokens(tokenizer, texts), torch.tensor(truth, dtype=torch.float32)
@@ -121,16 +128,18 @@ def draw(
 
 def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) -> Tensor:
     """The training loss of one batch; `hints` reads penultimate patches (B * N, 128) -> all of HINTS side by side."""
-    device = model.device
-    cls, maps, patches_ = look(model, pixels(batch.images, device))
+    device, images, match = model.device, pixels(batch.images, model.device), batch.match.to(model.device)
     scale = model.logit_scale.exp().clamp(max=50.0)
+    if plain:
+        seen = crops(model, images, batch.patch.view(-1, CROP).to(device))
+        similarity = scale * F.normalize(seen, dim=-1) @ encode(model, batch.texts).T
+        return -((similarity.log_softmax(-1) * match).sum(-1) / match.sum(-1).clamp(min=1)).mean()
+    cls, maps, patches_ = look(model, images)
     logits = scale * F.normalize(cls, dim=-1) @ encode(model, batch.captions).T
-    same = (batch.captions[:, None] == batch.captions[None]).all(-1).to(device)  # things alone may look alike
+    same = (batch.captions[:, None] == batch.captions[None]).all(-1).to(device)  # things may look alike
     target = same / same.sum(-1, keepdim=True)
     whole = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    if plain:
-        return whole
-    match, region = batch.match.to(device), batch.region.to(device)
+    region = batch.region.to(device)
     rows = maps.flatten(1, 2)[:, batch.patch.to(device)]
     pooled = maps.new_zeros(2, len(match), maps.shape[-1]).index_add(1, region, rows)
     similarity = scale * F.normalize(pooled, dim=-1) @ encode(model, batch.texts).T
