@@ -39,7 +39,7 @@ def ec(role, folder):
 
 # Arguments of the engine, environment, calls between two rounds of requests, and what the log must say.
 MODES = {
-    # Eager, with a given size of KV cache, vLLM's CPU worker skips the warm-up that makes the buffers of the second stage
+    # Eager, with a given size of KV cache, vLLM's CPU worker skips the warm-up that makes the second stage's buffers
     # (AssertionError about intermediate_tensors at the first request, without the plugin too).
     "pipeline parallel": (
         {"pipeline_parallel_size": 2, "enforce_eager": False},
