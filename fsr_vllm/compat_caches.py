@@ -5,6 +5,7 @@ Same rules as there: each entry says why it is needed, in which versions it was 
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import re
@@ -185,7 +186,17 @@ async def engine_stats(app: Any) -> dict[str, Any]:
     stats = getattr(processor, "fsr_stats", None)
     counts = stats() if stats else {}
     try:
-        workers = await client.collective_rpc("fsr_stats")
+        workers = await _all_workers(client, "fsr_stats")
     except Exception:  # another worker extension than ours, or none
         workers = None
     return {**counts, "workers": workers}
+
+
+async def _all_workers(client: Any, method: str) -> list[Any]:
+    """A method of every worker of every data-parallel engine: `collective_rpc` returns the first engine's alone."""
+    core = client.engine_core
+    engines = getattr(core, "core_engines", None) or []
+    if len(engines) < 2:
+        return await client.collective_rpc(method)
+    calls = (core._call_utility_async("collective_rpc", method, None, (), None, engine=each) for each in engines)
+    return [worker for workers in await asyncio.gather(*calls) for worker in workers]

@@ -100,7 +100,12 @@ def test_a_reset_of_a_runner_reaches_the_model(monkeypatch):
 def test_statistics_of_a_server():
     from vllm.distributed import get_pp_group
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient, MPClient
 
     assert "method" in parameters(AsyncLLM.collective_rpc)
     assert "self.renderer" in inspect.getsource(AsyncLLM.__init__)
+    assert parameters(AsyncMPClient._call_utility_async) == ["self", "method", "args", "engine"]
+    assert parameters(AsyncMPClient.collective_rpc_async) == ["self", "method", "timeout", "args", "kwargs"]
+    assert '"collective_rpc"' in inspect.getsource(AsyncMPClient.collective_rpc_async)
+    assert "self.core_engines:" in inspect.getsource(MPClient.__init__)
     assert callable(get_pp_group)

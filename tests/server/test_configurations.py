@@ -186,3 +186,19 @@ def test_start_is_refused(refused_starts, name):
     assert done.returncode != 0
     for word in REFUSED_STARTS[name][2]:
         assert word in output, output[-2000:]
+
+
+@pytest.mark.full
+def test_two_data_parallel_engines_answer_as_one(main, start, checkpoint):
+    asked = [(name, budget) for name in ("chelsea", "rocket", "coffee") for budget in ("off", 64, 16, 0.25)] * 2
+    # vLLM's workers bind to cores by rank within an engine: without this the two engines share them.
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with start("data parallel", checkpoint, "--data-parallel-size", "2", environment=environment) as server:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda one: server.ask(one[0], WHAT, fsr_budget=one[1]), asked))
+        (refused_budget,) = {refused(server, "fsr_budget", fsr_budget=0) for _ in range(4)}
+        workers = server.get("/v1/fsr/stats")["workers"]
+        assert "Traceback" not in server.log.read_text()
+    assert found == [main.ask(name, WHAT, fsr_budget=budget) for name, budget in asked]
+    assert "1 to" in refused_budget
+    assert len(workers) == 2 and all(0 < worker["tower_images"] <= 3 < worker["images"] for worker in workers)
