@@ -1,10 +1,11 @@
 """Throughput, time to first token and peak memory of a real server at several concurrencies, vanilla against pruned.
 
-    python -m benchmarks.concurrency            # two servers one after the other, under 4 minutes on 2 cores
+    python -m benchmarks.concurrency            # four servers one after the other
 
 Every request brings a picture that no request before it had, so no cache of images helps either side. Vanilla is the
-same server without the plugin. The model is the random 576-token LLaVA of fsr_vllm.testbed: times say what the plugin
-costs and spares around a tiny model, not what a large one gains. Writes concurrency-cpu.json and .md into --out.
+same server without the plugin. The models are random 576-token LLaVAs of fsr_vllm.testbed: around the tiny one times
+say what the plugin costs, for its language model takes no time; the wide one's prefill takes longer than its vision
+tower, as that of large models does. Writes concurrency-cpu.json and .md into --out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .report import machine
 CONCURRENCIES = (1, 4, 16, 64)
 BUDGET = 64
 SIDES = {"vanilla": (SERVE_OPTIONS[2:], {}), f"budget {BUDGET}": (SERVE_OPTIONS, {"fsr_budget": BUDGET})}
+MODELS: dict[str, dict[str, int]] = {"tiny": {}, "wide": {"hidden_size": 768, "layers": 8}}
 TOKENS = 4  # of each answer: what is looked at comes before them
 WORKER = "VLLM::Worker"
 MIB = 1 << 20
@@ -73,18 +75,19 @@ async def measure(url: str, fields: dict[str, Any], fresh: Iterator[str], reques
 def markdown(run: dict[str, Any]) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in run["machine"].items())
     lines = [
-        f"{side} | {row['concurrency']} | {row['requests']} | {row['prompt_tokens']:.0f} | "
+        f"{model} | {side} | {row['concurrency']} | {row['requests']} | {row['prompt_tokens']:.0f} | "
         f"{row['requests_per_second']:.1f} | {row['ttft_p50_ms']:.0f} | {row['ttft_p95_ms']:.0f} | "
         f"{row['rss_before_mib']:.0f} | {row['rss_peak_mib']:.0f}"
+        for model, sides in run["results"].items()
         for concurrency in CONCURRENCIES
-        for side in SIDES
-        for row in run["results"][side]
+        for side, rows in sides.items()
+        for row in rows
         if row["concurrency"] == concurrency
     ]
     head = (
-        "| side | concurrency | requests | prompt tokens | requests/s | TTFT p50 ms | p95 ms | RSS before | peak MiB |"
+        "model | side | at once | requests | prompt tokens | requests/s | TTFT p50 ms | p95 ms | RSS before | peak MiB"
     )
-    table = "\n".join([head, "|---|" + "--:|" * 8, *(f"| {line} |" for line in lines)])
+    table = "\n".join([f"| {head} |", "|---|---|" + "--:|" * 8, *(f"| {line} |" for line in lines)])
     return f"""\
 # Concurrency on the real server, CPU
 
@@ -92,8 +95,9 @@ def markdown(run: dict[str, Any]) -> str:
 
 {about}
 
-{run["note"]} Tiny random LLaVA-1.5 (576 visual tokens), distinct pictures, {TOKENS} tokens per answer. RSS is the
-worker's: resident before each row's requests, and its peak (VmHWM, begun again for each row) while they ran.
+{run["note"]} Random LLaVA-1.5s (576 visual tokens; {MODELS}), distinct pictures, {TOKENS} tokens per answer, the demo's
+server options. RSS is the worker's: resident before each row's requests, and its peak (VmHWM, begun again for each row)
+while they ran.
 
 {table}
 """
@@ -102,6 +106,7 @@ worker's: resident before each row's requests, and its peak (VmHWM, begun again 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=32, help="per concurrency, at least as many as it (default 32)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--note", default="", help="what else the machine was doing, for the report")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
@@ -113,10 +118,12 @@ def main(argv: list[str] | None = None) -> int:
     }
     started, fresh = time.monotonic(), pictures()
     with tempfile.TemporaryDirectory(prefix="fsr-concurrency-") as folder:
-        model = build_checkpoint(Path(folder) / "model")
-        for side, (options, fields) in SIDES.items():
-            with serve(str(model), Path(folder) / "server.log", options) as url:
-                run["results"][side] = asyncio.run(measure(url, fields, fresh, args.requests))
+        for name in args.models:
+            model = build_checkpoint(Path(folder) / name, **MODELS[name])
+            sides = run["results"][name] = {}
+            for side, (options, fields) in SIDES.items():
+                with serve(str(model), Path(folder) / "server.log", options) as url:
+                    sides[side] = asyncio.run(measure(url, fields, fresh, args.requests))
     run["seconds"] = round(time.monotonic() - started, 1)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "concurrency-cpu.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
