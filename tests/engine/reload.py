@@ -49,6 +49,8 @@ def main(model: str, out: str, changed: str | None = None) -> None:
             if weights:
                 shutil.copy(weights, Path(model) / "text_encoder" / "model.safetensors")
             llm.collective_rpc("reload_weights")
+            # The workers' rows are gone; without this vLLM's scheduler counts on them ("Encoder cache miss").
+            llm.llm_engine.reset_encoder_cache()
             llm.reset_prefix_cache()
             found[name] = answers(llm)
     Path(out).write_text(json.dumps(found))
