@@ -6,6 +6,8 @@ import time
 import httpx
 import pytest
 
+from fsr_vllm.testbed import build_checkpoint
+
 from .conftest import KEY, NAME
 
 pytestmark = pytest.mark.engine
@@ -15,7 +17,10 @@ RANGE = (16, 128)
 
 
 @pytest.fixture(scope="module")
-def server(start, checkpoint):
+def server(start, tmp_path_factory):
+    # Larger than other tests' models: steps of 3 ms leave vLLM's API server no time for anything but reading outputs,
+    # and then neither /metrics nor a new request is answered before the crowd has gone.
+    checkpoint = build_checkpoint(tmp_path_factory.mktemp("adaptive"), hidden_size=512, layers=8)
     options = ("--fsr-adaptive", "{}:{}".format(*RANGE), "--fsr-detail-budgets", '{"low": 100}', "--max-num-seqs", "2")
     with start("adaptive", checkpoint, *options) as server:
         yield server
