@@ -53,6 +53,16 @@ def test_miniature_loads_in_transformers(miniature):
     assert AutoTokenizer.from_pretrained(miniature / "text_encoder")("red star")["input_ids"]
 
 
+def test_a_plain_run_gives_a_tower_alone_that_states_its_sign(tmp_path):
+    sizes = ("--pictures", 64, "--tower-steps", 20, "--checked", 20)
+    train("--plain", *sizes, "--output", tmp_path / "tower", "--device", "cpu", "--threads", 1)
+    report = json.loads((tmp_path / "tower" / "training.json").read_text())
+    config = json.loads((tmp_path / "tower" / "text_encoder" / "config.json").read_text())
+    assert config["fsr_relevance_sign"] == report["sign"] == (1 if report["gates"]["relevance"] >= 0.5 else -1)
+    assert report["recipe"]["plain"] and report["recipe"]["tower_batch"] == 8
+    assert not (tmp_path / "tower" / "model.safetensors").exists() and "accuracy" not in report
+
+
 def test_a_finished_run_has_nothing_left_to_do(miniature):
     before = {file: file.read_bytes() for file in miniature.rglob("*.safetensors")}
     done = train("--miniature", "--output", miniature, "--device", "cpu", "--threads", 2)
