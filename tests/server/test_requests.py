@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from fsr_vllm import adaptive
-from fsr_vllm.engine.conversation import settled
+from fsr_vllm.engine.conversation import settled, with_default
 from fsr_vllm.params import SETTINGS_KEY, ServerSettings
 from fsr_vllm.server import alias
 from fsr_vllm.server.requests import RequestHook, RequestReport, current_report, note_body
@@ -39,6 +39,12 @@ def after(settings=None, messages=MESSAGES, mm_processor_kwargs=None, unsupporte
     return once
 
 
+def planned(settings, *args, **kwargs):
+    """The budgets that images are then planned with, and the default among them where it follows the load."""
+    fields, by_load = with_default(ServerSettings.parse(settings), after(settings, *args, **kwargs))
+    return fields.get("fsr_budget"), by_load
+
+
 @pytest.mark.parametrize("given", [None, {}, {"theirs": 1}])
 def test_a_request_without_fields_is_left_alone(given):
     assert after(mm_processor_kwargs=given) is given  # inactive
@@ -66,8 +72,8 @@ def test_detail_comes_after_the_request_and_before_the_default():
     settings = {"budget": 100, "detail_budgets": {"low": 16}}
     low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
     messages = [{"role": "user", "content": [*low, *MESSAGES[0]["content"]]}]
-    assert after(settings, messages)["fsr_budget"] == [16, 100]
-    assert after(settings, messages, fsr_budget=8)["fsr_budget"] == 8
+    assert planned(settings, messages) == ([16, 100], None)
+    assert planned(settings, messages, fsr_budget=8) == (8, None)
 
 
 def test_a_default_that_follows_the_load_stands_in_for_details_without_a_budget(monkeypatch):
@@ -81,12 +87,14 @@ def test_a_default_that_follows_the_load_stands_in_for_details_without_a_budget(
     report = RequestReport()
     token = current_report.set(report)
     try:
-        assert after(settings, messages)["fsr_budget"] == [16, 288]
+        assert planned(settings, messages) == ([16, 288], 288)
+        arrived = after(settings, messages)
         monitor.read(0, adaptive.Load(0, 100))
         now[0] += 5.0
-        assert after(settings, messages)["fsr_budget"] == [16, 64]
-        assert after(settings, [{"role": "user", "content": low}])["fsr_budget"] == [16]
-        assert after(settings, messages, fsr_budget=500)["fsr_budget"] == 500
+        assert with_default(ServerSettings.parse(settings), arrived)[0]["fsr_budget"] == [16, 64]  # not as on arrival
+        assert planned({"adaptive": "64:288"}) == (64, 64)
+        assert planned(settings, [{"role": "user", "content": low}]) == ([16], None)
+        assert planned(settings, messages, fsr_budget=500) == (500, None)
         assert report.adaptive is None
         HOOK.after([{"fsr_visual_tokens": (64, 576), "fsr_adaptive": 64}])
         assert report.adaptive == 64
