@@ -6,10 +6,13 @@ themselves.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fsr_vllm.engine.text_tower import find_encoder
 from fsr_vllm.methods import get_method
 from fsr_vllm.methods.base import VisualTokens
 from fsr_vllm.params import SERVED_DEFAULTS
@@ -19,6 +22,7 @@ from fsr_vllm.testbed.bench import signals_of
 from fsr_vllm.testbed.data import Pictures, pixels
 from fsr_vllm.testbed.export import TEXT_ENCODER, load_clip, stated_sign
 from fsr_vllm.testbed.questions import ask
+from fsr_vllm.testbed.scenes import patches
 
 FOLDER = Path(__file__).parent / "inverted"
 BUDGET = 16
@@ -43,8 +47,9 @@ def asked():
     return clip, {name: signals[name][places] for name in ("metric", "saliency")}, embedded, targets
 
 
-def relevance(asked, sign):
+def relevance(asked, sign, texts=None):
     clip, signals, embedded, _ = asked
+    embedded = embedded if texts is None else texts
     with torch.inference_mode():
         norm, projection = clip.vision_model.post_layernorm, clip.visual_projection
         return clip_relevance(signals["metric"], embedded, norm, projection, sign)
@@ -56,10 +61,10 @@ def pointing(asked, sign):
     return sum(found) / len(found)
 
 
-def kept(asked, sign):
-    """Share of the patches asked about that served FSR keeps."""
+def kept(asked, sign, texts=None):
+    """Share of the patches asked about that served FSR keeps; `texts` instead of the questions."""
     _, signals, _, targets = asked
-    tokens = VisualTokens(signals["metric"], saliency=signals["saliency"], relevance=relevance(asked, sign))
+    tokens = VisualTokens(signals["metric"], saliency=signals["saliency"], relevance=relevance(asked, sign, texts))
     indices = get_method("fsr", **SERVED_DEFAULTS["fsr"]).prune(tokens, BUDGET).indices.tolist()
     shares = [len({*row} & {*target}) / len(target) for row, target in zip(indices, targets, strict=True)]
     return sum(shares) / len(shares)
@@ -78,3 +83,28 @@ def test_with_the_stated_sign_relevance_points_at_what_is_asked_about(asked):
 
 def test_fsr_keeps_more_of_it_than_with_the_other_sign(asked):
     assert kept(asked, stated_sign(FOLDER)) > kept(asked, -stated_sign(FOLDER)) + 0.1
+
+
+def test_it_is_the_question_and_not_only_the_foreground(asked):
+    # Things alone, whatever is asked, would do as well with the question about another picture.
+    assert kept(asked, -1) > kept(asked, -1, asked[2].roll(1, 0)) + 0.05
+
+
+def test_short_phrases_are_inverted_too():
+    clip, tokenizer = load_clip(FOLDER / TEXT_ENCODER)
+    pictures = Pictures.of("test", 60)
+    found = []
+    with torch.inference_mode():
+        maps = F.normalize(towers.look(clip, pixels(pictures.images, "cpu"))[1][0], dim=-1)
+        for scene, rows in zip(pictures.scenes, maps, strict=True):
+            texts = towers.encode(clip, towers.tokens(tokenizer, [f"a {thing.name}" for thing in scene.things]))
+            for thing, text in zip(scene.things, texts, strict=True):
+                found.append(towers.auc(rows @ text, list(patches(thing.box))))
+    assert len(found) > 60 and sum(found) / len(found) < 0.4
+
+
+def test_the_plugin_reads_the_sign_where_it_is_stated():
+    vision = SimpleNamespace(hidden_size=towers.WIDTH)
+    model = SimpleNamespace(model=str(FOLDER), hf_config=SimpleNamespace(vision_config=vision))
+    assert find_encoder(model, "auto", "auto") == (str(FOLDER / TEXT_ENCODER), -1)
+    assert find_encoder(model, "auto", 1)[1] == 1
