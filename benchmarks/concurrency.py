@@ -27,11 +27,12 @@ from fsr_vllm.testbed import build_checkpoint
 
 from .client import at_once, connect, pictures, row
 from .report import machine
+from .servicetimes import MODEL
 
 CONCURRENCIES = (1, 4, 16, 64)
 BUDGET = 64
 SIDES = {"vanilla": (SERVE_OPTIONS[2:], {}), f"budget {BUDGET}": (SERVE_OPTIONS, {"fsr_budget": BUDGET})}
-MODELS: dict[str, dict[str, int]] = {"tiny": {}, "wide": {"hidden_size": 768, "layers": 8}}
+MODELS: dict[str, dict[str, int]] = {"tiny": {}, "wide": MODEL}
 TOKENS = 4  # of each answer: what is looked at comes before them
 WORKER = "VLLM::Worker"
 MIB = 1 << 20

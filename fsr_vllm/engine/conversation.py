@@ -87,9 +87,8 @@ def with_default(settings: ServerSettings, values: Mapping[str, Any]) -> tuple[M
     """The fields with the default budget for images that neither the request nor their detail gives one, and that
     default where it follows the load and was used."""
     asked = values.get("fsr_budget")
-    by_detail = asked if isinstance(asked, DetailBudgets) else None
-    complete = asked is not None if by_detail is None else None not in by_detail
-    by_load = None if complete else adaptive.default_budget(settings.adaptive_range)
-    if by_detail is not None:
-        return {**values, "fsr_budget": by_detail.filled(by_load or settings.default_budget)}, by_load
-    return ({**values, "fsr_budget": by_load} if by_load is not None else values), by_load
+    needed = asked is None or (isinstance(asked, DetailBudgets) and None in asked)
+    by_load = adaptive.default_budget(settings.adaptive_range) if needed else None
+    if isinstance(asked, DetailBudgets):
+        return {**values, "fsr_budget": asked.filled(by_load or settings.default_budget)}, by_load
+    return values if by_load is None else {**values, "fsr_budget": by_load}, by_load

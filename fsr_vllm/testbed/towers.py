@@ -114,10 +114,10 @@ def draw(
     truth = [[says(text, scenes[place], thing, card) for text in texts] for place, thing, card, _ in regions]
     patch, region = [], []
     for row, (place, _, _, where) in enumerate(regions):
-        # A region is the mean of its patches half of the time, else one patch: maps are read patch by patch later.
         if plain:
             chosen = random.choice(where, CROP, replace=len(where) < CROP).tolist()
         else:
+            # A region is the mean of its patches half of the time, else one patch: maps are read patch by patch later.
             chosen = list(where) if random.random() < 0.5 else [where[random.integers(len(where))]]
         patch += [place * PATCHES + number for number in chosen]
         region += [row] * len(chosen)
@@ -133,7 +133,7 @@ def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) ->
     if plain:
         seen = crops(model, images, batch.patch.view(-1, CROP).to(device))
         similarity = scale * F.normalize(seen, dim=-1) @ encode(model, batch.texts).T
-        return -((similarity.log_softmax(-1) * match).sum(-1) / match.sum(-1).clamp(min=1)).mean()
+        return _unlikely(similarity, match, -1).mean()
     cls, maps, patches_ = look(model, images)
     logits = scale * F.normalize(cls, dim=-1) @ encode(model, batch.captions).T
     same = (batch.captions[:, None] == batch.captions[None]).all(-1).to(device)  # things may look alike
@@ -143,13 +143,17 @@ def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) ->
     rows = maps.flatten(1, 2)[:, batch.patch.to(device)]
     pooled = maps.new_zeros(2, len(match), maps.shape[-1]).index_add(1, region, rows)
     similarity = scale * F.normalize(pooled, dim=-1) @ encode(model, batch.texts).T
-    per_region = -(similarity.log_softmax(-1) * match).sum(-1) / match.sum(-1).clamp(min=1)
-    per_text = -(similarity.log_softmax(-2) * match).sum(-2) / match.sum(-2).clamp(min=1)
+    per_region, per_text = (_unlikely(similarity, match, side) for side in (-1, -2))
     told = hints(patches_.flatten(0, 1)).split(list(HINTS.values()), -1)
     labels = batch.labels.to(device)
     missed = [F.cross_entropy(part, label, reduction="sum") for part, label in zip(told, labels, strict=True)]
     missing = (torch.stack(missed) / (labels >= 0).sum(-1).clamp(min=1)).sum()
     return 0.5 * whole + per_region.mean() + 0.5 * per_text.mean() + _HINT_WEIGHT * missing
+
+
+def _unlikely(similarity: Tensor, match: Tensor, side: int) -> Tensor:
+    """Mean surprise of what matches, among everything along `side`: texts (-1) or regions (-2)."""
+    return -(similarity.log_softmax(side) * match).sum(side) / match.sum(side).clamp(min=1)
 
 
 def labels_of(regions: Sequence[Region], count: int) -> Tensor:
