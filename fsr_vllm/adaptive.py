@@ -7,36 +7,15 @@ budgets. `LoadMonitor` holds one for a process, with what that process knows of 
 from __future__ import annotations
 
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from fsr_vllm.budgets import MAX_BUDGET, FieldError, shown
 
 # Few, so that an image seen again under load often finds its cached rows: at each level it has an entry of its own.
 LEVELS = 4
 # An older reading says nothing about queues any more: of several API servers only one gets each reading.
 STALE_SECONDS = 10.0
-
-_WRITTEN = re.compile(r"\s*([0-9]{1,7})\s*:\s*([0-9]{1,7})\s*", re.ASCII)
-
-
-def parse_range(value: Any, field: str) -> tuple[int, int]:
-    """(low, high) of "LOW:HIGH"; FieldError unless 1 <= LOW <= HIGH <= MAX_BUDGET."""
-    match = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise FieldError(
-            field,
-            f"{field} needs its bounds: LOW:HIGH, two numbers of visual tokens per image such as 64:288 "
-            f"(in YAML within quotes); got {shown(value)}",
-        )
-    low, high = int(match[1]), int(match[2])
-    if not 1 <= low <= high <= MAX_BUDGET:
-        raise FieldError(field, f"{field} LOW:HIGH must satisfy 1 <= LOW <= HIGH <= {MAX_BUDGET:,}; got {shown(value)}")
-    return low, high
 
 
 def budget_levels(low: int, high: int, count: int = LEVELS) -> tuple[int, ...]:

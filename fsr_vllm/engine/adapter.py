@@ -13,7 +13,8 @@ import torch
 
 from fsr_vllm import compat, compat_caches
 from fsr_vllm.engine.caches import FeatureCache, unpack_plan
-from fsr_vllm.engine.processor import PLAN_FIELD, prototype_file, read_settings
+from fsr_vllm.engine.planning import prototype_file, read_settings
+from fsr_vllm.engine.processor import PLAN_FIELD
 from fsr_vllm.engine.tap import AttentionTap, Clock, shallow_key, tapped
 from fsr_vllm.engine.text_tower import WEIGHTS, ClipText, LlmText
 from fsr_vllm.methods import VisualTokens, get_method, methods

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fsr_vllm import adaptive, compat, compat_surfaces, compat_version
-from fsr_vllm.budgets import DetailBudgets
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     MAX_QUESTION,
     PREFIX,
     SETTINGS_KEY,
+    DetailBudgets,
     FieldError,
     RequestFields,
     ServerSettings,

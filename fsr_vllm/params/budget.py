@@ -1,11 +1,11 @@
-"""One image's budget as requests and servers write it (an integer, a share, or "off"), and the plan it comes to."""
+"""One image's budget as requests and servers write it: an integer, a share, or "off"; and a range of budgets."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
-from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ MAX_BUDGET = 1_000_000
 MAX_IMAGES = 10_000  # entries of a list; more are refused unread
 
 Budget = int | float | Literal["off"]
+
+_WRITTEN = re.compile(r"\s*([0-9]{1,7})\s*:\s*([0-9]{1,7})\s*", re.ASCII)
 
 _BUDGET_ALLOWED = (
     f"an integer from 1 to {MAX_BUDGET:,} (visual tokens kept per image), a number above 0 and below 1 "
@@ -96,6 +98,21 @@ def parse_budget_text(text: str, field: str) -> Budget | list[Budget]:
     return parse_budgets(value, field)
 
 
+def parse_range(value: Any, field: str) -> tuple[int, int]:
+    """(low, high) of "LOW:HIGH"; FieldError unless 1 <= LOW <= HIGH <= MAX_BUDGET."""
+    match = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise FieldError(
+            field,
+            f"{field} needs its bounds: LOW:HIGH, two numbers of visual tokens per image such as 64:288 "
+            f"(in YAML within quotes); got {shown(value)}",
+        )
+    low, high = int(match[1]), int(match[2])
+    if not 1 <= low <= high <= MAX_BUDGET:
+        raise FieldError(field, f"{field} LOW:HIGH must satisfy 1 <= LOW <= HIGH <= {MAX_BUDGET:,}; got {shown(value)}")
+    return low, high
+
+
 def resolve_budget(budget: Budget, total: int) -> int:
     """Tokens kept of `total`: K = min(budget, N); a share keeps max(1, floor(share * N + 0.5)); "off" keeps all."""
     if budget == "off":
@@ -103,29 +120,6 @@ def resolve_budget(budget: Budget, total: int) -> int:
     if isinstance(budget, float):
         return max(1, math.floor(budget * total + 0.5))
     return min(int(budget), total)
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """What happens to one image: `keep` of `total` tokens by `method`; all that changes its rows is in here."""
-
-    total: int
-    keep: int
-    method: str = ""
-    options: str = "{}"
-    question: str = ""
-
-    @property
-    def pruned(self) -> bool:
-        return self.keep < self.total
-
-    def encode(self) -> bytes:
-        """Canonical bytes, for the cache identity and for the way to the worker."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
-
-    @classmethod
-    def decode(cls, data: bytes) -> ImagePlan:
-        return cls(**json.loads(data))
 
 
 def field_error(error: ValidationError, prefix: str) -> FieldError:

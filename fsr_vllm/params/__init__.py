@@ -1,0 +1,32 @@
+"""What a request or a server may ask: validation, defaults, and the resolution to integers before any hash.
+
+Nothing here knows HTTP or vLLM. Errors are `FieldError`, which names the field and says what is allowed;
+the caller turns it into the error of its own surface.
+"""
+
+from .budget import (
+    MAX_BUDGET,
+    MAX_IMAGES,
+    Budget,
+    DetailBudgets,
+    FieldError,
+    parse_budget,
+    parse_budget_text,
+    parse_budgets,
+    parse_range,
+    per_image,
+    readable,
+    resolve_budget,
+    shown,
+)
+from .method import SERVED_DEFAULTS, build_method
+from .plan import SELECTION_VERSION, ImagePlan, resolve
+from .request import MAX_QUESTION, PREFIX, REQUEST_FIELDS, RequestFields
+from .server import HOW_TO_ACTIVATE, SETTINGS_KEY, ServerSettings
+
+__all__ = [
+    "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_IMAGES", "MAX_QUESTION", "PREFIX", "REQUEST_FIELDS", "SELECTION_VERSION",
+    "SERVED_DEFAULTS", "SETTINGS_KEY", "Budget", "DetailBudgets", "FieldError", "ImagePlan", "RequestFields",
+    "ServerSettings", "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range", "per_image",
+    "readable", "resolve", "resolve_budget", "shown",
+]  # fmt: skip

@@ -1,0 +1,37 @@
+"""A method by name and options, as requests and servers ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .budget import FieldError, shown
+
+# Laid under a request's `fsr_options`; {"preset": "paper"} drops it. Decided by measurement only: a method that is
+# not listed is served with its published defaults. FSR's: benchmarks/results/accuracy.md (docs/testbed.md says how).
+SERVED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "fsr": {"alpha": 3.0, "max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 2.0}
+}
+
+
+def known_method(name: str, field: str) -> str:
+    from fsr_vllm.methods import methods
+
+    if name not in methods():
+        raise FieldError(field, f"{field} must be one of {', '.join(methods())}; got {name[:80]!r}")
+    return name
+
+
+def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
+    """The method with published defaults, then served defaults, then `options`; FieldError if wrong."""
+    from fsr_vllm.methods import get_method
+
+    given = dict(options or {})
+    preset = given.pop("preset", None)
+    if preset not in (None, "paper"):
+        raise FieldError("fsr_options", f'fsr_options.preset must be "paper" or absent; got {shown(preset)}')
+    served = {} if preset == "paper" else SERVED_DEFAULTS.get(method, {})
+    try:
+        return get_method(method, **{**served, **given})
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise FieldError("fsr_options", f"fsr_options: {str(error)[:500]}") from None
