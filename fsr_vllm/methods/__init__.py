@@ -53,7 +53,7 @@ class MethodInfo:
     needs: tuple[str, ...]  # fields of VisualTokens it cannot run without
     uses: tuple[str, ...]  # fields it profits from where given
     query_aware: bool
-    shallow_layer: int  # block of a 24-block tower that shallow_saliency is read at; 0: not needed
+    shallow_layer: int  # block of a 24-block tower, from 0, that shallow_* signals are read at; 0: not needed
     paper: str
     licence: str  # of the authors' published code; ours is written from the paper
     fidelity: Fidelity
@@ -111,6 +111,8 @@ def prune(
     keys: Tensor | None = None,
     cls_row: Tensor | None = None,
     shallow_saliency: Tensor | None = None,
+    received: Tensor | None = None,
+    shallow_received: Tensor | None = None,
     attention: Tensor | None = None,
     last_query: Tensor | None = None,
     last_key: Tensor | None = None,
