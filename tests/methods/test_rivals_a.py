@@ -220,7 +220,10 @@ def test_holov_keeps_the_best_of_a_crop_by_attention_alone():
     features = torch.eye(3)[[0, 1, 2, 0]]
     signals = {"saliency": torch.tensor([0.4, 0.3, 0.2, 0.1]), "method": "holov", "crops": 1, "gamma": 9.0}
     assert prune(features, budget=2, **signals).indices.tolist() == [0, 1]
-    assert prune(features, budget=2, rule="paper", **signals).indices.tolist() == [0, 3]  # two alike among others vary most
+    assert prune(features, budget=2, rule="paper", **signals).indices.tolist() == [
+        0,
+        3,
+    ]  # two alike among others vary most
 
 
 @pytest.mark.parametrize("k, anchors", [(25, 0), (75, 2), (125, 2), (175, 4), (225, 4), (64, 1), (192, 4)])
@@ -246,7 +249,9 @@ def test_hiprune_neighbours_beyond_an_edge():
             assert got.indices.tolist() == kept
     shallow = torch.zeros(12)
     shallow[2] = 1.0  # above it there is nothing: the first token instead
-    got = prune(torch.eye(12), received=deep, shallow_received=shallow, grid=(3, 4), budget=5, method="hiprune", alpha=1.0)
+    got = prune(
+        torch.eye(12), received=deep, shallow_received=shallow, grid=(3, 4), budget=5, method="hiprune", alpha=1.0
+    )
     assert got.indices.tolist() == [0, 1, 2, 3, 6]
 
 
