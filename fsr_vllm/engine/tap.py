@@ -36,8 +36,8 @@ class AttentionTap:
     """Forms signals from the queries and keys of attention layers; a layer nobody asks about runs untouched.
 
     Everything is summed over the local heads and reduced over the tensor-parallel group, so that all ranks hold the
-    same values. `layers` are the tower's computed attention ops in order, `depth` its full number of blocks, `shallow` the
-    `shallow_key`s that can be asked for.
+    same values. `layers` are the tower's computed attention ops in order, `depth` its full number of blocks, and
+    `shallow` the `shallow_key`s that can be asked for.
     """
 
     def __init__(self, layers: Sequence[torch.nn.Module], depth: int, shallow: Collection[str]) -> None:

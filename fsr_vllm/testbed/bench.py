@@ -247,9 +247,9 @@ def signals_of(clip: nn.Module, images: Tensor) -> dict[str, Tensor]:
         "last_query": query[:, 0],
         "last_key": key,
     }
-    for name, key, form in (("hiprune", "shallow_received", received), ("vscan", "shallow_saliency", saliency)):
+    for name, signal, form in (("hiprune", "shallow_received", received), ("vscan", "shallow_saliency", saliency)):
         layer = min(last, round(get_method(name).shallow_layer * towers.LAYERS / 24))
-        found[f"{key}@{name}"] = form(layer)
+        found[f"{signal}@{name}"] = form(layer)
     return found
 
 

@@ -74,7 +74,7 @@ def scope(tower: Tower, k: int, alpha: float = 1.0, combine: str = "product") ->
 
 
 def holov(tower: Tower, k: int, crops: int = 16) -> list[int]:
-    """Projected rows in runs of the raster; quotas by a run's mean score, what is left to the heaviest, by attention."""
+    """Projected rows in runs of the raster; quotas by mean score, what is left to the heaviest; by attention."""
     rows, attention = tower.project(tower.rows), tower.cls(-2) / len(tower.attentions[-2])
     places = np.array_split(np.arange(len(rows)), crops)
     score = []

@@ -208,7 +208,7 @@ def test_holov_weighs_crops_of_unequal_length_by_their_mean():
 
 
 def test_holov_scales_the_spread_by_each_crop():
-    """The first crop's tokens differ by nothing and the second's by much: over the image its spread would win a token."""
+    """The first crop's tokens do not differ, the second's do: over the image its spread would win a token."""
     features = torch.tensor([[1.0, 0.0]] * 4 + [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
     saliency = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.4, 0.3, 0.2, 0.1])
     options = {"saliency": saliency, "budget": 4, "method": "holov", "crops": 2, "gamma": 3.0}

@@ -33,7 +33,7 @@ def one_rank():
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = "tcp://127.0.0.1:%d" % free.getsockname()[1]
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
         parallel_state.initialize_model_parallel(1, 1)
