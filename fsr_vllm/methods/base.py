@@ -15,14 +15,14 @@ from torch import Tensor
 
 from .checks import checked_fields
 from .ops import cosine_similarity, gather_rows, indices_of, mask_of, minmax, normalise, topk_stable
-from .options import check_options, option
+from .options import PerToken, check_options, option
 
 __all__ = [
-    "Method", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens", "option",
+    "Method", "PerToken", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens", "option",
     "cosine_similarity", "gather_rows", "indices_of", "mask_of", "minmax", "normalise", "topk_stable",
 ]  # fmt: skip
 
-Fidelity = Literal["exact", "stage-1", "input-probe", "control"]
+Fidelity = Literal["exact", "unchecked", "stage-1", "input-probe", "control"]
 
 
 @dataclass(eq=False)
@@ -95,6 +95,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()  # fields of VisualTokens it cannot run without
     uses: ClassVar[tuple[str, ...]] = ()  # fields it profits from where given
     shallow_layer: ClassVar[int] = 0  # block of a 24-block tower, from 0, that its shallow_* signals are read at
+    servable: ClassVar[bool] = True  # whether a server can form what it needs, for some model
     query_aware: ClassVar[bool] = False  # whether the result can depend on the question
     paper: ClassVar[str] = ""
     licence: ClassVar[str] = ""  # of the authors' published code

@@ -39,6 +39,7 @@ class IVC(Method):
     name: ClassVar[str] = "ivc"
     needs: ClassVar[tuple[str, ...]] = ("probe",)
     uses: ClassVar[tuple[str, ...]] = ("grid",)
+    servable: ClassVar[bool] = False
     query_aware: ClassVar[bool] = True
     paper: ClassVar[str] = (
         "IVC-Prune: Revealing the Implicit Visual Coordinates in LVLMs for Vision Token Pruning (arXiv 2602.03060)"
