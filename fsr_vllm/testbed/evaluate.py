@@ -156,6 +156,20 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def merged(old: dict[str, Any], new: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """An earlier report with the rows that were run anew, and without those that no longer exist; in order of labels.
+
+    ValueError if the two are not about the same questions to the same model.
+    """
+    for key in ("split", "questions_per_family", "admitted", "majority", "full"):
+        if json.dumps(old[key]) != json.dumps(new[key]):
+            raise ValueError(f"the earlier report is about something else: {key} was {old[key]}, is {new[key]}")
+    rows = {(row["label"], row["budget"]): row for row in [*old["rows"], *new["rows"]]}
+    order = sorted(rows, key=lambda key: (labels.index(key[0]) if key[0] in labels else -1, key[1]))
+    again = dict.fromkeys([*old.get("again", []), new["command"]])
+    return old | {"rows": [rows[key] for key in order if key[0] in labels], "again": list(again)}
+
+
 def _command(args: argparse.Namespace) -> str:
     return shlex.join(["python", "-m", "fsr_vllm.testbed.evaluate", *args.given])
 
@@ -167,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--per-family", type=int, default=1000)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--methods", nargs="*", default=[], help="methods or row labels; default: all")
+    parser.add_argument("--keep", action="store_true", help="leave other rows of the report that is there as they are")
     parser.add_argument("--against", nargs="*", default=["random", "cdpruner", "cdpruner (tuned)"])
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--tuning", type=Path, default=Path("benchmarks/results/tuning.json"))
@@ -190,6 +205,12 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(result, indent=2))
         return int(result["different"] > 0)
     report = evaluate(args)
+    if args.keep:
+        tuning = json.loads(args.tuning.read_text())["methods"] if args.tuning.exists() else {}
+        old = json.loads((args.output / "accuracy.json").read_text())
+        # Those that others are compared with are run beside them; written they stay as they were.
+        report["rows"] = [row for row in report["rows"] if row["label"] not in args.against]
+        report = merged(old, report, [row.label for row in rows(tuning)])
     (args.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.output / "accuracy.md").write_text(markdown(report))
     plot(report, args.output / "accuracy.svg")

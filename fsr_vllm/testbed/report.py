@@ -26,9 +26,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Accuracy on the testbed", "",
         f"`{report['command']}`: {report['questions_per_family']:,} questions per family of the {report['split']} "
-        f"split, the same for every row; {report['seconds']} s. Per cent right; *mean* is over the families "
-        f"{', '.join(families)}{excluded}, ± is its standard error over scenes, differences are paired, with 95 % "
-        "intervals. *tuned*: the best of equally many tries per method on the validation split "
+        f"split, the same for every row; {report['seconds']} s.{_again(report)} Per cent right; *mean* is over the "
+        f"families {', '.join(families)}{excluded}, ± is its standard error over scenes, differences are paired, with "
+        "95 % intervals. *tuned*: the best of equally many tries per method on the validation split "
         "([tuning.json](tuning.json)); what FSR's tries are drawn from was narrowed by hand on earlier models of this "
         "testbed, which no rival had. Other rows are the published defaults. *K_F/K*: focus tokens wanted, before "
         "clamping. The model is small, synthetic, of one training seed: rankings here say little about large models. "
@@ -59,6 +59,12 @@ def markdown(report: dict[str, Any]) -> str:
     options = [row for row in report["rows"] if row["options"] and row["budget"] == report["rows"][0]["budget"]]
     lines += ["", "## Options", "", *_table(["row", "options"], [[r["label"], f"`{r['options']}`"] for r in options])]
     return "\n".join(lines) + "\n"
+
+
+def _again(report: dict[str, Any]) -> str:
+    """What was run later, after methods had been corrected."""
+    commands = " and ".join(f"`{command}`" for command in report.get("again", []))
+    return f" Rows of corrected methods were run anew by {commands}." if commands else ""
 
 
 def seeds_markdown(reports: Sequence[dict[str, Any]], mine: str = "fsr (served)") -> str:

@@ -128,7 +128,10 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "fsr_vllm.testbed.tune", *(sys.argv[1:] if argv is None else argv)])
     report: dict[str, Any] = {"command": command, **settings, "methods": {}}
     if args.output.exists():
-        report["methods"] = json.loads(args.output.read_text())["methods"]
+        old = json.loads(args.output.read_text())
+        if set(old["methods"]) - set(args.methods):  # which stay as they are
+            report |= {"command": old["command"], "again": list(dict.fromkeys([*old.get("again", []), command]))}
+        report["methods"] = old["methods"]
     with pool_of(args.jobs, args.device) as pool:
         runs = {name: pool.submit(tune, name, args.per_family, args.model, args.device) for name in args.methods}
         for name, run in runs.items():

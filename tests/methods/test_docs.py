@@ -39,6 +39,7 @@ def test_a_row_says_what_the_registry_says(row):
     needs, _, uses = row["needs"].partition("(")
     assert (names(needs), names(uses.rstrip(")"))) == (list(info.needs), list(info.uses))
     assert row["query-aware"] == ("yes" if info.query_aware else "no")
+    assert row["served"] == ("yes" if info.servable else "no")
     assert row["fidelity"] == info.fidelity
     assert all(row.values())
 

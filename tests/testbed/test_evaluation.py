@@ -8,7 +8,7 @@ import pytest
 
 from fsr_vllm.methods import get_method, methods
 from fsr_vllm.testbed import stats, tune
-from fsr_vllm.testbed.evaluate import rows
+from fsr_vllm.testbed.evaluate import merged, rows
 from fsr_vllm.testbed.report import markdown, plot, seeds_markdown
 
 
@@ -105,3 +105,21 @@ def test_reports(tmp_path):
     for file in files:
         plot(report, file)
     assert files[0].read_bytes() == files[1].read_bytes() and b"<svg" in files[0].read_bytes()
+
+
+def test_rows_run_anew_replace_those_of_an_earlier_report():
+    def report(command, *rows, full=95.0):
+        about = {"split": "test", "questions_per_family": 9, "admitted": ["object"], "majority": {}, "full": full}
+        cells = [{"label": label, "budget": budget, "mean": mean} for label, budget, mean in rows]
+        return {"command": command, **about, "rows": cells, "seconds": 5}
+
+    old = report("all", ("fsr", 16, 1.0), ("holov", 16, 2.0), ("holov", 32, 3.0), ("holov (tuned)", 16, 4.0))
+    new = report("some", ("holov", 32, 6.0), ("holov", 16, 5.0))
+    found = merged(old, new, ["fsr", "holov"])
+    assert [(row["label"], row["budget"], row["mean"]) for row in found["rows"]] == [
+        ("fsr", 16, 1.0), ("holov", 16, 5.0), ("holov", 32, 6.0),
+    ]  # fmt: skip
+    assert found["command"] == "all" and found["again"] == ["some"] and found["seconds"] == 5
+    assert merged(found, new, ["fsr", "holov"])["again"] == ["some"]
+    with pytest.raises(ValueError, match="about something else: full"):
+        merged(old, report("some", full=94.0), ["fsr"])
