@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import methods as benchmark
+from benchmarks import worstcase
 from benchmarks.baselines import cdpruner_steps, fsr_literal, similarity_gemm, unit_rows
 from benchmarks.cells import FSR, FSR_RANDOM, GEMM, LITERAL, STEPS, Bench, Result
 from benchmarks.inputs import Cell, Images
@@ -146,3 +147,23 @@ def test_verdicts():
     assert near.word == "met" and near.found == "16.90 ms, limit 1.5 * 10.00 + 2 = 17.00 ms"
     assert literal.found == "4.0 to 4.0 over 1 combinations of sizes"
     assert "cpu   met           FSR" in str(near)
+
+
+def test_worst_cases_cover_every_option_and_judge_it(tmp_path, capsys):
+    options = ["--tokens", "40", "160", "--methods", "fsr", "vispruner", "fastv", "random", "--repeats", "1"]
+    status = worstcase.main([*options, "--out", str(tmp_path)])
+    data = json.loads((tmp_path / "worst-case-cpu.json").read_text())
+    rows = {(row["method"], row["options"]): row for row in data["rows"]}
+    assert all(set(row["at"]) == {"40", "160"} for row in rows.values())
+    for name in ("fsr", "vispruner", "fastv", "random"):
+        assert (name, "no options") in rows
+        for item in methods()[name].options:
+            assert any(item + "=" in options for method, options in rows if method == name), (name, item)
+    assert rows["fastv", "no options"]["requests"] == "not served: inputs"
+    bounded = rows["vispruner", "step=1"]
+    assert bounded["requests"] == "refused to requests" and bounded["estimated"]
+    assert rows["vispruner", "step=3"]["requests"] != "refused to requests"
+    dear = {row["requests"] for row in rows.values() if row["requests"].startswith("SERVED")}
+    assert status == int(bool(dear))
+    assert rows["fsr", "no options"]["at"]["160"]["share"] == 1.0
+    assert "| `vispruner` | step=1 | " in (tmp_path / "worst-case-cpu.md").read_text()

@@ -64,7 +64,21 @@ def test_received_attention_is_the_column_mean(layer, prefix, block, monkeypatch
     )
 
 
-@pytest.mark.parametrize("function", [cls_attention, attention_map, received_attention])
+@pytest.mark.parametrize("block", [1 << 24, 500])
+def test_received_attention_with_cls_among_the_givers(layer, block, monkeypatch):
+    query, key, expected = layer
+    monkeypatch.setattr(saliency, "_BLOCK_ELEMENTS", block)
+    ours = received_attention(query, key, HEADS, SCALE, prefix=1, prefix_gives=True) / HEADS
+    torch.testing.assert_close(ours, expected.mean((1, 2))[:, 1:], atol=1e-5, rtol=0)
+    without = received_attention(query, key, HEADS, SCALE, prefix=1) / HEADS
+    assert not torch.allclose(ours, without, atol=1e-3)
+
+
+def given_by_all(query, key, heads, scale):
+    return received_attention(query, key, heads, scale, prefix=1, prefix_gives=True)
+
+
+@pytest.mark.parametrize("function", [cls_attention, attention_map, received_attention, given_by_all])
 def test_shares_of_the_heads_sum_to_the_whole(layer, function):
     query, key, _ = layer
     half = HEADS * DIM // 2
