@@ -12,7 +12,7 @@ from pathlib import Path
 
 QUESTIONS = ("What is this?", "Who has a red flag?", "How many are there?", "")
 BUDGETS = (1, 12, 0.5, 63, "off")
-METHODS = ("fsr", "hiprune", "divprune")
+METHODS = ("fsr", "vscan", "divprune")  # whose signals are kept of every image
 IMAGES = 20
 TEXT = "Describe it at length, and say what the people in it do, what they wear, and where they all may be going to."
 
@@ -101,9 +101,10 @@ def interleaved(engine, count):
 
 
 def missing_signal(engine, **_):
-    """visionzip needs keys, which an image first seen by fsr is kept without."""
+    """visionzip needs keys and hiprune attention received, which an image first seen by fsr is kept without."""
     image, seen = next(engine.fresh), []
-    for budget, method in ((8, "fsr"), (8, "visionzip"), (9, "fsr"), (9, "visionzip"), (10, "hiprune")):
+    methods = ("fsr", "visionzip", "fsr", "visionzip", "vscan", "hiprune", "visionzip", "hiprune")
+    for budget, method in enumerate(methods, 8):
         engine.ask(image, fsr_budget=budget, fsr_method=method)
         seen.append(engine.counts()["encoded"])
     return seen
