@@ -81,7 +81,16 @@ def test_shares(share, total):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("128", 128), ("32.0", 32), ("1e3", 1000), (" 0.5 ", 0.5), ("off", "off"), ("OFF", "off"), ('"off"', "off"), ('[8, "off"]', [8, "off"])],
+    [
+        ("128", 128),
+        ("32.0", 32),
+        ("1e3", 1000),
+        (" 0.5 ", 0.5),
+        ("off", "off"),
+        ("OFF", "off"),
+        ('"off"', "off"),
+        ('[8, "off"]', [8, "off"]),
+    ],
 )
 def test_budget_as_text(text, value):
     assert parse_budget_text(text, "x-fsr-budget") == value
