@@ -99,8 +99,7 @@ def add_cli_args(parser: Any) -> None:
         field = ServerSettings.model_fields[name]
         text = str(field.description).replace("%", "%%")
         dest = f"fsr_{name}"
-        # `--no-fsr-...` is what vLLM makes of `off` in a YAML file; without it the line would be left out unsaid.
-        no_option, hidden = option(name).replace("--", "--no-", 1), argparse.SUPPRESS
+        no_option, hidden = _no(option(name)), argparse.SUPPRESS  # how a YAML file says `off`
         if isinstance(field.default, bool):
             group.add_argument(option(name), action="store_true", default=None, help=f"{text}{_NO_DEFAULT}")
             group.add_argument(no_option, action="store_false", dest=dest, default=None, help=hidden)
@@ -113,6 +112,7 @@ def add_cli_args(parser: Any) -> None:
             option(name), type=_reader(name), metavar=_METAVARS[name], help=f"{text}{_NO_DEFAULT}", **more
         )
         group.add_argument(no_option, action="store_const", const=_off(name), dest=dest, default=None, help=hidden)
+    compat_start.wrap_config_files(no_options)
     parse = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:
@@ -124,6 +124,16 @@ def add_cli_args(parser: Any) -> None:
         return namespace, rest
 
     parser.parse_known_args = parse_and_check
+
+
+def _no(written: str) -> str:
+    return "--no-" + written.removeprefix("--")
+
+
+def no_options(content: Mapping[str, Any]) -> list[str]:
+    """What `off` behind options of ours in a YAML file is on the command line."""
+    keys = [str(key).replace("_", "-") for key, value in content.items() if value is False]
+    return [_no(f"--{key}") for key in keys if key.startswith("fsr-")]
 
 
 def _off(name: str) -> Any:
@@ -145,7 +155,7 @@ def misspelt(rest: Iterable[str]) -> str | None:
     from fsr_vllm.params import ServerSettings, cut, did_you_mean
 
     for word in rest:
-        name = str(word).partition("=")[0].replace("_", "-")
+        name = str(word).partition("=")[0].replace("_", "-").replace("--no-fsr-", "--fsr-")
         if name.startswith("--fsr-"):
             near = did_you_mean(name, map(option, ServerSettings.options()))
             return f"unrecognized arguments: {cut(name)}{near or '; --help=Plugins lists the options'}"

@@ -1,4 +1,5 @@
-"""The part of `compat` that concerns the start of a server: the model registry and the device's memory.
+"""The part of `compat` that concerns the start of a server: the model registry, the device's memory, and YAML files
+of options.
 
 The same rules hold: each entry says why it is needed and when it can go; `tests/compat/test_start.py` fails when one of
 them moves.
@@ -6,8 +7,9 @@ them moves.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Set by a front end that leaves the plugin aside, for its child processes, which register models before they know any
@@ -76,3 +78,29 @@ def device_memory() -> int | None:
         return int(current_platform.get_device_total_memory())
     except (NotImplementedError, RuntimeError, AttributeError):
         return None
+
+
+def wrap_config_files(no_options: Callable[[Mapping[str, Any]], list[str]]) -> None:
+    """Let no_options(content) add arguments to those vLLM makes of a YAML file; safe to call twice.
+
+    Why: vLLM turns `off` into `--no-NAME`, but only where the parser that reads the file has that option; `vllm serve`
+    reads it with the parser above the subcommand's, which has none, and leaves the line out unsaid. A method
+    `load_config_file(path) -> list of arguments` in 0.26-0.33. Can go when vLLM asks the subcommand's parser.
+    """
+    import yaml
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    stock = FlexibleArgumentParser.load_config_file
+    if getattr(stock, "_fsr_wrapped", False):
+        return
+
+    @functools.wraps(stock)
+    def load_config_file(self: Any, file_path: str) -> list[str]:
+        arguments = stock(self, file_path)
+        with open(file_path) as file:
+            content = yaml.safe_load(file)
+        added = no_options(content) if isinstance(content, Mapping) else []
+        return [*arguments, *(argument for argument in added if argument not in arguments)]
+
+    load_config_file._fsr_wrapped = True  # type: ignore[attr-defined]
+    FlexibleArgumentParser.load_config_file = load_config_file

@@ -22,6 +22,7 @@ from fsr_vllm.compat_surfaces import ADAPTIVE_KEY, RESULT_KEY
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.engine.conversation import with_default
 from fsr_vllm.engine.planning import PlannedInputs, prototype_file, read_settings
+from fsr_vllm.methods import methods
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -29,6 +30,7 @@ from fsr_vllm.params import (
     ImagePlan,
     RequestFields,
     resolve,
+    served_methods,
 )
 
 PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
@@ -228,6 +230,11 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """What this front end was asked for and what it preprocessed, with the pixel cache's pixel_*."""
         with self._fsr_lock:
             return self.fsr_counts | (self.fsr_pixels.stats() if self.fsr_pixels is not None else {})
+
+    def fsr_methods(self) -> list[str]:
+        """The methods a request may name here: those that can be served, and have their inputs in this model."""
+        known = methods()
+        return [name for name in served_methods() if self._fsr_given.issuperset(known[name].needs)]
 
     def _count(self, plans: Sequence[ImagePlan]) -> tuple[int, int]:
         kept, total = (sum(getattr(plan, name) for plan in plans) for name in ("keep", "total"))

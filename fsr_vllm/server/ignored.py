@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from fsr_vllm import compat_surfaces
+from fastapi import APIRouter
+
+from fsr_vllm import __version__, compat_surfaces
 from fsr_vllm.engine.inputs import is_ours, without_fields
 from fsr_vllm.server.alias import MARK
 
+router = APIRouter(tags=["fsr"])
+
 CARRIERS = ("mm_processor_kwargs", "vllm_xargs")
+
+
+@router.get("/v1/fsr/config")
+async def read_config() -> dict[str, Any]:
+    """The same route as of a server that prunes (`server.config`)."""
+    return {"object": "fsr.config", "version": __version__, "ignored": True, "prunes": False}
 
 
 def install() -> None:
