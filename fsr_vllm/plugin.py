@@ -12,14 +12,14 @@ import json
 import logging
 from typing import Any
 
-from fsr_vllm import compat, compat_version
+from fsr_vllm import compat, compat_scheduler, compat_version
 from fsr_vllm.engine.models import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
 
 CLI_KEYS = (
     "budget", "adaptive", "min_budget", "max_budget", "method", "text_encoder", "relevance_sign", "detail_budgets",
-    "feature_cache_bytes", "pixel_cache_bytes", "model_alias",
+    "feature_cache_bytes", "pixel_cache_bytes", "model_alias", "encoder_limit",
 )  # fmt: skip
 
 
@@ -31,6 +31,7 @@ def register() -> None:
 
         for architecture, target in FAMILIES.items():
             ModelRegistry.register_model(architecture, target)
+        compat_scheduler.wrap_scheduler(_limits_encoder)
     try:
         compat.wrap_engine_args(add_cli_args, merge_cli_args, put_settings, finish_settings)
     except (ImportError, AttributeError) as error:
@@ -39,6 +40,16 @@ def register() -> None:
         if compat.PLUGIN in compat.named_plugins():
             raise RuntimeError(outside) from error
         logger.warning("fsr_vllm: %s", outside)  # nobody asked for it: vLLM is left as it is
+
+
+def _limits_encoder(vllm_config: Any) -> bool:
+    """Whether a step's encoder work is counted in unpruned tokens; asked in the engine core, for every new prompt."""
+    from fsr_vllm import params
+
+    text = getattr(vllm_config.model_config.hf_config, params.SETTINGS_KEY, None)
+    if text is None or params.ServerSettings.from_json(text).encoder_limit != "unpruned":
+        return False
+    return unsupported(vllm_config.model_config) is None
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -108,6 +119,9 @@ def add_cli_args(parser: Any) -> None:
         "(default 268435456, 0 = off).")  # fmt: skip
     add("--fsr-model-alias", action="store_true", default=None, help="Serve every model and adapter name with a budget "
         "behind it too, such as NAME@fsr128, NAME@fsr0.25 or NAME@fsroff.")  # fmt: skip
+    add("--fsr-encoder-limit", choices=("unpruned", "kept"), help="What a pruned image counts in vLLM's limit on "
+        "encoder work per step: its unpruned tokens (default), so that many small budgets never keep others waiting "
+        "longer than without pruning, or the kept ones, for throughput of one's own batches.")  # fmt: skip
     parse = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:

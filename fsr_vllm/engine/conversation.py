@@ -35,7 +35,7 @@ def install(unsupported: Callable[[Any], str | None]) -> None:
             raise compat.request_error(str(error), error.field) from None
 
     compat_surfaces.wrap_chat_rendering(settle)
-    compat_surfaces.wrap_offline_outputs()
+    compat_surfaces.wrap_outputs()
 
 
 def settled(

@@ -29,6 +29,7 @@ from fsr_vllm.params import (
     ImagePlan,
     RequestFields,
     resolve,
+    shown,
 )
 
 PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
@@ -103,6 +104,13 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return self._planned(inputs, {"fsr_budget": self.fsr_settings.max_budget or "off"}, dummy=True)
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
+        if self.fsr_settings is not None and (uuid := compat_caches.reserved_uuid(inputs)) is not None:
+            # It would be another image's identity, of another number of rows.
+            raise compat.request_error(
+                f"uuid must not begin with {compat_caches.RESERVED!r}, as the server's own identities do; "
+                f"got {shown(uuid)}",
+                "uuid",
+            )
         if not isinstance(inputs, PlannedInputs):
             inputs = self._plan_request(inputs)
         result = super().apply(inputs, *args, **kwargs)

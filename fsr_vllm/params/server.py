@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -32,6 +32,7 @@ class ServerSettings(BaseModel):
     feature_cache_bytes: int = CACHE_BYTES  # of vision features, per worker
     pixel_cache_bytes: int = CACHE_BYTES  # of preprocessed images, per front-end process
     model_alias: bool = False
+    encoder_limit: Literal["unpruned", "kept"] = "unpruned"  # what a pruned image counts of a step's encoder work
 
     @classmethod
     @functools.lru_cache(maxsize=16)
