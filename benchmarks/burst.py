@@ -123,7 +123,7 @@ def markdown(data: dict[str, Any]) -> str:
         "# A text request beside one prompt of many images",
         "",
         f"`python -m benchmarks.burst --images {data['images']} --laps {data['laps']}`; {about}.",
-        f"The bundled model, {TOTAL} visual tokens per image, steps of 2,048 tokens. Longest seconds between two tokens",
+        f"Bundled model, {TOTAL} visual tokens per image, steps of 2,048 tokens. Longest seconds between two tokens",
         "of a running text request, median over the laps (all of them in brackets).",
         "",
         "| server | images of the prompt | alone | beside it | that prompt is answered after |",
