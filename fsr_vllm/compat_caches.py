@@ -17,45 +17,8 @@ from typing import Any
 import torch
 
 _INTERNAL_UUID = re.compile(r"renderer\d+-mm-\d+-image-\d+")
-# How identities of pruned images begin. They share vLLM's caches with the uuids of clients, who may not use it.
-RESERVED = "fsr:"
-_PRUNED = re.compile(r"fsr:([0-9]{1,7}):[0-9a-f]{64}")
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 _forget: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def mark(total: int, digest: str) -> str:
-    """The identity of a pruned image: it says how many tokens the image has unpruned.
-
-    Why: the scheduler and request outputs know an image by its placeholders and identity alone; with the shared-memory
-    processor cache its plan does not reach them.
-    """
-    return f"{RESERVED}{total}:{digest}"
-
-
-def unpruned_tokens(feature: Any) -> int:
-    """Tokens of an image before pruning, as the identity on its MultiModalFeatureSpec says; 0 for all others.
-
-    `mm_hash` is the identity without the prefix of a LoRA adapter; attributes in 0.26-0.33.
-    """
-    found = _PRUNED.fullmatch(feature.mm_hash or feature.identifier)
-    return int(found[1]) if found else 0
-
-
-def visual_tokens(features: Any) -> tuple[int, int]:
-    """(kept, total) over the images of a request's MultiModalFeatureSpecs; (0, 0) without images."""
-    kept = total = 0
-    for feature in features or ():
-        if feature.modality == "image":
-            embeds = feature.mm_position.get_num_embeds()
-            kept, total = kept + embeds, total + (unpruned_tokens(feature) or embeds)
-    return kept, total
-
-
-def reserved_uuid(inputs: Any) -> str | None:
-    """The first uuid a client gave one of its media that begins as our identities do, or None."""
-    given = (uuid for uuids in (inputs.mm_uuid_items or {}).values() for uuid in uuids or ())
-    return next((uuid for uuid in given if isinstance(uuid, str) and uuid.startswith(RESERVED)), None)
 
 
 def image_hashes(inputs: Any, info: Any) -> tuple[dict[str, list[str]], list[str]]:
@@ -210,6 +173,17 @@ def has_vision_tower() -> bool:
     from vllm.distributed import get_pp_group
 
     return get_pp_group().is_first_rank
+
+
+def front_end(app: Any) -> tuple[Any, Any]:
+    """The model config of an API server and its multimodal processor, None where the model has none.
+
+    Why: the app's `state` holds what its routes work with; a server that only renders has no `engine_client`, but an
+    `online_renderer`. Read and run in 0.32. Can go when vLLM hands both to endpoint plugins.
+    """
+    client = getattr(app.state, "engine_client", None)
+    renderer = client.renderer if client is not None else app.state.online_renderer.renderer
+    return renderer.model_config, getattr(renderer, "mm_processor", None)
 
 
 async def engine_stats(app: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fsr_vllm.compat_caches import unpruned_tokens
+from fsr_vllm.compat_identity import unpruned_tokens
+from fsr_vllm.compat_start import inherited_ignoring
 
 METHOD = "_try_schedule_encoder_inputs"
 
@@ -35,7 +36,8 @@ def wrap_scheduler(limited: Callable[[Any], bool]) -> bool:
     @functools.wraps(stock)
     def get_scheduler_cls(self: Any) -> Any:
         cls = stock(self)
-        limit(cls, limited)
+        if not inherited_ignoring():
+            limit(cls, limited)
         return cls
 
     get_scheduler_cls._fsr_wrapped = True  # type: ignore[attr-defined]

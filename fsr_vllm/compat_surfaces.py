@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from fsr_vllm import compat, compat_caches
+from fsr_vllm import compat, compat_identity
 
 RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on a processed input
 ADAPTIVE_KEY = "fsr_adaptive"  # the budget that the load gave its images, where the request named none
@@ -247,7 +247,7 @@ def wrap_outputs() -> None:
             state = stock(cls, *args, **kwargs)
             request = kwargs.get("request", args[1] if len(args) > 1 else None)
             if request is not None:
-                state.fsr_visual_tokens = compat_caches.visual_tokens(request.mm_features)
+                state.fsr_visual_tokens = compat_identity.visual_tokens(request.mm_features)
             return state
 
         return from_new_request

@@ -41,9 +41,9 @@ def test_no_ranges(value):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"min_budget": 65}, "from 65"),
-        ({"max_budget": 287}, "to 287"),
-        ({"max_budget": 32}, "to 32"),
+        ({"min_budget": 65}, "64, below fsr.min_budget 65"),
+        ({"max_budget": 287}, "288, above fsr.max_budget 287"),
+        ({"max_budget": 32}, "64, above fsr.max_budget 32"),
         ({"budget": 128}, "leave fsr.budget out"),
         ({"budget": "off"}, "leave fsr.budget out"),
     ],

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fsr_vllm import adaptive, compat, compat_surfaces, compat_version
+from fsr_vllm.engine.inputs import IGNORED_KEY
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     MAX_QUESTION,
@@ -46,6 +47,8 @@ def settled(
     The question of an image is the user's text from its message up to the next assistant message. Detail counts only
     where no budget is given. Errors: FieldError for fields that this model, or this number of images, cannot have.
     """
+    if getattr(model_config.hf_config, IGNORED_KEY, False):
+        return given  # what is ours in it is dropped where all inputs pass
     fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
     reason = unsupported(model_config) if text is not None else None

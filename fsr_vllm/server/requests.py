@@ -22,6 +22,7 @@ from fsr_vllm.params import (
     RequestFields,
     ServerSettings,
     parse_budget_text,
+    same_budget,
     shown,
 )
 from fsr_vllm.server import alias
@@ -157,7 +158,8 @@ def body_fields(request: Any) -> dict[str, Any]:
 def merged(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
     """Both; FieldError where they differ."""
     for name in sorted(set(left) & set(right)):
-        if left[name] != right[name] or type(left[name]) is not type(right[name]):
+        alike = left[name] == right[name] and type(left[name]) is type(right[name])
+        if not alike and not (name == "fsr_budget" and same_budget(left[name], right[name])):
             raise FieldError(name, f"{name} stands in two places of the request with different values")
     return {**right, **left}
 
@@ -180,10 +182,32 @@ def _from_xargs(values: Any) -> dict[str, Any]:
 
 def with_header(values: dict[str, Any], header: str) -> dict[str, Any]:
     """The body's fields with the budget of the `x-fsr-budget` header; FieldError where the two differ."""
-    budget = parse_budget_text(header, HEADER_FIELD)
+    budget = header_budget(header)
     stated = values.get("fsr_budget", budget)
-    if stated != budget or type(stated) is not type(budget):
+    if not same_budget(stated, budget):
         raise FieldError(
             "fsr_budget", f"fsr_budget {shown(stated)} in the body differs from {shown(budget)} in {HEADER_FIELD}"
         )
     return {**values, "fsr_budget": budget}
+
+
+def header_budget(text: str) -> Any:
+    """The budget of one or several `x-fsr-budget` lines, which HTTP joins by commas; FieldError where two differ."""
+    one, *others = dict.fromkeys(_lines(text))
+    budget = parse_budget_text(one, HEADER_FIELD)
+    for other in others:
+        if not same_budget(parse_budget_text(other, HEADER_FIELD), budget):
+            raise FieldError(HEADER_FIELD, f"{HEADER_FIELD} is there more than once, with different budgets")
+    return budget
+
+
+def _lines(text: str) -> list[str]:
+    """Header values apart: at the commas that stand outside of a list."""
+    depth = 0
+    lines: list[list[str]] = [[]]
+    for piece in text.split(","):
+        if depth <= 0 and lines[-1]:
+            lines.append([])
+        lines[-1].append(piece)
+        depth += piece.count("[") - piece.count("]")
+    return [",".join(line).strip() for line in lines]
