@@ -19,6 +19,8 @@ from fsr_vllm.params import (
     FieldError,
     RequestFields,
     ServerSettings,
+    in_messages,
+    misspelt,
     per_image,
     readable,
 )
@@ -47,13 +49,17 @@ def settled(
     where no budget is given. Errors: FieldError for fields that this model, or this number of images, cannot have.
     """
     fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
+    wrong = misspelt(given) or in_messages(messages, compat_surfaces.image_limit(model_config))
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
     reason = unsupported(model_config) if text is not None else None
     if text is None or reason:
-        if fields:
+        if fields or wrong:
             reason = reason or compat_version.why_inactive(HOW_TO_ACTIVATE)
-            raise FieldError(min(fields), f"{min(fields)}: {reason}")
+            name = wrong.field if wrong else min(fields)
+            raise FieldError(name, f"{name}: {reason}")
         return given
+    if wrong:
+        raise wrong
     settings = ServerSettings.from_json(text)
     RequestFields.parse(fields, settings)  # of a text-only conversation too, where no processor would judge them
     if not fields and not settings.prunes_by_default:

@@ -28,6 +28,7 @@ from fsr_vllm.params import (
     FieldError,
     ImagePlan,
     RequestFields,
+    misspelt,
     resolve,
 )
 
@@ -104,6 +105,10 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(inputs, PlannedInputs):
+            if (wrong := misspelt(inputs.hf_processor_mm_kwargs)) is not None:
+                inactive = compat_version.why_inactive(HOW_TO_ACTIVATE) if self.fsr_settings is None else None
+                why = inactive or self.fsr_unsupported
+                raise compat.request_error(f"{wrong.field}: {why}" if why else str(wrong), wrong.field)
             inputs = self._plan_request(inputs)
         result = super().apply(inputs, *args, **kwargs)
         if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
