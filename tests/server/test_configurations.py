@@ -10,6 +10,7 @@ import pytest
 
 from fsr_vllm.demo import ENVIRONMENT
 
+from . import test_uuids
 from .conftest import NAME
 
 pytestmark = pytest.mark.engine
@@ -110,6 +111,7 @@ def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoin
             answer = server.post({**anthropic, **fields}, "/v1/messages")
             assert answer.status_code == 400 and "--plugin fsr" in answer.json()["error"]["message"]
         assert server.ask("chelsea", WHAT, fsrBudget=None, metadata={"note": "fsr"}) == plain
+        test_uuids.check(server)  # so vLLM does without the plugin
 
 
 def test_text_model_names_its_architecture(start, tmp_path):

@@ -130,7 +130,7 @@ PLACES = {
     "fsr-question": ({}, {"fsr-question": "What?"}),
 }
 # What a part is reached by, where it is not messages[0].content[0]
-ROUTES = {"batch": "messages[0][0].content[0]", "responses": "input[0].content[0]"}
+ROUTES = {"batch": "messages[0][0].content[0]"} | dict.fromkeys(("responses", "responses render"), "input[0].content[0]")
 
 
 @engine
