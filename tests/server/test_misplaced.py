@@ -130,7 +130,8 @@ PLACES = {
     "fsr-question": ({}, {"fsr-question": "What?"}),
 }
 # What a part is reached by, where it is not messages[0].content[0]
-ROUTES = {"batch": "messages[0][0].content[0]"} | dict.fromkeys(("responses", "responses render"), "input[0].content[0]")
+INPUT = "input[0].content[0]"
+ROUTES = {"batch": "messages[0][0].content[0]", "responses": INPUT, "responses render": INPUT}
 
 
 @engine
