@@ -19,11 +19,10 @@ from fsr_vllm.params import (
     FieldError,
     RequestFields,
     ServerSettings,
-    in_messages,
-    misspelt,
     per_image,
     readable,
 )
+from fsr_vllm.params.misplaced import in_messages, misspelt
 from fsr_vllm.signals import instruction
 
 

@@ -28,9 +28,9 @@ from fsr_vllm.params import (
     FieldError,
     ImagePlan,
     RequestFields,
-    misspelt,
     resolve,
 )
+from fsr_vllm.params.misplaced import misspelt
 
 PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
 # What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the text encoder.

@@ -20,7 +20,6 @@ from .budget import (
     shown,
 )
 from .method import SERVED_DEFAULTS, build_method
-from .misplaced import in_messages, meant, misspelt, out_of_place
 from .plan import SELECTION_VERSION, ImagePlan, resolve
 from .request import MAX_QUESTION, PREFIX, REQUEST_FIELDS, RequestFields
 from .server import HOW_TO_ACTIVATE, SETTINGS_KEY, ServerSettings
@@ -28,6 +27,6 @@ from .server import HOW_TO_ACTIVATE, SETTINGS_KEY, ServerSettings
 __all__ = [
     "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_IMAGES", "MAX_QUESTION", "PREFIX", "REQUEST_FIELDS", "SELECTION_VERSION",
     "SERVED_DEFAULTS", "SETTINGS_KEY", "Budget", "DetailBudgets", "FieldError", "ImagePlan", "RequestFields",
-    "ServerSettings", "build_method", "in_messages", "meant", "misspelt", "out_of_place", "parse_budget",
-    "parse_budget_text", "parse_budgets", "parse_range", "per_image", "readable", "resolve", "resolve_budget", "shown",
+    "ServerSettings", "build_method", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range", "per_image",
+    "readable", "resolve", "resolve_budget", "shown",
 ]  # fmt: skip

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fsr_vllm.params import REQUEST_FIELDS, FieldError, in_messages, meant, misspelt, out_of_place
+from fsr_vllm.params import REQUEST_FIELDS, FieldError
+from fsr_vllm.params.misplaced import in_messages, meant, misspelt, out_of_place
 
 BUDGET_HEADER = "x-fsr-budget"
 CARRIERS = ("mm_processor_kwargs", "vllm_xargs")  # vLLM's own objects that may hold our fields
