@@ -210,8 +210,14 @@ def wrap_pooling(prepare: Callable[[Any, Any], None], report: Callable[[Any], No
     let_fields_pass(sys.modules[module])
 
 
+def image_limit(model_config: Any) -> int:
+    """How many images vLLM takes in one prompt; more are refused unread. Attribute and method in 0.26-0.33."""
+    multimodal = getattr(model_config, "multimodal_config", None)
+    return 0 if multimodal is None else int(multimodal.get_limit_per_prompt("image"))
+
+
 def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
-    """Call note(request, body) with the parsed JSON body before these handlers, and answer our errors as theirs.
+    """Call note(model_config, body) with the parsed JSON body before these handlers, and answer our errors as theirs.
 
     Why: Anthropic's and Cohere's request models drop unknown fields. FastAPI has parsed the body and kept the result on
     the request object, so reading it costs no second parse. Can go when those models pass unknown fields on.
@@ -222,7 +228,7 @@ def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
             raw_request = kwargs.get("raw_request", args[0] if args else None)
             try:
                 if raw_request is not None:
-                    note(request, await raw_request.json())
+                    note(self.model_config, await raw_request.json())
                 return await stock(self, request, *args, **kwargs)  # not all take a raw request before 0.32
             except compat.request_error_class() as error:
                 return self.create_error_response(error)  # raised, it would be logged as a failure of the server

@@ -33,6 +33,7 @@ from fsr_vllm.params import (
     served_methods,
     shown,
 )
+from fsr_vllm.params.misplaced import misspelt
 
 PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
 # What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the text encoder.
@@ -114,6 +115,10 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
                 "uuid",
             )
         if not isinstance(inputs, PlannedInputs):
+            if (wrong := misspelt(inputs.hf_processor_mm_kwargs)) is not None:
+                inactive = compat_version.why_inactive(HOW_TO_ACTIVATE) if self.fsr_settings is None else None
+                why = inactive or self.fsr_unsupported
+                raise compat.request_error(f"{wrong.field}: {why}" if why else str(wrong), wrong.field)
             inputs = self._plan_request(inputs)
         result = super().apply(inputs, *args, **kwargs)
         if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:

@@ -52,6 +52,18 @@ def test_foreign_handlers(module, name, method):
     handler = cls.__dict__[method]
     assert parameters(handler)[:3] == ["self", "request", "raw_request"]
     assert callable(cls.create_error_response)
+    base = compat_surfaces.owner(*compat_surfaces.MODEL_CHECKS[0])
+    assert issubclass(cls, base) and "self.model_config =" in inspect.getsource(base.__init__)
+
+
+def test_the_limit_of_images():
+    from vllm.config import ModelConfig, MultiModalConfig
+
+    assert "multimodal_config" in ModelConfig.__dataclass_fields__
+    for limits, images in (({}, 999), ({"image": 3}, 3)):
+        config = SimpleNamespace(multimodal_config=MultiModalConfig(limit_per_prompt=limits))
+        assert compat_surfaces.image_limit(config) == images
+    assert compat_surfaces.image_limit(SimpleNamespace(multimodal_config=None)) == 0
 
 
 def test_pooling():
