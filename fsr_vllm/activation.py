@@ -161,6 +161,16 @@ def _defaults(settings: Any) -> list[tuple[str, Any]]:
     return [*given, *(("detail_budgets", budget) for budget in settings.detail_budgets.values())]
 
 
+def limits_encoder(vllm_config: Any) -> bool:
+    """Whether a step's encoder work is counted in unpruned tokens; asked in the engine core, for every new prompt."""
+    from fsr_vllm import params
+
+    text = getattr(vllm_config.model_config.hf_config, params.SETTINGS_KEY, None)
+    if text is None or params.ServerSettings.from_json(text).encoder_limit != "unpruned":
+        return False
+    return unsupported(vllm_config.model_config) is None
+
+
 def in_force(architecture: str, settings: Any) -> str:
     """What the server does, in a sentence for its log."""
     from fsr_vllm import __version__, params

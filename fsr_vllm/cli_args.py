@@ -23,9 +23,15 @@ logger = logging.getLogger("vllm.fsr_vllm")
 _METAVARS = {
     "budget": "BUDGET", "adaptive": "LOW:HIGH", "min_budget": "TOKENS", "max_budget": "TOKENS", "method": "NAME",
     "text_encoder": "ENCODER", "relevance_sign": "SIGN", "detail_budgets": "JSON", "feature_cache_bytes": "BYTES",
-    "pixel_cache_bytes": "BYTES",
+    "pixel_cache_bytes": "BYTES", "encoder_limit": "COUNT",
 }  # fmt: skip
-_TEXTS = ("adaptive", "method", "text_encoder", "relevance_sign")  # taken as they are; other values are JSON, or a word
+_TEXTS = (
+    "adaptive",
+    "method",
+    "text_encoder",
+    "relevance_sign",
+    "encoder_limit",
+)  # taken as they are; other values are JSON, or a word
 # argparse's formatter of vLLM appends the default, None for all of ours, to a help text that does not mention it.
 _NO_DEFAULT = "%(default).0s"
 

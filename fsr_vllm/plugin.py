@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from fsr_vllm import activation, cli_args, compat, compat_start, compat_version
+from fsr_vllm import activation, cli_args, compat, compat_scheduler, compat_start, compat_version
 from fsr_vllm.engine.models import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
@@ -19,6 +19,7 @@ def register() -> None:
     outside = compat_version.outside_window()
     if outside is None and not compat_start.inherited_ignoring():
         compat_start.put_models(FAMILIES)
+        compat_scheduler.wrap_scheduler(activation.limits_encoder)
     try:
         compat.wrap_engine_args(
             cli_args.add_cli_args, cli_args.merge_cli_args, activation.put_settings, activation.finish_settings

@@ -67,6 +67,7 @@ VALUES = [
     ("detail_budgets", '{"medium": 3}', "must map low, high, auto or original to a budget"),
     ("detail_budgets", '{"low": 1.5}', "must be an integer"),
     ("feature_cache_bytes", "-1", "must be a number of bytes from 0 (off)"),
+    ("encoder_limit", "both", "must be unpruned or kept; got 'both'"),
     ("pixel_cache_bytes", "many", "must be a number of bytes from 0 (off)"),
 ]  # fmt: skip
 

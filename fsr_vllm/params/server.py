@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -69,6 +69,12 @@ class ServerSettings(BaseModel):
         False,
         description="Serve every model and adapter name with a budget behind it too, such as NAME@fsr128, "
         "NAME@fsr0.25 or NAME@fsroff.",
+    )
+    encoder_limit: Literal["unpruned", "kept"] = Field(
+        "unpruned",
+        description="What a pruned image counts in vLLM's limit on encoder work per step: its unpruned tokens, so that "
+        "many small budgets never keep others waiting longer than without pruning, or the kept ones, for throughput "
+        "of one's own batches.",
     )
     ignore: bool = Field(
         False,
@@ -164,6 +170,13 @@ class ServerSettings(BaseModel):
         if isinstance(value, bool) or str(value) not in ("auto", "1", "-1", "+1"):
             raise FieldError("fsr.relevance_sign", f"fsr.relevance_sign must be auto, 1 or -1; got {shown(value)}")
         return "auto" if value == "auto" else int(value)
+
+    @field_validator("encoder_limit", mode="before")
+    @classmethod
+    def _check_encoder_limit(cls, value: Any) -> Any:
+        if value not in ("unpruned", "kept"):
+            raise FieldError("fsr.encoder_limit", f"fsr.encoder_limit must be unpruned or kept; got {shown(value)}")
+        return value
 
     @field_validator("detail_budgets", mode="before")
     @classmethod

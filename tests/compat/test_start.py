@@ -8,7 +8,7 @@ import pytest
 from fsr_vllm import activation, compat_start, plugin
 from fsr_vllm.engine.inputs import IGNORED_KEY
 from fsr_vllm.engine.models import FAMILIES
-from fsr_vllm.params import SETTINGS_KEY
+from fsr_vllm.params import SETTINGS_KEY, ServerSettings
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
@@ -131,3 +131,10 @@ def test_the_start_says_in_words_what_is_in_force(registry, checkpoint, monkeypa
     ):
         assert words in said
     assert "{" not in said
+
+
+def test_the_commit_of_an_encoder_by_name_is_logged():
+    settings = ServerSettings.parse({"text_encoder": "someone/clip@c0ffee", "adaptive": "64:288"})
+    said = activation.in_force(ARCHITECTURE, settings.model_copy(update={"tokens_per_image": 576}))
+    assert "text encoder someone/clip at commit c0ffee" in said
+    assert "by default 288 to 64 of 576 visual tokens per image, by load; requests may ask for 1 or more" in said

@@ -72,6 +72,15 @@ def test_a_budget_header_that_comes_twice(main):
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "x-fsr-budget"
 
 
+def test_long_names_and_values_of_clients_are_cut(main):
+    long = "fsr_" + "x" * 100_000
+    body = {"model": NAME, "messages": main.messages("chelsea", WHAT), "max_tokens": 1}
+    for fields in ({long: 1}, {"fsr_method": long}, {"fsr_options": {long: 1}}, {"mm_processor_kwargs": {long: 1}}):
+        refused = main.post({**body, **fields})
+        assert refused.status_code == 400
+        assert len(refused.text) < 1500 and refused.json()["error"]["param"].startswith("fsr_")
+
+
 # --- a server that leaves the plugin aside --------------------------------------------------------------------------
 
 OPTIONS = (
