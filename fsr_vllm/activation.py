@@ -155,12 +155,6 @@ def finish_settings(engine_args: Any, model_config: Any) -> None:
     logger.info("fsr_vllm: %s", in_force(name, settings))
 
 
-def _defaults(settings: Any) -> list[tuple[str, Any]]:
-    """What requests that do not say may get, by option: shares can be judged once an image's tokens are known."""
-    given = [] if settings.budget is None else [("budget", settings.budget)]
-    return [*given, *(("detail_budgets", budget) for budget in settings.detail_budgets.values())]
-
-
 def limits_encoder(vllm_config: Any) -> bool:
     """Whether a step's encoder work is counted in unpruned tokens; asked in the engine core, for every new prompt."""
     from fsr_vllm import params
@@ -169,6 +163,12 @@ def limits_encoder(vllm_config: Any) -> bool:
     if text is None or params.ServerSettings.from_json(text).encoder_limit != "unpruned":
         return False
     return unsupported(vllm_config.model_config) is None
+
+
+def _defaults(settings: Any) -> list[tuple[str, Any]]:
+    """What requests that do not say may get, by option: shares can be judged once an image's tokens are known."""
+    given = [] if settings.budget is None else [("budget", settings.budget)]
+    return [*given, *(("detail_budgets", budget) for budget in settings.detail_budgets.values())]
 
 
 def in_force(architecture: str, settings: Any) -> str:
