@@ -175,6 +175,17 @@ def has_vision_tower() -> bool:
     return get_pp_group().is_first_rank
 
 
+def front_end(app: Any) -> tuple[Any, Any]:
+    """The model config of an API server and its multimodal processor, None where the model has none.
+
+    Why: the app's `state` holds what its routes work with; a server that only renders has no `engine_client`, but an
+    `online_renderer`. Read and run in 0.32. Can go when vLLM hands both to endpoint plugins.
+    """
+    client = getattr(app.state, "engine_client", None)
+    renderer = client.renderer if client is not None else app.state.online_renderer.renderer
+    return renderer.model_config, getattr(renderer, "mm_processor", None)
+
+
 async def engine_stats(app: Any) -> dict[str, Any]:
     """`fsr_stats` of this API server's processor and of all workers; `workers` is None where they have no such method.
 

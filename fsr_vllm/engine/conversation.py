@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fsr_vllm import adaptive, compat, compat_surfaces, compat_version
+from fsr_vllm.engine.inputs import IGNORED_KEY
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     MAX_QUESTION,
@@ -22,6 +23,7 @@ from fsr_vllm.params import (
     per_image,
     readable,
 )
+from fsr_vllm.params.misplaced import in_messages, misspelt
 from fsr_vllm.signals import instruction
 
 
@@ -35,7 +37,7 @@ def install(unsupported: Callable[[Any], str | None]) -> None:
             raise compat.request_error(str(error), error.field) from None
 
     compat_surfaces.wrap_chat_rendering(settle)
-    compat_surfaces.wrap_offline_outputs()
+    compat_surfaces.wrap_outputs()
 
 
 def settled(
@@ -46,14 +48,20 @@ def settled(
     The question of an image is the user's text from its message up to the next assistant message. Detail counts only
     where no budget is given. Errors: FieldError for fields that this model, or this number of images, cannot have.
     """
+    if getattr(model_config.hf_config, IGNORED_KEY, False):
+        return given  # what is ours in it is dropped where all inputs pass
     fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
+    wrong = misspelt(given) or in_messages(messages, compat_surfaces.image_limit(model_config))
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
     reason = unsupported(model_config) if text is not None else None
     if text is None or reason:
-        if fields:
+        if fields or wrong:
             reason = reason or compat_version.why_inactive(HOW_TO_ACTIVATE)
-            raise FieldError(min(fields), f"{min(fields)}: {reason}")
+            name = wrong.field if wrong else min(fields)
+            raise FieldError(name, f"{name}: {reason}")
         return given
+    if wrong:
+        raise wrong
     settings = ServerSettings.from_json(text)
     RequestFields.parse(fields, settings)  # of a text-only conversation too, where no processor would judge them
     if not fields and not settings.prunes_by_default:

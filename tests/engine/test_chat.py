@@ -19,7 +19,7 @@ SAID = [
     [["user", "Say something."]],
 ]
 QUESTIONS = (WHAT, WHO, WHAT)
-BAD = [{"fsr_budget": [1, 2]}, {"fsr_budget": 0}, {"fsr_question": 3}, {"fsr_bugdet": 1}]
+BAD = [{"fsr_budget": [1, 2]}, {"fsr_budget": 0}, {"fsr_question": 3}, {"fsr_bugdet": 1}, {"fsrBudget": 32}]
 STEPS = {
     "derived": {"chat": SAID, "fields": {"fsr_budget": 32}},
     **{f"given {i}": {"chat": [SAID[i]], "fields": {"fsr_budget": 32, "fsr_question": QUESTIONS[i]}} for i in range(3)},
@@ -30,6 +30,8 @@ STEPS = {
     "nothing asked": {"chat": SAID[:1]},
     **{f"bad {i}": {"chat": SAID[:1], "fields": fields} for i, fields in enumerate(BAD)},
     "bad without an image": {"chat": SAID[3:], "fields": {"fsr_budget": 0}},
+    "bad spelling without an image": {"chat": SAID[3:], "fields": {"fsr-budget": 64}},
+    "bad place": {"chat": [[["user", "chelsea:low:fsr_budget", WHAT]]], "fields": {}},
 }
 
 
@@ -78,7 +80,8 @@ def test_details_belong_to_images_and_give_way_to_budgets(outcome):
 @pytest.mark.parametrize("step", [step for step in STEPS if step.startswith("bad")])
 def test_bad_fields_name_themselves(outcome, step):
     refused = outcome[step]
-    assert next(iter(STEPS[step]["fields"])) in refused["error"] and "ValueError" in refused["type"]
+    name = next(iter(STEPS[step]["fields"]), "messages[0].content[0].fsr_budget")
+    assert name in refused["error"] and "ValueError" in refused["type"]
 
 
 def test_statistics_are_there_beside_a_users_own_extension(outcome):
