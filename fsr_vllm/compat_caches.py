@@ -175,24 +175,27 @@ def has_vision_tower() -> bool:
     return get_pp_group().is_first_rank
 
 
-async def engine_stats(app: Any) -> dict[str, Any]:
-    """`fsr_stats` of this API server's processor and of all workers; `workers` is None where they have no such method.
+def front_end_stats(client: Any) -> dict[str, Any]:
+    """`fsr_stats` of this API server's processor; empty where the model has none of ours.
 
-    Why: the app's `state.engine_client`, its `renderer` and `collective_rpc` are all there is between a route of ours
-    and the two places that count. Run in 0.32. Can go when vLLM hands them to endpoint plugins.
+    Why: the client's `renderer` is all there is between a route of ours and what counts here. Run in 0.32. Can go when
+    vLLM hands it to endpoint plugins.
     """
-    client = app.state.engine_client
     processor = getattr(client.renderer, "mm_processor", None)
     stats = getattr(processor, "fsr_stats", None)
-    counts = stats() if stats else {}
-    try:
-        workers = await _all_workers(client, "fsr_stats")
-    except Exception:  # another worker extension than ours, or none
-        workers = None
-    return {**counts, "workers": workers}
+    return stats() if stats else {}
 
 
-async def _all_workers(client: Any, method: str) -> list[Any]:
+def engine_has_died(client: Any) -> bool:
+    """Whether nothing that is sent to the engine will be answered any more.
+
+    Why: a call that is sent to a dead engine is waited for without end, and keeps the process from exiting. `errored`
+    is what vLLM's own /health and watchdog read. Run in 0.32. Can go when such calls fail.
+    """
+    return bool(client.errored)
+
+
+async def ask_workers(client: Any, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
     """A method of every worker of every data-parallel engine.
 
     Why: `collective_rpc` asks all engines and returns the first one's answer alone. The client's `core_engines` and
@@ -201,6 +204,6 @@ async def _all_workers(client: Any, method: str) -> list[Any]:
     core = client.engine_core
     engines = getattr(core, "core_engines", None) or []
     if len(engines) < 2:
-        return await client.collective_rpc(method)
-    calls = (core._call_utility_async("collective_rpc", method, None, (), None, engine=each) for each in engines)
+        return await client.collective_rpc(method, args=args)
+    calls = (core._call_utility_async("collective_rpc", method, None, args, None, engine=each) for each in engines)
     return [worker for workers in await asyncio.gather(*calls) for worker in workers]
