@@ -32,13 +32,6 @@ class FieldError(ValueError):
         self.field = field
 
 
-class DetailBudgets(list[Any]):
-    """One entry per image, the budget that its `image_url.detail` maps to; None: the default, once that is known."""
-
-    def filled(self, default: Budget) -> list[Budget]:
-        return [default if budget is None else budget for budget in self]
-
-
 def shown(value: Any) -> str:
     """A value for an error message, cut short: it is the client's, and may be anything."""
     return reprlib.repr(value)[:80]

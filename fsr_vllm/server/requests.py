@@ -15,6 +15,7 @@ from typing import Any
 
 from fsr_vllm import compat, compat_surfaces, compat_version
 from fsr_vllm.adaptive import LoadMonitor
+from fsr_vllm.engine import conversation
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -155,6 +156,7 @@ class RequestHook:
             values = with_header(values, header)
         if budget is not None:
             values.setdefault("fsr_budget", budget)
+        conversation.check_lengths(model_config, values)
         RequestFields.parse(values, ServerSettings.from_json(text))
         return values
 

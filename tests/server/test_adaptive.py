@@ -12,7 +12,7 @@ import pytest
 
 from fsr_vllm.testbed import build_checkpoint
 
-from .conftest import KEY, NAME
+from .conftest import KEY, NAME, embedded
 
 pytestmark = pytest.mark.engine
 
@@ -25,7 +25,15 @@ def server(start, tmp_path_factory):
     # Larger than other tests' models: steps of 3 ms leave vLLM's API server no time for anything but reading outputs,
     # and then neither /metrics nor a new request is answered before the crowd has gone.
     checkpoint = build_checkpoint(tmp_path_factory.mktemp("adaptive"), hidden_size=512, layers=8)
-    options = ("--fsr-adaptive", "{}:{}".format(*RANGE), "--fsr-detail-budgets", '{"low": 100}', "--max-num-seqs", "2")
+    options = (
+        "--fsr-adaptive",
+        "{}:{}".format(*RANGE),
+        "--fsr-detail-budgets",
+        '{"low": 100}',
+        "--max-num-seqs",
+        "2",
+        "--enable-mm-embeds",
+    )
     with start("adaptive", checkpoint, *options) as server:
         yield server
 
@@ -45,6 +53,12 @@ def test_only_images_without_a_mapped_detail_follow_the_load(server):
     answer = server.post({"model": NAME, "messages": messages, "max_tokens": 1})
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-fsr-visual-tokens"] == "228/1152" and answer.headers["x-fsr-adaptive"] == "128"
+
+
+def test_embeddings_do_not_follow_the_load(server):
+    answer = server.post(embedded(server, [200]))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-fsr-visual-tokens"] == "200/200" and "x-fsr-adaptive" not in answer.headers
 
 
 def metrics(server):
