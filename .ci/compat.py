@@ -24,7 +24,7 @@ import cpu_env
 ROOT = cpu_env.ROOT
 FOLDER = ROOT / ".compat"
 WHEELS = FOLDER / "wheels"
-STAGES = ("offline", "http")
+STAGES = ("offline", "scheduler", "http")
 STAGE_SECONDS = 1200
 # These import from transformers what 5.17 no longer has ("cannot import name 'PixtralRotaryEmbedding'"), LLaVA with it.
 OLD_TRANSFORMERS = ("0.30", "transformers==5.16.1")
@@ -35,6 +35,7 @@ class Row(NamedTuple):
     version: str
     installed: str = "-"
     offline: str = "-"
+    scheduler: str = "-"
     http: str = "-"
     seconds: str = "-"
     error: str = ""
@@ -114,7 +115,7 @@ def other_torch(wheel: Path) -> str | None:
 
 
 def smoke(asked: str, keep: bool) -> Row:
-    """Install, run both stages, clean up."""
+    """Install, run all stages, clean up."""
     version = newest(asked, releases())
     if version is None:
         return Row(asked, "signatures only", error="no CPU build on the package index")

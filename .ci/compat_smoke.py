@@ -1,6 +1,7 @@
 """One stage of `make compat`, run by the Python of the environment under test; fails with what is wrong.
 
-Usage: python compat_smoke.py offline|http FOLDER. The small random model is written to FOLDER once, for all versions.
+Usage: python compat_smoke.py offline|scheduler|http FOLDER. The small random model is written to FOLDER once, for all
+versions.
 """
 
 import http.client
@@ -106,6 +107,26 @@ def same(left: dict[str, Any], right: dict[str, Any], what: str, whose: str) -> 
     check(apart < 1e-4, f"log-probabilities of {what} differ from {whose} by", apart)
 
 
+# --- scheduler --------------------------------------------------------------------------------------------------------
+
+
+def scheduler(folder: Path) -> None:
+    """vLLM's real scheduler, without an engine: a step encodes no more at a budget of 1 than unpruned."""
+    sys.path.insert(0, str(ROOT))
+    from tests.compat.scheduling import make_request, make_scheduler, run, work
+
+    model, step = model_in(folder), 2048
+
+    def many() -> Any:
+        return make_request("many", [(seed, 1, TOTAL) for seed in range(900)])
+
+    steps = run(make_scheduler(model, {}, max_num_batched_tokens=step), [many()])
+    check(max(work(steps)) <= step, "unpruned tokens in a step", max(work(steps)))
+    check([place for one in steps for _, place, *_ in one] == list(range(900)), "each image once, in order")
+    plain = run(make_scheduler(model, None, max_num_batched_tokens=step), [many()])
+    check(max(map(len, plain)) > step // TOTAL, "a check that could not fail", max(map(len, plain)))
+
+
 # --- http -------------------------------------------------------------------------------------------------------------
 
 
@@ -179,5 +200,5 @@ def post(
 
 
 if __name__ == "__main__":
-    stages = {"offline": offline, "http": http_side}
+    stages = {"offline": offline, "scheduler": scheduler, "http": http_side}
     stages[sys.argv[1]](Path(sys.argv[2]))

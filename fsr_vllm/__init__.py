@@ -32,9 +32,12 @@ def stats(llm: Any) -> dict[str, Any]:
     return worker_stats(llm)
 
 
-def visual_tokens(output: Any) -> tuple[int, int]:
-    """Visual tokens kept and total of one offline request output; (0, 0) if it had no images."""
-    return getattr(output, "fsr_visual_tokens", (0, 0))
+def visual_tokens(output: Any) -> tuple[int, int] | None:
+    """Visual tokens kept and total of one request output of LLM, LLMEngine or AsyncLLM; (0, 0) if it had no images.
+
+    None where they are not known: the output was made in a process without the active plugin, or by hand.
+    """
+    return getattr(output, "fsr_visual_tokens", None)
 
 
 def __getattr__(name: str) -> Any:

@@ -166,7 +166,8 @@ def __getattr__(name: str) -> Any:
 
 
 def request_error(message: str, field: str) -> Exception:
-    """A client error: HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline."""
+    """A client error: HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline; a long name is cut."""
+    message, field = message.replace(field, field[:80]), field[:80]
     return request_error_class()(message, parameter=field)  # type: ignore[call-arg]
 
 
@@ -239,11 +240,11 @@ def tower_attentions(vision_tower: nn.Module) -> list[nn.Module]:
     return [block.self_attn.attn for block in vision_tower.vision_model.encoder.layers]  # type: ignore[union-attr]
 
 
-def weight_source(path: str, prefix: str) -> Any:
+def weight_source(path: str, revision: str | None, prefix: str) -> Any:
     """A second checkpoint that the default loader reads after the model's own (as vLLM's ultravox does)."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    return DefaultModelLoader.Source(path, revision=None, prefix=prefix)
+    return DefaultModelLoader.Source(path, revision=revision, prefix=prefix)
 
 
 def load_parameter(parameter: nn.Parameter, tensor: torch.Tensor) -> None:

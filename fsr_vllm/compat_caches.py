@@ -175,15 +175,15 @@ def has_vision_tower() -> bool:
     return get_pp_group().is_first_rank
 
 
-def front_end_stats(client: Any) -> dict[str, Any]:
-    """`fsr_stats` of this API server's processor; empty where the model has none of ours.
+def front_end(app: Any) -> tuple[Any, Any]:
+    """The model config of an API server and its multimodal processor, None where the model has none.
 
-    Why: the client's `renderer` is all there is between a route of ours and what counts here. Run in 0.32. Can go when
-    vLLM hands it to endpoint plugins.
+    Why: the app's `state` holds what its routes work with; a server that only renders has no `engine_client`, but an
+    `online_renderer`. Read and run in 0.32. Can go when vLLM hands both to endpoint plugins.
     """
-    processor = getattr(client.renderer, "mm_processor", None)
-    stats = getattr(processor, "fsr_stats", None)
-    return stats() if stats else {}
+    client = getattr(app.state, "engine_client", None)
+    renderer = client.renderer if client is not None else app.state.online_renderer.renderer
+    return renderer.model_config, getattr(renderer, "mm_processor", None)
 
 
 def engine_has_died(client: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The part of `compat` that concerns a prompt's images and texts as vLLM holds them before they are processed.
+"""The part of `compat` that concerns images that come as their embeddings.
 
 Same rules as there: each entry says why it is needed, in which versions it was read or run, and when it can go.
 """
@@ -6,17 +6,6 @@ Same rules as there: each entry says why it is needed, in which versions it was 
 from __future__ import annotations
 
 from typing import Any
-
-
-def image_limit(model_config: Any) -> int:
-    """The most images a prompt may hold (`--limit-mm-per-prompt`).
-
-    Why: a conversation is read for its images' questions before vLLM counts them, and what vLLM is going to refuse must
-    not cost anything here. A model may allow fewer, never more. Same method in 0.26-0.33. Can go when a renderer's hook
-    comes after that count.
-    """
-    config = model_config.multimodal_config
-    return config.get_limit_per_prompt("image") if config is not None else 0
 
 
 def embedding_rows(images: Any) -> list[int] | None:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from fsr_vllm import compat
+from fsr_vllm import compat, compat_identity
 
-RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on a processed input, and on an offline request output
+RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on a processed input
 ADAPTIVE_KEY = "fsr_adaptive"  # the budget that the load gave its images, where the request named none
 MODEL_CHECKS = (
     ("vllm.entrypoints.serve.engine.serving", "BaseServing"),
@@ -47,10 +47,12 @@ def _wrap(cls: Any, name: str, make: Callable[[Any], Any]) -> bool:
     stock = None if cls is None else cls.__dict__.get(name)
     if stock is None:
         return False
-    if not getattr(stock, "_fsr_wrapped", False):
-        wrapped: Any = functools.wraps(stock)(make(stock))
+    of_class = isinstance(stock, classmethod)
+    function = stock.__func__ if of_class else stock
+    if not getattr(function, "_fsr_wrapped", False):
+        wrapped: Any = functools.wraps(function)(make(function))
         wrapped._fsr_wrapped = True
-        setattr(cls, name, wrapped)
+        setattr(cls, name, classmethod(wrapped) if of_class else wrapped)
     return True
 
 
@@ -208,8 +210,14 @@ def wrap_pooling(prepare: Callable[[Any, Any], None], report: Callable[[Any], No
     let_fields_pass(sys.modules[module])
 
 
+def image_limit(model_config: Any) -> int:
+    """How many images vLLM takes in one prompt; more are refused unread. Attribute and method in 0.26-0.33."""
+    multimodal = getattr(model_config, "multimodal_config", None)
+    return 0 if multimodal is None else int(multimodal.get_limit_per_prompt("image"))
+
+
 def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
-    """Call note(request, body) with the parsed JSON body before these handlers, and answer our errors as theirs.
+    """Call note(model_config, body) with the parsed JSON body before these handlers, and answer our errors as theirs.
 
     Why: Anthropic's and Cohere's request models drop unknown fields. FastAPI has parsed the body and kept the result on
     the request object, so reading it costs no second parse. Can go when those models pass unknown fields on.
@@ -220,7 +228,7 @@ def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
             raw_request = kwargs.get("raw_request", args[0] if args else None)
             try:
                 if raw_request is not None:
-                    note(request, await raw_request.json())
+                    note(self.model_config, await raw_request.json())
                 return await stock(self, request, *args, **kwargs)  # not all take a raw request before 0.32
             except compat.request_error_class() as error:
                 return self.create_error_response(error)  # raised, it would be logged as a failure of the server
@@ -231,51 +239,36 @@ def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
         _wrap(owner(module, name), method, make)
 
 
-def wrap_offline_outputs() -> None:
-    """Put (kept, total) of an offline request on its output, as attribute `fsr_visual_tokens`.
+def wrap_outputs() -> None:
+    """Put (kept, total) of a request on each of its outputs, as attribute `fsr_visual_tokens`.
 
-    Why: request outputs carry nothing of the processed input but its token ids. LLMEngine.add_request and step are
-    what `LLM` itself is built on. Can go when outputs carry what the processor left on its input.
+    Why: request outputs carry nothing of the processed input but its token ids. RequestState is made of what goes to
+    the engine, and makes the outputs of LLM, LLMEngine and AsyncLLM alike, however the prompt came in. Read in 0.32
+    and 0.30. Can go when outputs carry what the processor left on its input.
     """
-    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import RequestState
 
-    def add(stock: Any) -> Any:
-        def add_request(self: Any, request_id: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-            added = stock(self, request_id, prompt, *args, **kwargs)
-            if isinstance(prompt, dict) and RESULT_KEY in prompt:
-                self.__dict__.setdefault("_fsr_tokens", {})[request_id] = prompt[RESULT_KEY]
-            return added
+    def begin(stock: Any) -> Any:
+        def from_new_request(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            state = stock(cls, *args, **kwargs)
+            request = kwargs.get("request", args[1] if len(args) > 1 else None)
+            if request is not None:
+                state.fsr_visual_tokens = compat_identity.visual_tokens(request.mm_features)
+            return state
 
-        return add_request
+        return from_new_request
 
-    def abort(stock: Any) -> Any:
-        def abort_request(self: Any, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
-            # Internal ids are external ones with a suffix; an entry that stays behind would be the next request's.
-            tokens = self.__dict__.get("_fsr_tokens", {})
-            for given in request_ids:
-                tokens.pop(given, None)
-                tokens.pop(str(given).rpartition("-")[0], None)
-            return stock(self, request_ids, *args, **kwargs)
+    def output(stock: Any) -> Any:
+        def _new_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+            made = stock(self, *args, **kwargs)
+            if hasattr(self, "fsr_visual_tokens"):
+                made.fsr_visual_tokens = self.fsr_visual_tokens
+            return made
 
-        return abort_request
+        return _new_request_output
 
-    def run(stock: Any) -> Any:
-        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = stock(self, *args, **kwargs)
-            tokens = self.__dict__.get("_fsr_tokens")
-            if tokens:
-                for output in outputs:
-                    if output.request_id in tokens:
-                        output.fsr_visual_tokens = tokens[output.request_id]
-                        if output.finished:
-                            del tokens[output.request_id]
-            return outputs
-
-        return step
-
-    _wrap(LLMEngine, "add_request", add)
-    _wrap(LLMEngine, "abort_request", abort)
-    _wrap(LLMEngine, "step", run)
+    _wrap(RequestState, "from_new_request", begin)
+    _wrap(RequestState, "_new_request_output", output)
 
 
 def grpc_launcher_runs() -> bool:

@@ -65,7 +65,7 @@ def scenes() -> list[Asked]:
     from PIL import Image
 
     from fsr_vllm.testbed.photos import data_url
-    from fsr_vllm.testbed.questions import FAMILIES, ask
+    from fsr_vllm.testbed.questions import FAMILIES, ask, good_english
     from fsr_vllm.testbed.scenes import render, scene
 
     asked = []
@@ -77,7 +77,7 @@ def scenes() -> list[Asked]:
                 one = scene("test", next(numbers))
                 question = ask(one, family, np.random.default_rng([number, one.index]))
             picture = data_url(Image.fromarray(render(one)), "PNG")
-            asked.append(Asked(picture, question.text, question.answer))
+            asked.append(Asked(picture, good_english(question.text), question.answer))
     return asked
 
 

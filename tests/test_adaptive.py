@@ -1,5 +1,6 @@
 """The default budget that follows the load: its range, its levels, the rule, and what one process knows."""
 
+import asyncio
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from fsr_vllm import adaptive
 from fsr_vllm.adaptive import LEVELS, STALE_SECONDS, AdaptiveBudget, Load, LoadMonitor, Rule, budget_levels
 from fsr_vllm.params import FieldError, ServerSettings, parse_range
+from fsr_vllm.server import FsrEndpointPlugin
 
 RULE = Rule()
 LOADS = st.builds(Load, st.integers(0, 300), st.integers(0, 2000), st.floats(0, 1))
@@ -41,9 +43,9 @@ def test_no_ranges(value):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"min_budget": 65}, "from 65"),
-        ({"max_budget": 287}, "to 287"),
-        ({"max_budget": 32}, "to 32"),
+        ({"min_budget": 65}, "64, below fsr.min_budget 65"),
+        ({"max_budget": 287}, "288, above fsr.max_budget 287"),
+        ({"max_budget": 32}, "64, above fsr.max_budget 32"),
         ({"budget": 128}, "leave fsr.budget out"),
         ({"budget": "off"}, "leave fsr.budget out"),
     ],
@@ -253,3 +255,9 @@ def test_the_monitor_of_a_process(monkeypatch):
     assert adaptive.active() is monitor
     adaptive.start(32, 288)
     assert adaptive.active() is not monitor and adaptive.default_budget(None) is None
+
+
+def test_a_server_without_an_engine_has_no_load_to_follow(monkeypatch):
+    monkeypatch.setattr(adaptive, "_active", LoadMonitor(64, 288))
+    with pytest.raises(RuntimeError, match="needs an engine"):
+        asyncio.run(FsrEndpointPlugin().init_state(None, None, None))

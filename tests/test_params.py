@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,10 +14,12 @@ from fsr_vllm.params import (
     ImagePlan,
     RequestFields,
     ServerSettings,
+    parse_budget,
     parse_budget_text,
     parse_budgets,
     resolve,
     resolve_budget,
+    same_budget,
 )
 
 ALL = {"saliency", "relevance", "metric", "keys", "cls_row", "attention"}
@@ -28,12 +31,30 @@ def plans(fields, totals=(576,), signals=ALL, **settings):
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, 1.0, 1.5, 2.0, 0.0, True, False, "many", "128", 10**12, 1_000_001, {}, b"off"]
+    "value",
+    [0, -1, 1.0, 1.5, 0.0, -2.0, 32.5, True, False, "many", "128", 10**12, 1_000_001, 1e7, 1e300, {}, b"off"],
 )
 def test_no_budget(value):
     with pytest.raises(FieldError, match="fsr_budget must be") as error:
         parse_budgets(value)
     assert error.value.field == "fsr_budget"
+
+
+@pytest.mark.parametrize(("value", "budget"), [(32.0, 32), (2.0, 2), (numpy.float64(576.0), 576), (1e6, 1_000_000)])
+def test_a_whole_number_written_as_a_float_is_that_integer(value, budget):
+    assert parse_budget(value) == budget and type(parse_budget(value)) is int
+    assert parse_budgets([value, 0.5]) == [budget, 0.5]
+
+
+def test_one_point_zero_says_why_it_is_no_budget():
+    with pytest.raises(FieldError, match="one token or the whole image"):
+        parse_budget(1.0)
+
+
+def test_equal_budgets():
+    assert same_budget(64, 64.0) and same_budget([8.0, "off"], [8, "off"])
+    for left, right in ((1, True), (1, 1.0), (64, 65), ([64], 64), (0.5, "0.5"), ([8], [8, 8]), ([[8]], [8])):
+        assert not same_budget(left, right)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, [], [None], [64, 1.0], [[64]]])
@@ -60,13 +81,22 @@ def test_shares(share, total):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("128", 128), (" 0.5 ", 0.5), ("off", "off"), ("OFF", "off"), ('"off"', "off"), ('[8, "off"]', [8, "off"])],
+    [
+        ("128", 128),
+        ("32.0", 32),
+        ("1e3", 1000),
+        (" 0.5 ", 0.5),
+        ("off", "off"),
+        ("OFF", "off"),
+        ('"off"', "off"),
+        ('[8, "off"]', [8, "off"]),
+    ],
 )
 def test_budget_as_text(text, value):
     assert parse_budget_text(text, "x-fsr-budget") == value
 
 
-@pytest.mark.parametrize("text", ["", "many", "1.0", "NaN", "true", "null", "64,65", "{}", "[]", "1e3"])
+@pytest.mark.parametrize("text", ["", "many", "1.0", "NaN", "true", "null", "64,65", "{}", "[]", "1e7"])
 def test_no_budget_as_text(text):
     with pytest.raises(FieldError) as error:
         parse_budget_text(text, "x-fsr-budget")
@@ -145,6 +175,89 @@ def test_bounds_and_default():
 
 
 @pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (0.9, "fsr_budget 0.9 of 144 = 130, above this server's maximum 64 (allowed: 16 to 64)"),
+        (0.05, "fsr_budget 0.05 of 144 = 7, below this server's minimum 16 (allowed: 16 to 64)"),
+        ("off", 'fsr_budget "off" of 144 = 144, above this server\'s maximum 64 (allowed: 16 to 64)'),
+        (200, "fsr_budget 200, above this server's maximum 64 (allowed: 16 to 64)"),
+        (15, "fsr_budget 15, below this server's minimum 16 (allowed: 16 to 64)"),
+    ],
+)
+def test_a_budget_out_of_bounds_states_both_numbers(asked, words):
+    settings = ServerSettings.parse({"min_budget": 16, "max_budget": 64}).model_copy(update={"tokens_per_image": 144})
+    with pytest.raises(FieldError) as error:
+        resolve(RequestFields.parse({"fsr_budget": asked}, settings), settings, [144], ALL)
+    assert str(error.value) == words
+
+
+def test_off_is_allowed_where_no_image_has_more_than_the_maximum():
+    settings = ServerSettings.parse({"max_budget": 600}).model_copy(update={"tokens_per_image": 576})
+    (plan,) = resolve(RequestFields.parse({"fsr_budget": "off"}, settings), settings, [576], ALL)
+    assert plan == ImagePlan(576, 576)
+
+
+def test_names_and_values_of_others_are_cut():
+    long = "fsr_" + "x" * 10_000
+    for values in ({long: 1}, {"fsr_method": long}, {"fsr_budget": long}, {"fsr_options": {long: 1}}):
+        with pytest.raises(FieldError) as error:
+            RequestFields.parse(values, ServerSettings())
+        assert len(error.value.field) <= 80 and len(str(error.value)) < 700
+    for values in ({long: 1}, {"method": long}, {"detail_budgets": {long: 1}}, {"max_budget": long}):
+        with pytest.raises(FieldError) as error:
+            ServerSettings.parse(values)
+        assert len(error.value.field) <= 80 and len(str(error.value)) < 700
+
+
+def test_near_words_are_suggested():
+    for values, meant in (({"fsr_bugdet": 1}, "fsr_budget"), ({"fsr_method": "divprun"}, "divprune")):
+        with pytest.raises(FieldError, match=f"did you mean {meant}"):
+            RequestFields.parse(values, ServerSettings())
+    with pytest.raises(FieldError, match="did you mean max_budget"):
+        ServerSettings.parse({"max_bugdet": 1})
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"budget": False}, {"budget": "off"}),
+        ({"budget": 32.0}, {"budget": 32}),
+        ({"max_budget": 64.0}, {"max_budget": 64}),
+        ({"max_budget": False}, {"max_budget": None}),
+        ({"adaptive": False}, {"adaptive": None}),
+        ({"text_encoder": False}, {"text_encoder": "none"}),
+        ({"pixel_cache_bytes": False}, {"pixel_cache_bytes": 0}),
+        ({"detail_budgets": False}, {"detail_budgets": {}}),
+        (
+            {"detail_budgets": {"low": 8.0, "high": False, "original": "off"}},
+            {"detail_budgets": {"low": 8, "high": "off", "original": "off"}},
+        ),
+    ],
+    ids=str,
+)
+def test_off_as_yaml_reads_it(values, expected):
+    settings = ServerSettings.parse(values)
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+def test_details_are_those_of_openai():
+    from typing import get_args, get_type_hints
+
+    from openai.types.chat.chat_completion_content_part_image_param import ImageURL
+    from openai.types.responses.response_input_image_param import ResponseInputImageParam
+
+    from fsr_vllm.params.server import DETAILS
+
+    for kind in (ImageURL, ResponseInputImageParam):
+        assert set(DETAILS) >= set(literals(get_type_hints(kind)["detail"], get_args)) >= {"low", "high", "auto"}
+
+
+def literals(hint, get_args):
+    inner = get_args(hint)
+    return [value for one in inner for value in literals(one, get_args)] if inner else [hint]
+
+
+@pytest.mark.parametrize(
     ("settings", "field"),
     [
         ({"bugdet": 1}, "fsr.bugdet"),
@@ -162,6 +275,15 @@ def test_bounds_and_default():
         ({"detail_budgets": {"low": 1.0}}, "fsr.detail_budgets"),
         ({"detail_budgets": [1]}, "fsr.detail_budgets"),
         ({"text_encoder": None}, "fsr.text_encoder"),
+        ({"text_encoder": ""}, "fsr.text_encoder"),
+        ({"text_encoder": " "}, "fsr.text_encoder"),
+        ({"text_encoder": "name@"}, "fsr.text_encoder"),
+        ({"tokens_per_image": 3}, "fsr.tokens_per_image"),
+        ({"method": False}, "fsr.method"),
+        ({"budget": True}, "fsr.budget"),
+        ({"ignore": "yes"}, "fsr.ignore"),
+        ({"max_budget": 64, "budget": 65}, "fsr.budget"),
+        ({"max_budget": 64, "detail_budgets": {"low": "off"}}, "fsr.detail_budgets"),
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ import torch
 
 from fsr_vllm import compat, compat_caches
 from fsr_vllm.engine.caches import FeatureCache, unpack_plan
+from fsr_vllm.engine.encoder_source import split_revision
 from fsr_vllm.engine.planning import prototype_file, read_settings
 from fsr_vllm.engine.processor import PLAN_FIELD
 from fsr_vllm.engine.tap import AttentionTap, Clock, shallow_key, tapped
@@ -70,7 +71,7 @@ class FsrModelMixin:
             return None
         if settings.text_encoder == "llm":
             return self._fsr_words
-        self.secondary_weights = [compat.weight_source(settings.text_encoder, WEIGHTS)]
+        self.secondary_weights = [compat.weight_source(*split_revision(settings.text_encoder), WEIGHTS)]
         return ClipText(settings.text_encoder, settings.relevance_sign, dummy)
 
     # What a family provides ---------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fsr_vllm import adaptive, compat, compat_images, compat_surfaces, compat_version
+from fsr_vllm import adaptive, compat, compat_surfaces, compat_version
+from fsr_vllm.engine.inputs import IGNORED_KEY
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     MAX_IMAGES,
@@ -25,6 +26,7 @@ from fsr_vllm.params import (
     readable,
     resolve_budget,
 )
+from fsr_vllm.params.misplaced import in_messages, misspelt
 from fsr_vllm.signals import instruction
 
 DERIVED_KEY = PREFIX + "derived"  # of mm_processor_kwargs, beside the client's own fields
@@ -57,7 +59,7 @@ def install(unsupported: Callable[[Any], str | None]) -> None:
             raise compat.request_error(str(error), error.field) from None
 
     compat_surfaces.wrap_chat_rendering(settle)
-    compat_surfaces.wrap_offline_outputs()
+    compat_surfaces.wrap_outputs()
 
 
 def settled(
@@ -72,21 +74,27 @@ def settled(
     images, cannot have.
     """
     unchanged = [given] * len(conversations)
+    if getattr(model_config.hf_config, IGNORED_KEY, False):
+        return unchanged  # what is ours in it is dropped where all inputs pass
     fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
+    most = compat_surfaces.image_limit(model_config)
+    wrong = misspelt(given) or next(filter(None, (in_messages(messages, most) for messages in conversations)), None)
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
     reason = unsupported(model_config) if text is not None else None
     if text is None or reason:
-        if fields:
+        if fields or wrong:
             reason = reason or compat_version.why_inactive(HOW_TO_ACTIVATE)
-            raise FieldError(min(fields), f"{min(fields)}: {reason}")
+            name = wrong.field if wrong else min(fields)
+            raise FieldError(name, f"{name}: {reason}")
         return unchanged
+    if wrong:
+        raise wrong
     settings = ServerSettings.from_json(text)
     check_lengths(model_config, fields)
     # Once for all of them, and of text-only conversations too, where no processor would judge them.
     RequestFields.parse(fields, settings)
     if not fields and not settings.prunes_by_default:
         return unchanged
-    most = compat_images.image_limit(model_config)
     return [_settle_one(settings, messages, given, fields, most) for messages in conversations]
 
 
@@ -112,7 +120,7 @@ def _settle_one(settings: ServerSettings, messages: Any, given: Any, fields: Map
 
 def check_lengths(model_config: Any, fields: Mapping[str, Any]) -> None:
     """FieldError for a list with more entries than a prompt may hold images, before any entry is looked at."""
-    most = compat_images.image_limit(model_config) or MAX_IMAGES  # embeddings are let in beyond a limit of 0
+    most = compat_surfaces.image_limit(model_config) or MAX_IMAGES  # embeddings are let in beyond a limit of 0
     for name in ("fsr_budget", "fsr_question"):
         value = fields.get(name)
         if isinstance(value, (list, tuple)) and len(value) > most:

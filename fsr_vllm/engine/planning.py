@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm.multimodal.processing import ProcessorInputs
 
+from fsr_vllm import compat_identity
 from fsr_vllm.params import SELECTION_VERSION, SETTINGS_KEY, ImagePlan, ServerSettings
 
 
@@ -34,7 +35,7 @@ def identity(base: str, plan: ImagePlan, settings: ServerSettings, codebook: str
     parts = ("fsr", str(SELECTION_VERSION), str(settings.text_encoder), str(settings.relevance_sign), codebook, base)
     digest = hashlib.sha256("\0".join(parts).encode())
     digest.update(b"\0" + plan.encode())
-    return digest.hexdigest()
+    return compat_identity.mark(plan.total, digest.hexdigest())
 
 
 @dataclasses.dataclass

@@ -17,12 +17,13 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import compat, compat_caches, compat_images, compat_version
+from fsr_vllm import compat, compat_caches, compat_identity, compat_images, compat_version
 from fsr_vllm.compat_surfaces import ADAPTIVE_KEY, RESULT_KEY
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed
 from fsr_vllm.engine.embeddings import plan_embeddings
 from fsr_vllm.engine.planning import PlannedInputs, prototype_file, read_settings
+from fsr_vllm.methods import methods
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -30,7 +31,10 @@ from fsr_vllm.params import (
     ImagePlan,
     RequestFields,
     resolve,
+    served_methods,
+    shown,
 )
+from fsr_vllm.params.misplaced import misspelt
 
 PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
 # What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the text encoder.
@@ -104,7 +108,18 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return self._planned(inputs, {"fsr_budget": self.fsr_settings.max_budget or "off"}, dummy=True)
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
+        if self.fsr_settings is not None and (uuid := compat_identity.reserved_uuid(inputs)) is not None:
+            # It would be another image's identity, of another number of rows.
+            raise compat.request_error(
+                f"uuid must not begin with {compat_identity.RESERVED!r}, as the server's own identities do; "
+                f"got {shown(uuid)}",
+                "uuid",
+            )
         if not isinstance(inputs, PlannedInputs):
+            if (wrong := misspelt(inputs.hf_processor_mm_kwargs)) is not None:
+                inactive = compat_version.why_inactive(HOW_TO_ACTIVATE) if self.fsr_settings is None else None
+                why = inactive or self.fsr_unsupported
+                raise compat.request_error(f"{wrong.field}: {why}" if why else str(wrong), wrong.field)
             inputs = self._plan_request(inputs)
         result = super().apply(inputs, *args, **kwargs)
         if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
@@ -241,6 +256,11 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """What this front end was asked for and what it preprocessed, with the pixel cache's pixel_*."""
         with self._fsr_lock:
             return self.fsr_counts | (self.fsr_pixels.stats() if self.fsr_pixels is not None else {})
+
+    def fsr_methods(self) -> list[str]:
+        """The methods a request may name here: those that can be served, and have their inputs in this model."""
+        known = methods()
+        return [name for name in served_methods() if self._fsr_given.issuperset(known[name].needs)]
 
     def _count(self, plans: Sequence[ImagePlan]) -> tuple[int, int]:
         kept, total = (sum(getattr(plan, name) for plan in plans) for name in ("keep", "total"))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fsr_vllm import compat
+from fsr_vllm.engine.encoder_source import read_config, resolved, split_revision
 from fsr_vllm.signals.relevance import (
     clip_relevance,
     embedding_relevance,
@@ -32,21 +33,22 @@ _WAYS_OUT = (
 
 
 def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str, int]:
-    """The text encoder to load (a path or name, "llm" or "none") and the sign of its patch-text cosine.
+    """The text encoder to load (a path or NAME@COMMIT, "llm" or "none") and the sign of its patch-text cosine.
 
     auto: MODEL/text_encoder if the model is a folder that has one, else the tower's known partner. There is no silent
     fallback: ValueError names the ways out if no encoder is known or its configuration cannot be read.
     """
     if setting in ("llm", "none"):
         return setting, relevance_sign(sign, None, None)
-    path: str | None = setting
+    path = setting
     if setting == "auto":
-        beside = os.path.join(model_config.model, "text_encoder")
-        path = beside if os.path.isdir(beside) else known_partner(model_config.hf_config.vision_config)
-        if path is None:
+        path = os.path.join(model_config.model, "text_encoder")
+        if not os.path.isdir(path):
+            path = known_partner(model_config.hf_config.vision_config) or ""
+        if not path:
             raise ValueError(f"plugin fsr knows no text encoder for this model's vision tower: {_WAYS_OUT}")
     try:
-        config = _encoder_config(path)
+        config = read_config(path)
     except Exception as error:
         raise ValueError(f"plugin fsr cannot load the text encoder {path!r} ({error}): {_WAYS_OUT}") from error
     width = model_config.hf_config.vision_config.hidden_size
@@ -55,13 +57,8 @@ def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str,
             f"text encoder {path!r} belongs to a vision tower of width {config.vision_config.hidden_size}, "
             f"this model's has {width}: {_WAYS_OUT}"
         )
-    return str(path), relevance_sign(sign, path, getattr(config, "fsr_relevance_sign", None))
-
-
-def _encoder_config(path: str | None) -> Any:
-    from transformers import CLIPConfig
-
-    return CLIPConfig.from_pretrained(path)
+    name, _ = split_revision(path)
+    return resolved(path, config), relevance_sign(sign, name, getattr(config, "fsr_relevance_sign", None))
 
 
 def plain_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
@@ -106,13 +103,14 @@ class ClipText(nn.Module):
         super().__init__()
         from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-        config = _encoder_config(path)
+        config = read_config(path)
         self.path, self.sign = path, sign
+        name, revision = split_revision(path)
         self.text = CLIPTextModelWithProjection(config.text_config)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.post_layernorm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
         self.requires_grad_(False)
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         self._wanted = {name for name, _ in self.named_parameters()}
         self._filled = set(self._wanted) if dummy else set()  # --load-format dummy fills all parameters itself
         self._max_length = config.text_config.max_position_embeddings

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import reprlib
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from pydantic import ValidationError
+
+from .wording import LONGEST, cut, shown
 
 MAX_BUDGET = 1_000_000
 MAX_IMAGES = 10_000  # entries of a list; more are refused unread
@@ -25,16 +26,13 @@ _BUDGET_ALLOWED = (
 
 
 class FieldError(ValueError):
-    """A value that may not be asked for; `field` names the request field or server option."""
+    """A value that may not be asked for; `field` names the request field or server option, cut if it is long."""
 
     def __init__(self, field: str, message: str) -> None:
+        if len(field) > LONGEST:  # the client's own name: neither a log nor an answer repeats all of it
+            message, field = message.replace(field, cut(field)), cut(field)
         super().__init__(message)
         self.field = field
-
-
-def shown(value: Any) -> str:
-    """A value for an error message, cut short: it is the client's, and may be anything."""
-    return reprlib.repr(value)[:80]
 
 
 def readable(text: str) -> str:
@@ -56,16 +54,41 @@ def per_image(value: Any, count: int, field: str) -> list[Any]:
 def parse_budget(value: Any, field: str = "fsr_budget") -> Budget:
     """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError otherwise.
 
-    Offline callers may also give NumPy's numbers, which come back as Python's.
+    A whole number written as a float is that integer, but for 1.0. Offline callers may also give NumPy's numbers, which
+    come back as Python's.
     """
     if isinstance(value, str) and value == "off":
         return "off"
+    value = whole(value)
     if isinstance(value, Integral):
         if not isinstance(value, bool) and 1 <= int(value) <= MAX_BUDGET:
             return int(value)
     elif isinstance(value, Real) and 0.0 < float(value) < 1.0:  # NaN fails both comparisons
         return float(value)
+    elif isinstance(value, Real) and float(value) == 1.0:
+        raise FieldError(
+            field,
+            f"{field} must be {_BUDGET_ALLOWED}; got 1.0, which could mean one token or the whole image: "
+            'write 1 or "off"',
+        )
     raise FieldError(field, f"{field} must be {_BUDGET_ALLOWED}; got {shown(value)}")
+
+
+def whole(value: Any) -> Any:
+    """A float above 1 that is a whole number, as that integer; anything else as it is."""
+    if isinstance(value, Real) and not isinstance(value, Integral) and float(value) > 1.0:
+        number = float(value)
+        return int(number) if number.is_integer() else value  # infinity is no integer
+    return value
+
+
+def same_budget(left: Any, right: Any) -> bool:
+    """Whether two budgets as written are one; 64 and 64.0 are, 1 and true are not."""
+
+    def plain(value: Any) -> list[tuple[type, Any]]:
+        return [(type(whole(one)), whole(one)) for one in (value if isinstance(value, (list, tuple)) else [value])]
+
+    return isinstance(left, (list, tuple)) == isinstance(right, (list, tuple)) and plain(left) == plain(right)
 
 
 def parse_budgets(value: Any, field: str = "fsr_budget") -> Budget | list[Budget]:

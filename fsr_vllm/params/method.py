@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .budget import FieldError, shown
+from .budget import FieldError
+from .wording import LONGEST, cut, did_you_mean, shown
 
 # Laid under a request's `fsr_options`; {"preset": "paper"} drops it. Decided by measurement only: a method that is
 # not listed is served with its published defaults. FSR's: benchmarks/results/accuracy.md (docs/testbed.md says how).
@@ -14,11 +15,21 @@ SERVED_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def served_methods() -> list[str]:
+    """The methods that a server can run; others are for the Python API alone."""
+    from fsr_vllm.methods import methods
+
+    return [name for name, info in methods().items() if getattr(info, "servable", True)]
+
+
 def known_method(name: str, field: str) -> str:
+    """The name itself; FieldError, with the methods that can be served and the nearest of them, if it is none."""
     from fsr_vllm.methods import methods
 
     if name not in methods():
-        raise FieldError(field, f"{field} must be one of {', '.join(methods())}; got {name[:80]!r}")
+        known = served_methods()
+        near = did_you_mean(name, known)
+        raise FieldError(field, f"{field} must be one of {', '.join(known)}; got {shown(name)}{near}")
     return name
 
 
@@ -30,6 +41,9 @@ def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
     preset = given.pop("preset", None)
     if preset not in (None, "paper"):
         raise FieldError("fsr_options", f'fsr_options.preset must be "paper" or absent; got {shown(preset)}')
+    long = next((name for name in given if len(name) > LONGEST), None)
+    if long is not None:
+        raise FieldError("fsr_options", f"fsr_options: method {method!r} has no option {cut(long)!r}")
     served = {} if preset == "paper" else SERVED_DEFAULTS.get(method, {})
     try:
         return get_method(method, **{**served, **given})

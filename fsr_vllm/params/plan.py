@@ -56,8 +56,8 @@ def resolve(
     plans = []
     for total, budget, question in zip(totals, budgets, questions, strict=True):
         keep = resolve_budget(budget, total)
-        if isinstance(budget, float):
-            settings.check_bounds(keep)
+        if not isinstance(budget, int):
+            settings.check_bounds(budget, total=total)
         if keep >= total:
             plans.append(ImagePlan(total, total))
             continue

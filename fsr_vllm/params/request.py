@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from .budget import MAX_IMAGES, Budget, FieldError, field_error, parse_budgets, readable
 from .method import build_method, known_method
 from .server import ServerSettings
+from .wording import cut, did_you_mean
 
 PREFIX = "fsr_"
 # Characters of a question that are read: a text tower runs once per 75 tokens, inside the engine's step.
@@ -33,7 +34,9 @@ class RequestFields(BaseModel):
         """Validate fields against the registry and the server's bounds; null means absent; FieldError otherwise."""
         unknown = sorted(set(values) - set(REQUEST_FIELDS))
         if unknown:
-            raise FieldError(unknown[0], f"unknown field {unknown[0]!r}; fsr fields are {', '.join(REQUEST_FIELDS)}")
+            name = cut(unknown[0])
+            near = did_you_mean(name, REQUEST_FIELDS)
+            raise FieldError(name, f"unknown field {name!r}; fsr fields are {', '.join(REQUEST_FIELDS)}{near}")
         for name, kind, text in (
             ("fsr_method", str, "the name of a method"),
             ("fsr_options", dict, "an object of the method's options"),

@@ -12,10 +12,15 @@ class FsrEndpointPlugin:
     required_tasks = None
 
     def attach_router(self, app: Any) -> None:
-        from fsr_vllm.server.explain import router
+        from fsr_vllm.params import given_settings, ignoring
+        from fsr_vllm.server import config, explain, ignored
         from fsr_vllm.server.middleware import FsrMiddleware
 
-        app.include_router(router)
+        if ignoring(given_settings(app.state.args.additional_config, named=True)):
+            app.include_router(ignored.router)
+            return
+        app.include_router(config.router)
+        app.include_router(explain.router)
         app.add_middleware(FsrMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:

@@ -37,18 +37,20 @@ async def read_stats(request: Request) -> Any:
     `workers` is at most a second old, and None where the workers' extension is not ours. `worker_calls` counts what
     this server sent to its workers for routes like this one, and what it did not have to send or refused to.
     """
-    client, gate = request.app.state.engine_client, getattr(request.app.state, "fsr_gate", None)
-    if gate is None:
-        return _unavailable(Unavailable("this server has no engine whose workers could be asked", None))
+    _, processor = compat_caches.front_end(request.app)
+    stats = getattr(processor, "fsr_stats", dict)
+    gate = getattr(request.app.state, "fsr_gate", None)
+    if gate is None:  # a server that only renders
+        return {**stats(), "workers": None}
     try:
         workers = await gate.ask("fsr_stats")
     except Unavailable as error:
         return _unavailable(error)
     except Exception:  # another worker extension than ours, or the engine died meanwhile
-        if compat_caches.engine_has_died(client):
+        if gate.dead():
             return _unavailable(Unavailable("the engine has died; this server is about to stop", None))
         workers = None
-    return {**compat_caches.front_end_stats(client), "worker_calls": dict(gate.counts), "workers": workers}
+    return {**stats(), "worker_calls": dict(gate.counts), "workers": workers}
 
 
 def _unavailable(error: Unavailable) -> JSONResponse:

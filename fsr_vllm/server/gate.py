@@ -50,7 +50,7 @@ class WorkerGate:
         clock: Callable[[], float] = time.monotonic,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
-        self._call, self._dead, self._clock, self._timeout = call, dead, clock, timeout
+        self._call, self.dead, self._clock, self._timeout = call, dead, clock, timeout
         self._turn = asyncio.Lock()
         self._shared: dict[str, _Question] = {}
         self._sent: _Question | None = None
@@ -68,7 +68,7 @@ class WorkerGate:
         return await self._answer(question)
 
     def _check_engine(self) -> None:
-        if self._dead():
+        if self.dead():
             self.counts["refused"] += 1
             raise Unavailable("the engine has died; this server is about to stop", None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fsr_vllm import adaptive
+from fsr_vllm.server import misplaced
 from fsr_vllm.server.requests import RequestReport, current_report
 
 BUDGET_HEADER = b"x-fsr-budget"
@@ -27,6 +28,7 @@ class FsrMiddleware:
             return
         headers = [value.decode("latin-1") for name, value in scope["headers"] if name == BUDGET_HEADER]
         report = RequestReport(budget_header=", ".join(headers) if headers else None)
+        report.wrong_header = misplaced.in_headers(name.decode("latin-1") for name, _ in scope["headers"])
         # A page of another origin reads only the headers that the answer names; vLLM's CORS middleware names none.
         foreign = any(name == b"origin" for name, _ in scope["headers"])
 

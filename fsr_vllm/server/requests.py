@@ -24,11 +24,12 @@ from fsr_vllm.params import (
     RequestFields,
     ServerSettings,
     parse_budget_text,
+    same_budget,
     shown,
 )
-from fsr_vllm.server import alias
+from fsr_vllm.server import alias, misplaced
 
-HEADER_FIELD = "x-fsr-budget"
+HEADER_FIELD = misplaced.BUDGET_HEADER
 # Request classes that may hold images and have a way of their own to the engine, where no field of ours is read.
 UNREAD = {
     "GenerateRequest": "images arrive rendered here; give the budget to the endpoint that renders them",
@@ -41,6 +42,7 @@ class RequestReport:
     """What one HTTP request asked for outside vLLM's request object, and what became of its visual tokens."""
 
     budget_header: str | None = None
+    wrong_header: FieldError | None = None  # why a header that looks like ours is none
     body: dict[str, Any] = field(default_factory=dict)  # fsr_* of a body whose request model drops them
     kept: int = 0
     total: int = 0
@@ -70,21 +72,10 @@ def install(unsupported: Callable[[Any], str | None], model_alias: bool = False)
     """
     hook = RequestHook(unsupported)
     compat_surfaces.wrap_renderer(hook.before, hook.after)
-    compat_surfaces.wrap_pooling(hook.before, hook.after)
-    compat_surfaces.wrap_foreign_bodies(note_body)
+    compat_surfaces.wrap_pooling(hook.before_body, hook.after)
+    compat_surfaces.wrap_foreign_bodies(hook.note)
     if not compat_surfaces.wrap_model_check(alias.split, hook.accept) and model_alias:
         raise ValueError("fsr.model_alias: this version of vLLM checks model names where plugin fsr cannot help it")
-
-
-def note_body(request: Any, body: Any) -> None:
-    """Keep the fsr_* fields of a body whose request model drops them (Anthropic, Cohere)."""
-    report = current_report.get()
-    if report is None or not isinstance(body, Mapping):
-        return
-    try:
-        report.body = merged(_ours(body), _from_xargs(body.get("vllm_xargs")))
-    except FieldError as error:
-        raise compat.request_error(str(error), error.field) from None
 
 
 class RequestHook:
@@ -105,6 +96,25 @@ class RequestHook:
             if takes_more or hasattr(request, "mm_processor_kwargs"):
                 request.mm_processor_kwargs = kwargs
 
+    def before_body(self, renderer: Any, request: Any) -> None:
+        """`before` for a request whose model may drop what it does not know: `model_extra` is the whole body here."""
+        self._search(renderer.model_config, request.model_extra)
+        self.before(renderer, request)
+
+    def note(self, model_config: Any, body: Any) -> None:
+        """Keep the fsr_* fields of a body whose request model drops them (Anthropic, Cohere)."""
+        if not isinstance(body, Mapping):
+            return
+        self._search(model_config, body)
+        try:
+            fields = merged(_ours(body), _from_xargs(body.get("vllm_xargs")))
+            self._refuse(model_config, min(fields, default=None))
+        except FieldError as error:
+            raise compat.request_error(str(error), error.field) from None
+        report = current_report.get()
+        if report is not None:
+            report.body = fields
+
     def after(self, engine_inputs: Any) -> None:
         """Note kept and total tokens for the response header."""
         report = current_report.get()
@@ -123,6 +133,7 @@ class RequestHook:
             alias.accept(model_config, suffix, self.unsupported)
         except FieldError as error:
             raise compat.request_error(str(error), error.field) from None
+        self._search(model_config, request)
         values = self._checked(model_config, request)
         reason = next((UNREAD[kind.__name__] for kind in type(request).__mro__ if kind.__name__ in UNREAD), None)
         report = current_report.get()
@@ -133,6 +144,28 @@ class RequestHook:
         _count_load()
         if values and report is not None:
             report.body = values  # some endpoints render a request of their own making
+
+    def _search(self, model_config: Any, request: Any) -> None:
+        """Refuse fields of ours in a wrong place or spelling; once per request, since its content parts are read."""
+        report = current_report.get()
+        found = misplaced.in_body(request, compat_surfaces.image_limit(model_config))
+        found = found or (report.wrong_header if report else None)
+        if found is not None:
+            reason = self._reason(model_config)
+            message = f"{found.field}: {reason}" if reason else str(found)
+            raise compat.request_error(message, found.field)
+
+    def _reason(self, model_config: Any) -> str | None:
+        """Why no request of this server can have fields; None if it can."""
+        if getattr(model_config.hf_config, SETTINGS_KEY, None) is None:
+            return compat_version.why_inactive(HOW_TO_ACTIVATE)
+        return self.unsupported(model_config)
+
+    def _refuse(self, model_config: Any, name: str | None) -> None:
+        """FieldError for the field `name`, if there is one and this server cannot honour it."""
+        reason = self._reason(model_config) if name is not None else None
+        if name is not None and reason:
+            raise FieldError(name, f"{name}: {reason}")
 
     def _checked(self, model_config: Any, request: Any) -> dict[str, Any]:
         try:
@@ -148,16 +181,13 @@ class RequestHook:
         budget = alias.budget()
         if not asked and budget is None:
             return {}
-        text = getattr(model_config.hf_config, SETTINGS_KEY, None)
-        reason = compat_version.why_inactive(HOW_TO_ACTIVATE) if text is None else self.unsupported(model_config)
-        if reason:
-            raise FieldError(asked[0], f"{asked[0]}: {reason}")
+        self._refuse(model_config, asked[0] if asked else "model")
         if header is not None:
             values = with_header(values, header)
         if budget is not None:
             values.setdefault("fsr_budget", budget)
         conversation.check_lengths(model_config, values)
-        RequestFields.parse(values, ServerSettings.from_json(text))
+        RequestFields.parse(values, ServerSettings.from_json(getattr(model_config.hf_config, SETTINGS_KEY)))
         return values
 
 
@@ -181,7 +211,8 @@ def body_fields(request: Any) -> dict[str, Any]:
 def merged(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
     """Both; FieldError where they differ."""
     for name in sorted(set(left) & set(right)):
-        if left[name] != right[name] or type(left[name]) is not type(right[name]):
+        alike = left[name] == right[name] and type(left[name]) is type(right[name])
+        if not alike and not (name == "fsr_budget" and same_budget(left[name], right[name])):
             raise FieldError(name, f"{name} stands in two places of the request with different values")
     return {**right, **left}
 
@@ -204,10 +235,32 @@ def _from_xargs(values: Any) -> dict[str, Any]:
 
 def with_header(values: dict[str, Any], header: str) -> dict[str, Any]:
     """The body's fields with the budget of the `x-fsr-budget` header; FieldError where the two differ."""
-    budget = parse_budget_text(header, HEADER_FIELD)
+    budget = header_budget(header)
     stated = values.get("fsr_budget", budget)
-    if stated != budget or type(stated) is not type(budget):
+    if not same_budget(stated, budget):
         raise FieldError(
             "fsr_budget", f"fsr_budget {shown(stated)} in the body differs from {shown(budget)} in {HEADER_FIELD}"
         )
     return {**values, "fsr_budget": budget}
+
+
+def header_budget(text: str) -> Any:
+    """The budget of one or several `x-fsr-budget` lines, which HTTP joins by commas; FieldError where two differ."""
+    one, *others = dict.fromkeys(_lines(text))
+    budget = parse_budget_text(one, HEADER_FIELD)
+    for other in others:
+        if not same_budget(parse_budget_text(other, HEADER_FIELD), budget):
+            raise FieldError(HEADER_FIELD, f"{HEADER_FIELD} is there more than once, with different budgets")
+    return budget
+
+
+def _lines(text: str) -> list[str]:
+    """Header values apart: at the commas that stand outside of a list."""
+    depth = 0
+    lines: list[list[str]] = [[]]
+    for piece in text.split(","):
+        if depth <= 0 and lines[-1]:
+            lines.append([])
+        lines[-1].append(piece)
+        depth += piece.count("[") - piece.count("]")
+    return [",".join(line).strip() for line in lines]

@@ -7,6 +7,7 @@ balanced, scene asks for the background.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ def ask(scene: Scene, family: str, random: np.random.Generator) -> Question | No
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
     found = FAMILIES[family](scene, random)
     return None if found is None else Question(family, *found)
+
+
+def good_english(text: str) -> str:
+    """The text with "an" where it has to stand. The models were trained on "a" alone, and understand both."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
 def vocabulary() -> list[str]:

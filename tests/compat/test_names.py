@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fsr_vllm import compat, plugin
+from fsr_vllm import activation, cli_args, compat, plugin
 
 
 def parameters(function):
@@ -97,8 +97,8 @@ def test_model_parts():
     )
     assert "input_ids" in parameters(LlamaForCausalLM.embed_input_ids)
     assert parameters(GroupCoordinator.broadcast)[1:3] == ["input_", "src"]
-    source = compat.weight_source("somewhere", "prefix.")
-    assert source.model_or_path == "somewhere" and source.prefix == "prefix."
+    source = compat.weight_source("somewhere", "c0ffee", "prefix.")
+    assert (source.model_or_path, source.revision, source.prefix) == ("somewhere", "c0ffee", "prefix.")
     from vllm.model_executor.model_loader import default_loader
 
     assert '"secondary_weights"' in inspect.getsource(default_loader)
@@ -136,7 +136,7 @@ def test_only_compat_names_private_parts_of_vllm():
     """Our subclasses may override single-underscore names of vLLM; calling and patching them is for compat alone."""
     for path in Path(compat.__file__).parent.rglob("*.py"):
         text = path.read_text()
-        if path.name not in ("compat.py", "compat_caches.py", "compat_surfaces.py"):
+        if path.name not in ("compat.py", "compat_caches.py", "compat_inputs.py", "compat_surfaces.py"):
             assert "from vllm.v1" not in text and "import vllm.v1" not in text, path
             assert "monkeypatch" not in text and "setattr(EngineArgs" not in text, path
 
@@ -176,7 +176,7 @@ def test_a_set_variable_is_only_added_to(groups, monkeypatch):
 
 def parse(*argv):
     parser = argparse.ArgumentParser()
-    plugin.add_cli_args(parser)
+    cli_args.add_cli_args(parser)
     return parser.parse_args(argv)
 
 
@@ -189,7 +189,7 @@ def test_plugin_option_takes_lists_and_repeats(groups, monkeypatch):
 def test_another_package_may_have_brought_the_option(groups):
     parser = argparse.ArgumentParser()
     parser.add_argument("--plugin")
-    plugin.add_cli_args(parser)
+    cli_args.add_cli_args(parser)
     assert parser.parse_args(["--plugin", "anything"]).plugin == "anything"
 
 
@@ -197,8 +197,8 @@ def test_options_become_additional_config_beside_the_users_own(groups, monkeypat
     monkeypatch.setenv("VLLM_PLUGINS", "fsr")
     args = parse("--fsr-max-budget", "128", "--fsr-detail-budgets", '{"low": 16}')
     args.additional_config = {"theirs": 1, "fsr": {"method": "random", "max_budget": 5}}
-    plugin.merge_cli_args(args)
-    plugin.merge_cli_args(args)  # child processes do it again
+    cli_args.merge_cli_args(args)
+    cli_args.merge_cli_args(args)  # child processes do it again
     fsr = {"method": "random", "max_budget": 128, "detail_budgets": {"low": 16}}
     assert args.additional_config == {"theirs": 1, "fsr": fsr}
 
@@ -217,9 +217,9 @@ def test_adaptive_is_refused_where_there_is_no_load_to_follow(tmp_path):
 
     settings = {"fsr": {"adaptive": "64:288"}}
     with pytest.raises(ValueError, match="needs a server"):
-        plugin.put_settings(EngineArgs(str(tmp_path), additional_config=settings))
+        activation.put_settings(EngineArgs(str(tmp_path), additional_config=settings))
     with pytest.raises(ValueError, match="--disable-log-stats"):
-        plugin.put_settings(AsyncEngineArgs(str(tmp_path), additional_config=settings, disable_log_stats=True))
+        activation.put_settings(AsyncEngineArgs(str(tmp_path), additional_config=settings, disable_log_stats=True))
 
 
 def test_load_is_read_where_vllm_records_its_statistics(monkeypatch):
@@ -254,7 +254,7 @@ def plugin_fields():
 def test_settings_that_are_no_object_are_refused():
     for value in ("64", 64, ["budget"]):
         with pytest.raises(ValueError, match="must be an object"):
-            plugin.put_settings(SimpleNamespace(additional_config={"fsr": value}))
+            activation.put_settings(SimpleNamespace(additional_config={"fsr": value}))
 
 
 def upper(config):

@@ -52,6 +52,18 @@ def test_foreign_handlers(module, name, method):
     handler = cls.__dict__[method]
     assert parameters(handler)[:3] == ["self", "request", "raw_request"]
     assert callable(cls.create_error_response)
+    base = compat_surfaces.owner(*compat_surfaces.MODEL_CHECKS[0])
+    assert issubclass(cls, base) and "self.model_config =" in inspect.getsource(base.__init__)
+
+
+def test_the_limit_of_images():
+    from vllm.config import ModelConfig, MultiModalConfig
+
+    assert "multimodal_config" in ModelConfig.__dataclass_fields__
+    for limits, images in (({}, 999), ({"image": 3}, 3)):
+        config = SimpleNamespace(multimodal_config=MultiModalConfig(limit_per_prompt=limits))
+        assert compat_surfaces.image_limit(config) == images
+    assert compat_surfaces.image_limit(SimpleNamespace(multimodal_config=None)) == 0
 
 
 def test_pooling():
@@ -74,12 +86,14 @@ def test_refused_request_classes():
         assert {parent.__name__ for parent in kind.__mro__} & set(UNREAD)
 
 
-def test_offline_outputs():
-    from vllm.v1.engine.llm_engine import LLMEngine
+def test_request_outputs_are_made_by_their_state():
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import RequestState
 
-    assert parameters(LLMEngine.add_request)[:3] == ["self", "request_id", "prompt"]
-    assert parameters(LLMEngine.abort_request)[:2] == ["self", "request_ids"]
-    assert parameters(LLMEngine.step) == ["self"]
+    made = RequestState.__dict__["from_new_request"]
+    assert isinstance(made, classmethod) and parameters(made.__func__)[:3] == ["cls", "tokenizer", "request"]
+    assert "_new_request_output" in RequestState.__dict__
+    assert "mm_features" in EngineCoreRequest.__struct_fields__
 
 
 def test_grpc_launchers_are_still_there():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import create_model
 
-from fsr_vllm import compat, compat_surfaces, compat_version, params, plugin
+from fsr_vllm import activation, cli_args, compat, compat_start, compat_surfaces, compat_version, params, plugin
 from fsr_vllm.engine.conversation import settled
 from fsr_vllm.server.requests import RequestHook
 
@@ -62,25 +62,27 @@ def test_a_checkout_that_is_not_installed_states_no_window(monkeypatch):
 def test_outside_an_active_plugin_refuses_and_an_inactive_one_does_nothing(monkeypatch):
     this_is(monkeypatch, "0.99.0")
     with pytest.raises(ValueError, match="supports vllm .* this is 0.99.0"):
-        plugin.put_settings(engine_args(fsr={}))
+        activation.put_settings(engine_args(fsr={}))
     inactive = engine_args()
     monkeypatch.setattr(compat, "is_online", lambda args: pytest.fail("went on to hook requests"))
-    plugin.put_settings(inactive)
+    activation.put_settings(inactive)
     assert inactive.hf_overrides == {} and inactive.worker_extension_cls == ""
 
 
 def test_outside_the_command_line_says_so(monkeypatch):
     this_is(monkeypatch, "0.99.0")
     monkeypatch.setenv("VLLM_PLUGINS", "fsr")
-    assert "this is 0.99.0" in plugin.conflict(argparse.Namespace())
+    assert "this is 0.99.0" in cli_args.conflict(argparse.Namespace())
     monkeypatch.setenv("VLLM_PLUGINS", "lora")
-    assert plugin.conflict(argparse.Namespace()) is None
+    assert cli_args.conflict(argparse.Namespace()) is None
 
 
 def test_outside_nothing_is_registered(monkeypatch):
     import vllm
 
     registered = []
+    monkeypatch.setattr(vllm.ModelRegistry, "models", {})
+    monkeypatch.setattr(compat_start, "_stock_models", {})
     monkeypatch.setattr(vllm.ModelRegistry, "register_model", lambda *given: registered.append(given))
     plugin.register()
     assert registered
@@ -151,16 +153,16 @@ def test_the_plugin_steps_aside(native, monkeypatch, caplog):
     with caplog.at_level("WARNING"):
         monkeypatch.setattr(plugin.logger, "propagate", True)
         monkeypatch.setattr(plugin.logger.parent, "propagate", True)
-        plugin.put_settings(args)
+        activation.put_settings(args)
     assert "steps aside" in caplog.text and "image_token_budget" in caplog.text
     assert args.hf_overrides == {} and args.worker_extension_cls == ""  # so that every path is the stock one
-    plugin.finish_settings(args, SimpleNamespace(hf_config=SimpleNamespace()))  # and there is nothing to finish
+    activation.finish_settings(args, SimpleNamespace(hf_config=SimpleNamespace()))  # and there is nothing to finish
 
 
 def test_but_not_where_a_default_budget_would_be_ignored(native):
     native("image_token_budget")
     with pytest.raises(ValueError, match="use image_token_budget.* default budget"):
-        plugin.put_settings(engine_args(fsr={"budget": 64}))
+        activation.put_settings(engine_args(fsr={"budget": 64}))
 
 
 def test_requests_are_told_which_field_to_use(native):
@@ -168,12 +170,13 @@ def test_requests_are_told_which_field_to_use(native):
     model_config = SimpleNamespace(hf_config=SimpleNamespace())
     request = SimpleNamespace(model_extra={"fsr_budget": 64})
     with pytest.raises(ValueError, match="use image_token_budget") as error:
-        RequestHook(plugin.unsupported).before(SimpleNamespace(model_config=model_config), request)
+        RequestHook(activation.unsupported).before(SimpleNamespace(model_config=model_config), request)
     assert error.value.parameter == "fsr_budget"
     with pytest.raises(params.FieldError, match="use image_token_budget"):
-        settled(model_config, [], {"fsr_budget": 64}, plugin.unsupported)
+        settled(model_config, [[]], {"fsr_budget": 64}, activation.unsupported)
     untouched = {"num_crops": 4}
-    assert settled(model_config, [], untouched, plugin.unsupported) is untouched
+    (left,) = settled(model_config, [[]], untouched, activation.unsupported)
+    assert left is untouched
 
 
 def test_the_override_prunes_all_the_same(native, monkeypatch):

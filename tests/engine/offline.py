@@ -63,10 +63,11 @@ def generate(llm, requests, pictures):
 
 
 def chat(llm, step, pictures, sampling):
-    """LLM.chat on conversations of (role, part, ...); a part "name:detail" is a photograph with that detail."""
+    """LLM.chat on conversations of (role, part, ...); a part "name:detail" is a photograph with that detail, and
+    "name:detail:key" one with that key of its own."""
 
     def part(text):
-        name, _, detail = text.partition(":")
+        name, detail, key = (*text.split(":"), "", "")[:3]
         if (rows := embedding(text)) is not None:
             torch.save(rows, data := io.BytesIO())
             return {"type": "image_embeds", "image_embeds": base64.b64encode(data.getvalue()).decode()}
@@ -75,7 +76,7 @@ def chat(llm, step, pictures, sampling):
         if not detail:
             return {"type": "image_pil", "image_pil": pictures[name]}
         url = {"url": data_url(pictures[name]), "detail": detail}
-        return {"type": "image_url", "image_url": url}
+        return {"type": "image_url", "image_url": url} | ({key: 64} if key else {})
 
     conversations = [
         [{"role": role, "content": [part(text) for text in parts]} for role, *parts in turns] for turns in step["chat"]

@@ -1,8 +1,10 @@
-"""A user's own worker extension, knowing nothing of ours: reads signals for given pixels off the model in a worker."""
+"""A user's own worker extension: reads signals and the work of engine steps off the model in a worker."""
 
 from base64 import b64decode
 
 import torch
+
+from fsr_vllm.engine.caches import unpack_plan
 
 
 class ProbeExtension:
@@ -16,3 +18,17 @@ class ProbeExtension:
         model.fsr_tap.wanted = frozenset()
         relevance = model.fsr_text.relevance(features, projected, [question])
         return {"saliency": model.fsr_tap.take()["saliency"][0].tolist(), "relevance": relevance[0].tolist()}
+
+    def probe_steps(self) -> list[int]:
+        """Unpruned tokens that each engine step so far gave the model to encode; starts to watch when first called."""
+        model = self.model_runner.get_model()
+        if not hasattr(self, "probed_steps"):
+            self.probed_steps: list[int] = []
+            stock = model.embed_multimodal
+
+            def watched(**kwargs):
+                self.probed_steps.append(sum(unpack_plan(plan)[1].total for plan in kwargs["fsr_plan"]))
+                return stock(**kwargs)
+
+            model.embed_multimodal = watched
+        return self.probed_steps

@@ -19,7 +19,7 @@ SAID = [
     [["user", "Say something."]],
 ]
 QUESTIONS = (WHAT, WHO, WHAT)
-BAD = [{"fsr_budget": [1, 2]}, {"fsr_budget": 0}, {"fsr_question": 3}, {"fsr_bugdet": 1}]
+BAD = [{"fsr_budget": [1, 2]}, {"fsr_budget": 0}, {"fsr_question": 3}, {"fsr_bugdet": 1}, {"fsrBudget": 32}]
 STEPS = {
     "derived": {"chat": SAID, "fields": {"fsr_budget": 32}},
     **{f"given {i}": {"chat": [SAID[i]], "fields": {"fsr_budget": 32, "fsr_question": QUESTIONS[i]}} for i in range(3)},
@@ -34,6 +34,8 @@ STEPS = {
     "embeddings generated": [{"parts": ["embeds:100", WHAT]}],
     "bad with embeddings": {"chat": [[["user", "embeds:100", WHAT]]], "fields": {"fsr_budget": 64}},
     "bad without an image": {"chat": SAID[3:], "fields": {"fsr_budget": 0}},
+    "bad spelling without an image": {"chat": SAID[3:], "fields": {"fsr-budget": 64}},
+    "bad place": {"chat": [[["user", "chelsea:low:fsr_budget", WHAT]]], "fields": {}},
 }
 
 
@@ -89,7 +91,8 @@ def test_embeddings_are_never_pruned(outcome):
 @pytest.mark.parametrize("step", [step for step in STEPS if step.startswith("bad")])
 def test_bad_fields_name_themselves(outcome, step):
     refused = outcome[step]
-    assert next(iter(STEPS[step]["fields"])) in refused["error"] and "ValueError" in refused["type"]
+    name = next(iter(STEPS[step]["fields"]), "messages[0].content[0].fsr_budget")
+    assert name in refused["error"] and "ValueError" in refused["type"]
 
 
 def test_statistics_are_there_beside_a_users_own_extension(outcome):

@@ -117,3 +117,15 @@ def test_no_file_names_a_directory_of_somebodys_machine():
                 if not match.group().startswith(PUBLIC):
                     found.append(f"{path.relative_to(ROOT)}:{number}: {match.group()}")
     assert not found, "\n".join(found)
+
+
+def test_the_readme_names_the_combination_that_the_set_up_installs():
+    source, readme = (ROOT / ".ci" / "cpu_env.py").read_text(), (ROOT / "README.md").read_text()
+    versions = dict(re.findall(r'^(VLLM|TORCH) = "(.+)"$', source, re.M))
+    assert f"the CPU build of vLLM {versions['VLLM']}, torch {versions['TORCH']}" in readme
+    assert f"`pip install . vllm=={versions['VLLM']}`" in readme
+    (low, high) = re.findall(r"installed already, (0\.\d+) to (0\.\d+)", readme)[0]
+    window = vllm_window().specifier
+    assert window.contains(f"{low}.0") and window.contains(f"{high}.0")
+    after, before = (f"0.{int(v.split('.')[1]) + step}.0" for v, step in ((high, 1), (low, -1)))
+    assert not window.contains(after) and not window.contains(before)

@@ -10,6 +10,7 @@ import pytest
 
 from fsr_vllm.demo import ENVIRONMENT
 
+from . import test_uuids
 from .conftest import NAME, embedded
 
 pytestmark = pytest.mark.engine
@@ -112,7 +113,19 @@ def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoin
         for fields in ({"fsr_budget": 64}, {"fsr_method": "fsr"}, {"mm_processor_kwargs": {"fsr_budget": 64}}):
             message = refused(server, "fsr_method" if "fsr_method" in fields else "fsr_budget", **fields)
             assert "--plugin fsr" in message
-        assert server.ask("chelsea", WHAT) == plain
+        for name, fields in (
+            ("fsrBudget", {"fsrBudget": 64}),
+            ("extra_body.fsr_budget", {"extra_body": {"fsr_budget": 64}}),
+            ("metadata.fsr_method", {"metadata": {"fsr_method": "fsr"}}),
+        ):
+            assert "--plugin fsr" in refused(server, name, **fields)
+        anthropic = {"model": NAME, "max_tokens": 2, "messages": [{"role": "user", "content": WHAT}]}
+        assert server.post(anthropic, "/v1/messages").status_code == 200
+        for fields in ({"fsr_budget": 64}, {"metadata": {"fsr_budget": 64}}, {"vllm_xargs": {"fsr_budget": 64}}):
+            answer = server.post({**anthropic, **fields}, "/v1/messages")
+            assert answer.status_code == 400 and "--plugin fsr" in answer.json()["error"]["message"]
+        assert server.ask("chelsea", WHAT, fsrBudget=None, metadata={"note": "fsr"}) == plain
+        test_uuids.check(server)  # so vLLM does without the plugin
 
 
 def test_text_model_names_its_architecture(start, tmp_path):

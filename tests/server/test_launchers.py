@@ -47,6 +47,7 @@ def test_pooling_endpoints(start, checkpoint):
         cohere = {"model": NAME, "images": [server.pictures["chelsea"], server.pictures["rocket"]]}
         cohere["embedding_types"] = ["float"]
         assert server.post({**cohere, "fsr_budget": 10}, "/v2/embed").headers[TOKENS] == "20/1152"
+        in_metadata = {"metadata": {"fsr_budget": 64}}
         wrong = [
             ("/v1/embeddings", "fsr_budget", {**chat, "fsr_budget": 0}),
             ("/v1/embeddings", "fsr_budget", {**chat, "fsr_budget": [1, 2]}),
@@ -54,6 +55,11 @@ def test_pooling_endpoints(start, checkpoint):
             ("/v1/embeddings", "mm_processor_kwargs", {**chat, "mm_processor_kwargs": {"num_crops": 4}}),
             ("/v1/embeddings", "model", {**chat, "model": f"{NAME}@fsr0"}),
             ("/v2/embed", "fsr_method", {**cohere, "fsr_method": "nope"}),
+            ("/v1/embeddings", "fsrBudget", {**chat, "fsrBudget": 64}),
+            ("/pooling", "extra_body.fsr_budget", {**chat, "extra_body": {"fsr_budget": 64}}),
+            ("/v2/embed", "fsr-budget", {**cohere, "fsr-budget": 10}),
+            ("/v2/embed", "inputs[0].content[0].fsr_budget", {**cohere, **in_part(cohere["images"][0])}),
+            ("/score", "metadata.fsr_budget", {"model": NAME, "queries": "a", "documents": "b", **in_metadata}),
             ("/score", "fsr_budget", {"model": NAME, "queries": "a", "documents": "b", "fsr_budget": 64}),
             ("/rerank", "model", {"model": f"{NAME}@fsr64", "query": "a", "documents": ["b"]}),
         ]
@@ -64,6 +70,12 @@ def test_pooling_endpoints(start, checkpoint):
         assert server.post({**chat, "model": "nope@fsr64"}, "/v1/embeddings").status_code == 404
         assert server.post(chat, "/v1/embeddings").json()["usage"]["prompt_tokens"] == text + 576
         assert "Traceback" not in server.log.read_text()
+
+
+def in_part(picture):
+    """Cohere's other way to give an image, with a budget where none is read."""
+    part = {"type": "image_url", "image_url": {"url": picture}, "fsr_budget": 10}
+    return {"images": None, "inputs": [{"content": [part]}]}
 
 
 @pytest.mark.full
@@ -77,6 +89,8 @@ def test_run_batch(checkpoint, pictures, tmp_path):
         (66, {"vllm_xargs": {"fsr_budget": 66}}),
         ("fsr_budget", {"fsr_budget": "many"}),
         ("model", {"model": f"{NAME}@fsr0"}),
+        ("extra_body.fsr_budget", {"extra_body": {"fsr_budget": 64}}),
+        ("metadata.fsr_budget", {"metadata": {"fsr_budget": 64}}),
     ]
     lines = [
         {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions"}

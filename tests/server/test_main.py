@@ -33,6 +33,19 @@ def test_a_budget_per_request(server, unpruned):
             assert answer["text"] == unpruned["text"]
 
 
+def test_a_uuid_may_not_look_like_an_identity_of_ours(server, unpruned):
+    """It would be taken for a pruned image's, of another number of rows than this client is billed for."""
+    messages = server.messages("chelsea", WHAT)
+    for digest, status in ((f"fsr:576:{'0' * 64}", 400), ("fsr:", 400), ("fsr", 200), ("my fsr:picture", 200)):
+        messages[0]["content"][0]["uuid"] = digest
+        for path in ("/v1/chat/completions", "/tokenize"):
+            answer = server.post({"model": "fsr-demo", "messages": messages, "max_tokens": 1, "fsr_budget": 64}, path)
+            assert answer.status_code == status, answer.text
+            if status == 400:
+                assert answer.json()["error"]["param"] == "uuid" and "'fsr:'" in answer.json()["error"]["message"]
+    assert server.ask("chelsea", WHAT) == unpruned
+
+
 def test_null_counts_as_absent(server, unpruned):
     assert server.ask("chelsea", WHAT, fsr_budget=None, fsr_method=None) == unpruned
 

@@ -9,7 +9,7 @@ from fsr_vllm import adaptive
 from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed, settled
 from fsr_vllm.params import MAX_QUESTION, MAX_QUESTIONS, SETTINGS_KEY, RequestFields, ServerSettings
 from fsr_vllm.server import alias
-from fsr_vllm.server.requests import RequestHook, RequestReport, current_report, note_body
+from fsr_vllm.server.requests import RequestHook, RequestReport, current_report
 
 
 def unsupported(model_config):
@@ -220,7 +220,9 @@ def test_xargs_and_dropped_bodies_are_read_too():
         after({}, xargs={"fsr_budget": 64}, fsr_budget=65)
     token = current_report.set(RequestReport())
     try:
-        note_body(None, {"model": "m", "fsr_budget": 8, "fsr_method": None, "vllm_xargs": {"fsr_question": "q"}})
+        HOOK.note(
+            configured({}), {"model": "m", "fsr_budget": 8, "fsr_method": None, "vllm_xargs": {"fsr_question": "q"}}
+        )
         given = after({})
         assert given["fsr_budget"] == 8 and given["fsr_question"] == "q" and "fsr_method" not in given
     finally:

@@ -81,6 +81,11 @@ SURFACES = {
     ),
     "tokenize": ("/tokenize", chat, lambda j: j["count"]),
     "render": ("/v1/chat/completions/render", chat, lambda j: len(j["token_ids"])),
+    "responses render": (
+        "/v1/responses/render",
+        lambda s, **f: {"model": NAME, "input": responses(s, "chelsea", WHAT), **f},
+        lambda j: len(j["token_ids"]),
+    ),
     "messages render": (
         "/v1/messages/render",
         lambda s, **f: anthropic(s, "chelsea", WHAT, **f),
@@ -146,6 +151,7 @@ def test_vllms_own_carrier_of_extra_arguments(server):
             assert server.post(body(server, vllm_xargs=xargs), path).headers[TOKENS] == "64/576"
         both = server.post(body(server, vllm_xargs={"fsr_budget": 64}, fsr_budget=65), path)
         assert both.status_code == 400 and "fsr_budget" in both.json()["error"]["message"]
+    assert server.post(chat(server, vllm_xargs={"fsr_budget": True})).headers[TOKENS] == "1/576"  # vLLM makes it 1
 
 
 def test_the_openai_sdk_on_responses(server):
@@ -228,6 +234,11 @@ def test_rendered_requests_are_served_as_rendered(server):
     ):
         refused = server.post({**rendered, **fields}, path, headers=headers)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == field
+    ids = server.post({"model": NAME, "prompt": f"USER: <image>\n{WHAT} ASSISTANT:"}, "/tokenize").json()["tokens"]
+    parts = [{"type": "image_url", "url": server.pictures["chelsea"]}]
+    sampling = {"max_tokens": 1}
+    raw = server.post({"model": NAME, "token_ids": ids, "content_parts": parts, "sampling_params": sampling}, path)
+    assert raw.status_code == 200 and raw.json()["usage"]["prompt_tokens"] == len(ids) - 1 + 576
 
 
 def test_pages_of_other_origins_may_send_and_read_the_headers(server):

@@ -1,7 +1,9 @@
 """The bundled model: what it was trained to be, and accuracy floors that a broken pruner would fall through."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,12 +13,14 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from fsr_vllm.demo import scenes
 from fsr_vllm.params import SERVED_DEFAULTS
 from fsr_vllm.testbed import demo_model, towers
 from fsr_vllm.testbed.agreement import agreement
 from fsr_vllm.testbed.bench import Bench
 from fsr_vllm.testbed.data import Pictures
 from fsr_vllm.testbed.export import load_clip, stated_sign
+from fsr_vllm.testbed.questions import good_english
 from fsr_vllm.testbed.stats import macro
 from fsr_vllm.testbed.train import GATES
 
@@ -68,6 +72,19 @@ def test_pruned_accuracy(bench):
     flipped = mean(bench, bench.method("fsr", 16, served, sign=-1))
     assert mean(bench, bench.method("fsr", 16, served)) > flipped + 0.1
     assert mean(bench, bench.oracle(32)) > 0.9 * full
+
+
+def test_the_demo_asks_in_good_english_which_the_model_understands(bench):
+    asked = [one.question for one in scenes()]
+    assert len(asked) == 21 and any(" an orange " in text for text in asked)
+    assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", text) for text in asked)
+    rows = [row for row, (_, question) in enumerate(bench.items) if " a orange" in question.text]
+    trained, proper = bench.subset(np.array(rows)), bench.subset(np.array(rows))
+    proper.items = [(i, dataclasses.replace(each, text=good_english(each.text))) for i, each in trained.items]
+    assert len(rows) > 5 and all(" an orange" in each.text for _, each in proper.items)
+    for budget in (16, 32):
+        said = [each.method("fsr", budget, SERVED_DEFAULTS["fsr"]).words for each in (trained, proper)]
+        assert np.mean([a == b for a, b in zip(*said, strict=True)]) > 0.9
 
 
 def test_the_bench_asks_as_transformers_does(bench):

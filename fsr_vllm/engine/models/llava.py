@@ -29,6 +29,12 @@ def unsupported(hf_config: Any) -> str | None:
     return None
 
 
+def most_tokens(model_config: Any) -> int:
+    """The most visual tokens that an image can have: every image is resized to the tower's one size."""
+    vision = model_config.hf_config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
 class LlavaFsrProcessor(FsrProcessorMixin):
     fsr_signals = TAP_SIGNALS
 

@@ -1,0 +1,212 @@
+"""From what a user asked to what is in force: settings on their way into the model config, and refusals at start.
+
+A server is inactive (as installed), active, or ignoring (`--fsr-ignore`): then everything is vLLM's own but for the
+hooks that drop requests' fsr fields.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+from fsr_vllm import compat, compat_start, compat_version
+from fsr_vllm.cli_args import misplaced_fields, oversized
+from fsr_vllm.engine.models import FAMILIES
+
+logger = logging.getLogger("vllm.fsr_vllm")
+
+
+def put_settings(engine_args: Any) -> None:
+    """Before the model config is made: validated settings into hf_overrides, and our worker extension."""
+    from fsr_vllm import params
+
+    given = params.given_settings(engine_args.additional_config, compat.PLUGIN in compat.named_plugins())
+    if params.ignoring(given):
+        _leave_aside(engine_args)
+        return
+    outside = compat_version.outside_window()
+    if outside:
+        if given is not None:
+            raise ValueError(outside)
+        return
+    compat_start.take_up(FAMILIES)
+    reason = misplaced_fields(getattr(engine_args, "mm_processor_kwargs", None))
+    if reason:
+        raise ValueError(f"mm_processor_kwargs: {reason}")
+    settings = _settings(given)
+    if settings is not None:
+        _activate(engine_args, settings)
+    from fsr_vllm.engine import conversation, inputs
+
+    inputs.install(unsupported)
+    conversation.install(unsupported)
+    if compat.is_online(engine_args):
+        from fsr_vllm.server import requests
+
+        requests.install(unsupported, model_alias=settings is not None and settings.model_alias)
+
+
+def _settings(given: dict[str, Any] | None) -> Any:
+    """Validated settings; None where the plugin is not active, or steps aside for a budget of vLLM's own."""
+    from fsr_vllm import params
+
+    if given is None:
+        return None
+    settings = params.ServerSettings.parse(given)
+    too_large = oversized(settings)
+    if too_large:
+        raise ValueError(f"plugin fsr: {too_large}")
+    if not compat_version.native_field():
+        return settings
+    reason = compat_version.why_inactive(params.HOW_TO_ACTIVATE)
+    if settings.prunes_by_default:
+        raise ValueError(f"{reason}; without it, the default budget could not be kept")
+    logger.warning("fsr_vllm: %s; requests are left alone, those with fsr fields are refused", reason)
+    return None
+
+
+def _activate(engine_args: Any, settings: Any) -> None:
+    from fsr_vllm import compat_caches, params
+    from fsr_vllm.engine.extension import with_ours
+
+    if settings.adaptive is not None:
+        _follow_load(engine_args, settings)
+    overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
+    engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
+    engine_args.worker_extension_cls = with_ours(engine_args.worker_extension_cls)
+    compat_caches.wrap_mm_cache_reset(_forget_pixels)
+
+
+def _leave_aside(engine_args: Any) -> None:
+    """Vanilla vLLM, but for hooks that drop what requests say to us."""
+    from fsr_vllm.engine import inputs
+
+    if compat_start.leave_aside():
+        logger.warning(
+            "fsr_vllm: left aside (fsr.ignore): vLLM serves every image whole; requests' fsr fields, x-fsr-* headers "
+            "and @fsr suffixes of model names are dropped unread, other fsr options are unused"
+        )
+    if isinstance(engine_args.mm_processor_kwargs, dict):
+        engine_args.mm_processor_kwargs = inputs.without_fields(engine_args.mm_processor_kwargs)
+    inputs.install(unsupported)
+    if compat.is_online(engine_args):
+        from fsr_vllm.server import ignored
+
+        ignored.install()
+
+
+def _forget_pixels(processor: Any) -> None:
+    """vLLM's multimodal cache was reset in this front end: so is ours."""
+    if getattr(processor, "fsr_pixels", None) is not None:
+        processor.fsr_pixels.clear()
+
+
+def _follow_load(engine_args: Any, settings: Any) -> None:
+    """Let this process follow the load of its engines; ValueError where there is nothing to follow."""
+    from fsr_vllm import adaptive
+
+    if not compat.is_online(engine_args):
+        raise ValueError(
+            "fsr.adaptive needs a server: LLM() prepares all its prompts before the first one runs, so there is no "
+            "load to follow; set fsr.budget instead"
+        )
+    if getattr(engine_args, "disable_log_stats", False):
+        raise ValueError("fsr.adaptive reads vLLM's statistics: leave out --disable-log-stats, or set fsr.budget")
+    compat.watch_load(adaptive.start(*settings.adaptive_range))
+
+
+def finish_settings(engine_args: Any, model_config: Any) -> None:
+    """After the model config is made: find the text encoder, refuse what cannot work, say what is in force."""
+    from fsr_vllm import params
+
+    given = params.given_settings(engine_args.additional_config, named=False)
+    if params.ignoring(given):
+        from fsr_vllm.engine.inputs import IGNORED_KEY
+
+        setattr(model_config.hf_config, IGNORED_KEY, True)
+        return
+    if getattr(model_config.hf_config, params.SETTINGS_KEY, None) is None:
+        return  # not active, or stepped aside
+    settings = params.ServerSettings.model_validate_json(getattr(model_config.hf_config, params.SETTINGS_KEY))
+    if getattr(engine_args, "enable_lora", False) and getattr(engine_args, "enable_tower_connector_lora", False):
+        # vLLM would warn once, in a worker, and then leave out what an adapter changes in the tower.
+        raise ValueError(
+            "plugin fsr: --enable-tower-connector-lora does not work together with the plugin, whose rows vLLM would "
+            "take for the tower's; start without it (adapters of the language model work)"
+        )
+    reason = unsupported(model_config)
+    if reason:
+        if settings.prunes_by_default:
+            raise ValueError(f"plugin fsr: a default budget is set, but {reason}")
+        logger.warning("fsr_vllm: %s; requests are served unpruned, and requests with fsr fields are refused", reason)
+        return
+    from fsr_vllm.engine import text_tower
+
+    encoder, sign = text_tower.find_encoder(model_config, settings.text_encoder, settings.relevance_sign)
+    name, family = _family(model_config)
+    found = {"text_encoder": encoder, "relevance_sign": sign, "tokens_per_image": family.most_tokens(model_config)}
+    settings = settings.model_copy(update=found)
+    overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
+    model_config.hf_config.update(overrides)
+    model_config.hf_overrides = compat.with_overrides(model_config.hf_overrides, overrides)
+    logger.info("fsr_vllm: %s", in_force(name, settings))
+
+
+def limits_encoder(vllm_config: Any) -> bool:
+    """Whether a step's encoder work is counted in unpruned tokens; asked in the engine core, for every new prompt."""
+    from fsr_vllm import params
+
+    text = getattr(vllm_config.model_config.hf_config, params.SETTINGS_KEY, None)
+    if text is None or params.ServerSettings.from_json(text).encoder_limit != "unpruned":
+        return False
+    return unsupported(vllm_config.model_config) is None
+
+
+def in_force(architecture: str, settings: Any) -> str:
+    """What the server does, in a sentence for its log."""
+    from fsr_vllm import __version__, params
+    from fsr_vllm.engine.encoder_source import split_revision
+
+    total = settings.tokens_per_image
+
+    def tokens(budget: Any) -> str:
+        if budget == "off":
+            return f"all {total}"
+        return f"{params.resolve_budget(budget, total)} of {total}"
+
+    low, high = settings.min_budget, settings.max_budget
+    default = f"by default {tokens(settings.default_budget)} visual tokens per image"
+    if settings.adaptive_range is not None:
+        low_load, at_rest = settings.adaptive_range
+        default = f"by default {at_rest} to {low_load} of {total} visual tokens per image, by load"
+    limits = f"requests may ask for {low or 1} to {high}" if high else f"requests may ask for {low or 1} or more"
+    details = ", ".join(f"{detail}: {tokens(budget)}" for detail, budget in settings.detail_budgets.items())
+    encoder = {"llm": "the language model's embeddings"}.get(settings.text_encoder, settings.text_encoder)
+    name, commit = split_revision(encoder)
+    parts = [
+        f"{__version__} is active for {architecture}: {default}",
+        limits,
+        *([f"by image detail {details}"] if details else []),
+        f"method {settings.method}",
+        f"text encoder {name} at commit {commit}" if commit else f"text encoder {name}",
+        f"caches of {settings.feature_cache_bytes:,} (features) and {settings.pixel_cache_bytes:,} (pixels) bytes",
+    ]
+    return "; ".join(parts)
+
+
+def _family(model_config: Any) -> tuple[str, Any]:
+    """The architecture that has a family of ours, and its module; ("", None) if there is none."""
+    for architecture in model_config.architectures:
+        if architecture in FAMILIES:
+            return architecture, importlib.import_module(FAMILIES[architecture].partition(":")[0])
+    return "", None
+
+
+def unsupported(model_config: Any) -> str | None:
+    """Why this model's images cannot be pruned, or None."""
+    _, family = _family(model_config)
+    if family is not None:
+        return family.unsupported(model_config.hf_config)
+    names = ", ".join(model_config.architectures)
+    return f"architecture {names} is not supported (supported: {', '.join(FAMILIES)})"

@@ -1,0 +1,151 @@
+"""The part of `compat` that concerns the scheduler: an image costs a step what the vision tower spends on it.
+
+Same rules as there: each entry says why it is needed, in which versions it was read or run, and when it can go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fsr_vllm.compat_identity import unpruned_tokens
+from fsr_vllm.compat_start import inherited_ignoring
+
+METHOD = "_try_schedule_encoder_inputs"
+
+
+def wrap_scheduler(limited: Callable[[Any], bool]) -> bool:
+    """Limit the tower's work of a step where limited(vllm_config) holds; False where this vLLM has no such step.
+
+    Why: the scheduler counts an image by its placeholders, so a budget of 1 lets hundreds of images into one step, and
+    all other requests wait for the tower. Here an image counts as what it would without pruning, so that no step gives
+    the tower more than an unpruned server's would. The engine core makes its scheduler after plugins are loaded and
+    asks `SchedulerConfig.get_scheduler_cls` for the class. The method's arguments and the place of the budget in its
+    result were read in 0.26-0.33, run in 0.26 and 0.32. Can go when vLLM counts encoder work apart from embeddings.
+    """
+    from vllm.config.scheduler import SchedulerConfig
+
+    stock = SchedulerConfig.__dict__.get("get_scheduler_cls")
+    if stock is None:
+        return False
+    if hasattr(stock, "_fsr_wrapped"):
+        return True
+
+    @functools.wraps(stock)
+    def get_scheduler_cls(self: Any) -> Any:
+        cls = stock(self)
+        if not inherited_ignoring():
+            limit(cls, limited)
+        return cls
+
+    get_scheduler_cls._fsr_wrapped = True  # type: ignore[attr-defined]
+    SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+    return True
+
+
+def limit(cls: type, limited: Callable[[Any], bool]) -> bool:
+    """Wrap the step of the scheduler class (or of the one it inherits it from) that picks images; once."""
+    owner = next((each for each in cls.__mro__ if METHOD in each.__dict__), None)
+    if owner is None:
+        return False
+    stock = owner.__dict__[METHOD]
+    if hasattr(stock, "_fsr_wrapped"):
+        return True
+
+    @functools.wraps(stock)
+    def schedule_encoder_inputs(
+        self: Any, request: Any, computed: int, new: int, budget: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        features = request.mm_features
+        # A request that decodes has no image before it: this is all that most calls cost.
+        if not features or computed >= _end(features[-1]) or not limited(self.vllm_config):
+            return stock(self, request, computed, new, budget, *args, **kwargs)
+        gate = EncoderGate(self, request, budget)
+        with gate.over(self.encoder_cache_manager):
+            result = stock(self, request, computed, new, budget, *args, **kwargs)
+        if not result[0]:
+            return result
+        # The caller takes the third element for what is left, but only if it schedules the request: nothing to undo.
+        left = max(0, budget - sum(gate.cost(place) for place in result[0]))
+        return (*result[:2], left, *result[3:])
+
+    schedule_encoder_inputs._fsr_wrapped = True  # type: ignore[attr-defined]
+    setattr(owner, METHOD, schedule_encoder_inputs)
+    return True
+
+
+def _end(feature: Any) -> int:
+    return feature.mm_position.offset + feature.mm_position.length
+
+
+class EncoderGate:
+    """What one request may still give the tower in this step, counted in unpruned tokens.
+
+    It stands before the encoder cache manager's `can_allocate`, which stock asks for every image before it charges the
+    image's placeholders. An image costs max(K, min(N, step)): what is larger than a whole step's budget goes alone, as
+    stock lets its largest item. Beyond its first image a pruned request takes at most half of what is left while other
+    requests have images to encode, or one with hundreds of images would keep them all waiting.
+    """
+
+    def __init__(self, scheduler: Any, request: Any, budget: int) -> None:
+        self.scheduler, self.request, self.budget = scheduler, request, budget
+        self.whole = scheduler.max_num_encoder_input_tokens
+        self.spent = 0
+        self._allowed: tuple[int, int] | None = None  # what stock had left when it was last allowed an image, its cost
+        self._others: bool | None = None
+
+    def cost(self, place: int) -> int:
+        """Unpruned tokens of the request's image at `place`, never fewer than its placeholders."""
+        kept = self.request.get_num_encoder_embeds(place)
+        return max(kept, min(unpruned_tokens(self.request.mm_features[place]), self.whole))
+
+    @contextlib.contextmanager
+    def over(self, manager: Any) -> Iterator[None]:
+        """Shadow the method on this one object, whatever its class, for the length of one call."""
+        before, stock = manager.__dict__.get("can_allocate"), manager.can_allocate
+
+        def can_allocate(request: Any, place: int, left: int, scheduled: int) -> bool:
+            return self.admits(place, left) and self._note(stock(request, place, left, scheduled), place, left)
+
+        manager.can_allocate = can_allocate
+        try:
+            yield
+        finally:
+            if before is None:
+                del manager.can_allocate
+            else:
+                manager.can_allocate = before
+
+    def admits(self, place: int, left: int) -> bool:
+        """Whether the image fits beside what stock has charged by now; `left` is what stock has left."""
+        # An image that was allowed but loaded from elsewhere was not charged, and costs the tower nothing.
+        if self._allowed is not None and left < self._allowed[0]:
+            self.spent += self._allowed[1]
+        self._allowed = None
+        cost = self.cost(place)
+        pruned = cost > self.request.get_num_encoder_embeds(place)
+        if pruned and self.spent and self.spent + cost > self.budget // 2 and self.others_wait():
+            return False
+        return self.spent + cost <= self.budget
+
+    def _note(self, allowed: bool, place: int, left: int) -> bool:
+        self._allowed = (left, self.cost(place)) if allowed else None
+        return allowed
+
+    def others_wait(self) -> bool:
+        """Whether another running request, or the first that waits, has images to encode."""
+        if self._others is None:
+            self._others = any(each is not self.request and _to_encode(each) for each in _contenders(self.scheduler))
+        return self._others
+
+
+def _contenders(scheduler: Any) -> Iterator[Any]:
+    yield from scheduler.running
+    if scheduler.waiting:  # its head: a prompt that begins with an image holds up all that waits behind it
+        yield scheduler.waiting.peek_request()
+
+
+def _to_encode(request: Any) -> bool:
+    return bool(request.mm_features) and request.num_computed_tokens < _end(request.mm_features[-1])

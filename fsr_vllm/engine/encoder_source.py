@@ -1,0 +1,31 @@
+"""Where a text encoder comes from: a folder, or a name with the revision that was resolved at start."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def split_revision(encoder: str) -> tuple[str, str | None]:
+    """(folder or name, revision) of a text encoder as the settings have it; a folder has no revision."""
+    if os.path.isdir(encoder):
+        return encoder, None
+    name, at, revision = encoder.rpartition("@")
+    return (name, revision) if at else (encoder, None)
+
+
+def read_config(encoder: str) -> Any:
+    """The encoder's CLIPConfig. Errors: as transformers has them, ValueError for a revision behind a folder."""
+    from transformers import CLIPConfig
+
+    name, revision = split_revision(encoder)
+    if revision is not None and os.path.isdir(name):
+        raise ValueError(f"{name} is a folder, which has no revision {revision}")
+    return CLIPConfig.from_pretrained(name, revision=revision)
+
+
+def resolved(encoder: str, config: Any) -> str:
+    """NAME@COMMIT for an encoder by name, so that every worker loads what was read here; a folder as it is."""
+    name, _ = split_revision(encoder)
+    commit = getattr(config, "_commit_hash", None)  # what transformers found the file under, in its cache or fetched
+    return f"{name}@{commit}" if commit else encoder

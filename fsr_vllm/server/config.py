@@ -1,0 +1,54 @@
+"""GET /v1/fsr/config: what this server allows and does by default, from what its API server knows; no worker is asked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from fsr_vllm import __version__, compat_caches
+from fsr_vllm.params import SETTINGS_KEY, ServerSettings, build_method, resolve_budget
+
+router = APIRouter(tags=["fsr"])
+
+
+@router.get("/v1/fsr/config")
+async def read_config(request: Request) -> dict[str, Any]:
+    """Bounds, defaults, method and text encoder of this server; the same for every client."""
+    model_config, processor = compat_caches.front_end(request.app)
+    return described(model_config, processor)
+
+
+def described(model_config: Any, processor: Any) -> dict[str, Any]:
+    """The answer for a model config and the processor in this front end, which may be one that does not prune."""
+    text = getattr(model_config.hf_config, SETTINGS_KEY, None)
+    why = getattr(processor, "fsr_unsupported", None) if text is not None else None
+    methods = getattr(processor, "fsr_methods", list)() if text is not None and not why else []
+    answer: dict[str, Any] = {"object": "fsr.config", "version": __version__, "ignored": False, "prunes": bool(methods)}
+    if text is None:
+        return answer
+    settings = ServerSettings.from_json(text)
+    total, low_high = settings.tokens_per_image, settings.adaptive_range
+    default = settings.default_budget
+    return {
+        **answer,
+        "min_budget": settings.min_budget or 1,
+        "max_budget": settings.max_budget,
+        "default_budget": default,
+        "default_tokens": None if total is None else resolve_budget(default, total),
+        "adaptive": None if low_high is None else {"low": low_high[0], "high": low_high[1]},
+        "detail_budgets": settings.detail_budgets,
+        "tokens_per_image": total,
+        "method": settings.method,
+        "options": asdict(build_method(settings.method, None)),
+        "methods": methods,
+        "text_encoder": _named(settings.text_encoder),
+        "model_alias": settings.model_alias,
+    }
+
+
+def _named(encoder: str) -> str:
+    """An encoder's name; of a folder on the server's disk only its last part."""
+    return os.path.basename(os.path.normpath(encoder)) if os.path.isdir(encoder) else encoder
