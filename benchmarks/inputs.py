@@ -68,6 +68,8 @@ class Images:
             "keys": lambda: self._normal(n, 64),
             "cls_row": lambda: self._normal(d).to(dtype),
             "shallow_saliency": lambda: self._normal(n).exp(),
+            "received": lambda: self._normal(n).exp(),
+            "shallow_received": lambda: self._normal(n).exp(),
             "attention": lambda: self._uniform(n, n).div_(n),
             "last_query": lambda: self._normal(1024),
             "last_key": lambda: self._normal(n + 1, 1024),

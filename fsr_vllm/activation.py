@@ -147,6 +147,8 @@ def finish_settings(engine_args: Any, model_config: Any) -> None:
     name, family = _family(model_config)
     found = {"text_encoder": encoder, "relevance_sign": sign, "tokens_per_image": family.most_tokens(model_config)}
     settings = settings.model_copy(update=found)
+    for option, budget in _defaults(settings):
+        settings.check_bounds(budget, f"fsr.{option}", settings.tokens_per_image)
     overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
     model_config.hf_config.update(overrides)
     model_config.hf_overrides = compat.with_overrides(model_config.hf_overrides, overrides)
@@ -161,6 +163,12 @@ def limits_encoder(vllm_config: Any) -> bool:
     if text is None or params.ServerSettings.from_json(text).encoder_limit != "unpruned":
         return False
     return unsupported(vllm_config.model_config) is None
+
+
+def _defaults(settings: Any) -> list[tuple[str, Any]]:
+    """What requests that do not say may get, by option: shares can be judged once an image's tokens are known."""
+    given = [] if settings.budget is None else [("budget", settings.budget)]
+    return [*given, *(("detail_budgets", budget) for budget in settings.detail_budgets.values())]
 
 
 def in_force(architecture: str, settings: Any) -> str:

@@ -6,19 +6,6 @@ import argparse
 import sys
 
 
-def _methods(args: argparse.Namespace) -> int:
-    from fsr_vllm.methods import methods
-
-    rows = [("method", "needs", "query", "fidelity", "licence", "paper")]
-    for name, info in methods().items():
-        query = "yes" if info.query_aware else "no"
-        rows.append((name, ", ".join(info.needs) or "-", query, info.fidelity, info.licence, info.paper))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0
-
-
 def _demo(args: argparse.Namespace) -> int:
     from fsr_vllm.demo import run
 
@@ -35,12 +22,12 @@ def _demo_model(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     import fsr_vllm
+    from fsr_vllm import cli_methods
 
     parser = argparse.ArgumentParser(prog="fsr-vllm", description="Visual-token pruning for vLLM, per request.")
     parser.add_argument("--version", action="version", version=fsr_vllm.__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    listing = commands.add_parser("methods", help="list the pruning methods and what they need")
-    listing.set_defaults(run=_methods)
+    cli_methods.add_parser(commands)
     demo = commands.add_parser("demo", help="serve the bundled model with the plugin and ask it at several budgets")
     demo.add_argument("--model", help="a LLaVA checkpoint instead of the bundled one")
     demo.add_argument("--log", help="keep the server's log in this file")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +34,7 @@ def put_models(families: Mapping[str, str]) -> None:
             continue
         _stock_models[architecture] = entry
         ModelRegistry.register_model(architecture, target)
+        _forget_resolved()
 
 
 def put_stock_models() -> None:
@@ -43,6 +45,13 @@ def put_stock_models() -> None:
         if entry is not None:
             ModelRegistry.models[architecture] = entry
     _stock_models.clear()
+    _forget_resolved()
+
+
+def _forget_resolved() -> None:
+    """Why: `_MODEL_ARCH_BY_HASH` keeps the class that an architecture had for an earlier engine. In 0.26-0.33."""
+    loader = sys.modules.get("vllm.model_executor.model_loader.utils")
+    getattr(loader, "_MODEL_ARCH_BY_HASH", {}).clear()
 
 
 def inherited_ignoring() -> bool:

@@ -87,7 +87,10 @@ def test_every_option_that_takes_a_value_has_a_wrong_one_above():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--fsr-min-budget", "65", "--fsr-max-budget", "64"), "--fsr-min-budget 65 must not exceed --fsr-max-budget 64"),
+        (
+            ("--fsr-min-budget", "65", "--fsr-max-budget", "64"),
+            "--fsr-min-budget 65 must not exceed --fsr-max-budget 64",
+        ),
         (("--fsr-budget", "200", "--fsr-max-budget", "100"), "--fsr-budget 200, above --fsr-max-budget 100"),
         (("--fsr-budget", "8", "--fsr-min-budget", "16"), "--fsr-budget 8, below --fsr-min-budget 16"),
         (

@@ -16,7 +16,7 @@ from fsr_vllm.engine.caches import FeatureCache, unpack_plan
 from fsr_vllm.engine.encoder_source import split_revision
 from fsr_vllm.engine.planning import prototype_file, read_settings
 from fsr_vllm.engine.processor import PLAN_FIELD
-from fsr_vllm.engine.tap import AttentionTap, Clock, shallow_key, tapped
+from fsr_vllm.engine.tap import SHALLOW, AttentionTap, Clock, shallow_key, shallow_keys, tapped
 from fsr_vllm.engine.text_tower import WEIGHTS, ClipText, LlmText
 from fsr_vllm.methods import VisualTokens, get_method, methods
 from fsr_vllm.methods.prototypes import load_prototypes
@@ -45,7 +45,7 @@ class FsrModelMixin:
         assert settings is not None
         # vLLM counts an image by its rows when it maps LoRA onto tower tokens, and ours are fewer than the tower's.
         self.supports_tower_connector_lora = False
-        shallow = {info.shallow_layer for info in methods().values() if info.shallow_layer}
+        shallow = frozenset().union(*map(shallow_keys, methods().values()))
         self.fsr_tap = AttentionTap(*self.fsr_attention(), shallow)
         self.fsr_clock = Clock()
         self.fsr_counts: dict[str, Any] = defaultdict(int)
@@ -246,8 +246,8 @@ class FsrModelMixin:
         needs = _needs(method)
         features = of_group(projected)
         given: dict[str, Any] = {name: of_group(value) for name, value in signals.items() if name in needs}
-        if "shallow_saliency" in needs:
-            given["shallow_saliency"] = of_group(signals[shallow_key(method.shallow_layer)])
+        for name in {*SHALLOW} & {*needs}:
+            given[name] = of_group(signals[shallow_key(name, method.shallow_layer)])
         if "grid" in needs:
             side = math.isqrt(features.shape[1])
             given["grid"] = (side, features.shape[1] // side)
@@ -290,5 +290,4 @@ def _indices(places: list[int], device: torch.device) -> torch.Tensor:
 
 def _wanted(method: Any) -> set[str]:
     """What the tap has to form for a method."""
-    needs = set(_needs(method))
-    return needs | {shallow_key(method.shallow_layer)} if "shallow_saliency" in needs else needs
+    return {*_needs(method), *shallow_keys(method)}

@@ -24,8 +24,13 @@ def read_config(encoder: str) -> Any:
     return CLIPConfig.from_pretrained(name, revision=revision)
 
 
-def resolved(encoder: str, config: Any) -> str:
-    """NAME@COMMIT for an encoder by name, so that every worker loads what was read here; a folder as it is."""
-    name, _ = split_revision(encoder)
-    commit = getattr(config, "_commit_hash", None)  # what transformers found the file under, in its cache or fetched
+def resolved(encoder: str) -> str:
+    """NAME@COMMIT for an encoder by name whose configuration was read, so that every worker loads the same; a folder
+    as it is."""
+    from transformers.utils import cached_file, extract_commit_hash
+
+    name, revision = split_revision(encoder)
+    if os.path.isdir(name):
+        return encoder
+    commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
     return f"{name}@{commit}" if commit else encoder

@@ -39,10 +39,10 @@ def judged(
     model_config: Any, given: Mapping[str, Any], has_media: bool, unsupported: Callable[[Any], str | None]
 ) -> Mapping[str, Any]:
     """mm_processor_kwargs of one prompt, as it is to be processed. Errors: as of `compat.request_error`."""
-    fields = {key: value for key, value in given.items() if is_ours(key) and value is not None}
-    if not fields:
+    if not any(map(is_ours, given)):
         return given
-    if getattr(model_config.hf_config, IGNORED_KEY, False):
+    fields = {key: value for key, value in given.items() if is_ours(key) and value is not None}  # null is absent
+    if not fields or getattr(model_config.hf_config, IGNORED_KEY, False):
         return without_fields(given)
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
     reason = compat_version.why_inactive(HOW_TO_ACTIVATE) if text is None else unsupported(model_config)

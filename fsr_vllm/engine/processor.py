@@ -38,7 +38,10 @@ from fsr_vllm.params.misplaced import misspelt
 
 PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
 # What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the text encoder.
-TAP_SIGNALS = frozenset("saliency shallow_saliency attention keys last_query last_key metric cls_row grid text".split())
+TAP_SIGNALS = frozenset(
+    "saliency shallow_saliency received shallow_received attention keys last_query last_key metric".split()
+    + "cls_row grid text".split()
+)
 
 
 class FsrProcessorMixin(BaseMultiModalProcessor):

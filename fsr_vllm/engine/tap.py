@@ -10,18 +10,25 @@ from typing import Any
 import torch
 
 from fsr_vllm import compat
-from fsr_vllm.signals.saliency import attention_map, cls_attention
+from fsr_vllm.signals.saliency import attention_map, cls_attention, received_attention
 
 PUBLISHED_DEPTH = 24  # blocks of CLIP ViT-L, in which methods state their layers
+SHALLOW = ("shallow_saliency", "shallow_received")  # read at a block that the method names
 
 
-def shallow_key(layer: int) -> str:
-    return f"shallow_saliency@{layer}"
+def shallow_key(name: str, layer: int) -> str:
+    """What the tap calls a shallow signal of one block, counted from 0 in a tower of PUBLISHED_DEPTH."""
+    return f"{name}@{layer}"
+
+
+def shallow_keys(method: Any) -> frozenset[str]:
+    """The shallow signals of a method, or of what is known of one."""
+    return frozenset(shallow_key(name, method.shallow_layer) for name in SHALLOW if name in method.needs)
 
 
 def tapped(names: Collection[str]) -> frozenset[str]:
     """Of the inputs that methods need, those that the tap forms while the tower runs."""
-    formed = {name for name in names if name in ("saliency", "attention", "keys") or "@" in name}
+    formed = {name for name in names if name in ("saliency", "received", "attention", "keys") or "@" in name}
     return frozenset(formed | ({"last_query", "last_key"} if {"last_query", "last_key"} & set(names) else set()))
 
 
@@ -29,18 +36,20 @@ class AttentionTap:
     """Forms signals from the queries and keys of attention layers; a layer nobody asks about runs untouched.
 
     Everything is summed over the local heads and reduced over the tensor-parallel group, so that all ranks hold the
-    same values. `layers` are the tower's computed attention ops in order, `depth` its full number of blocks.
+    same values. `layers` are the tower's computed attention ops in order, `depth` its full number of blocks, and
+    `shallow` the `shallow_key`s that can be asked for.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module], depth: int, shallow: Collection[int]) -> None:
+    def __init__(self, layers: Sequence[torch.nn.Module], depth: int, shallow: Collection[str]) -> None:
         self.wanted: frozenset[str] = frozenset()
-        # One row per image each: so cheap that whoever keeps signals can have them formed for all images.
-        self.cheap = frozenset({"saliency", *map(shallow_key, shallow)})
+        # One row of queries each: so cheap that whoever keeps signals can have them formed for all images.
+        self.cheap = frozenset({"saliency", *(key for key in shallow if key.startswith("shallow_saliency@"))})
         self.signals: dict[str, torch.Tensor] = {}
         layers[-1].register_forward_pre_hook(self._read_last, with_kwargs=True)
-        for layer in shallow:
+        for signal in sorted(shallow):
+            layer = int(signal.partition("@")[2])
             place = min(len(layers) - 1, round(layer * depth / PUBLISHED_DEPTH))
-            layers[place].register_forward_pre_hook(self._reader(shallow_key(layer)), with_kwargs=True)
+            layers[place].register_forward_pre_hook(self._reader(signal), with_kwargs=True)
 
     def take(self) -> dict[str, torch.Tensor]:
         """The signals of the last run, once."""
@@ -48,10 +57,12 @@ class AttentionTap:
         return signals
 
     def _reader(self, name: str) -> Any:
+        form = _received if name.startswith("shallow_received@") else cls_attention
+
         def read(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in self.wanted:
                 query, key = _query_key(args, kwargs)
-                self.signals[name] = _over_heads(layer, cls_attention(query, key, layer.num_heads, layer.scale))
+                self.signals[name] = _over_heads(layer, form(query, key, layer.num_heads, layer.scale))
 
         return read
 
@@ -62,6 +73,8 @@ class AttentionTap:
         query, key = _query_key(args, kwargs)
         if "saliency" in wanted:
             self.signals["saliency"] = _over_heads(layer, cls_attention(query, key, heads, scale))
+        if "received" in wanted:
+            self.signals["received"] = _over_heads(layer, _received(query, key, heads, scale))
         if "attention" in wanted:
             self.signals["attention"] = _over_heads(layer, attention_map(query, key, heads, scale))
         if "keys" in wanted:
@@ -69,6 +82,10 @@ class AttentionTap:
         if {"last_query", "last_key"} & wanted:
             self.signals["last_query"] = _all_heads(query[:, 0])
             self.signals["last_key"] = _all_heads(key)
+
+
+def _received(query: torch.Tensor, key: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
+    return received_attention(query, key, heads, scale, prefix=1, prefix_gives=True)
 
 
 def _query_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,7 +58,7 @@ def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str,
             f"this model's has {width}: {_WAYS_OUT}"
         )
     name, _ = split_revision(path)
-    return resolved(path, config), relevance_sign(sign, name, getattr(config, "fsr_relevance_sign", None))
+    return resolved(path), relevance_sign(sign, name, getattr(config, "fsr_relevance_sign", None))
 
 
 def plain_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:

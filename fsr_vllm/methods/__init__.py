@@ -53,13 +53,15 @@ class MethodInfo:
     needs: tuple[str, ...]  # fields of VisualTokens it cannot run without
     uses: tuple[str, ...]  # fields it profits from where given
     query_aware: bool
-    shallow_layer: int  # block of a 24-block tower that shallow_saliency is read at; 0: not needed
+    servable: bool  # a server can form its needs; False: for tensors of one's own alone
+    shallow_layer: int  # block of a 24-block tower, from 0, that shallow_* signals are read at; 0: not needed
     paper: str
     licence: str  # of the authors' published code; ours is written from the paper
     fidelity: Fidelity
     summary: str
     options: Mapping[str, Any]  # hyper-parameter -> default
     option_docs: Mapping[str, str]
+    option_bounds: Mapping[str, str]  # what a request may ask for besides, by option
 
 
 def _class(name: str) -> type[Method]:
@@ -89,6 +91,7 @@ def methods() -> dict[str, MethodInfo]:
             needs=cls.needs,
             uses=cls.uses,
             query_aware=cls.query_aware,
+            servable=cls.servable,
             shallow_layer=cls.shallow_layer,
             paper=cls.paper,
             licence=cls.licence,
@@ -96,6 +99,7 @@ def methods() -> dict[str, MethodInfo]:
             summary=(cls.__doc__ or "").partition("\n")[0],
             options={item.name: item.default for item in fields(cls)},
             option_docs={item.name: item.metadata.get("doc", "") for item in fields(cls)},
+            option_bounds={item.name: str(item.metadata["served"]) for item in fields(cls) if item.metadata["served"]},
         )
     return found
 
@@ -111,6 +115,8 @@ def prune(
     keys: Tensor | None = None,
     cls_row: Tensor | None = None,
     shallow_saliency: Tensor | None = None,
+    received: Tensor | None = None,
+    shallow_received: Tensor | None = None,
     attention: Tensor | None = None,
     last_query: Tensor | None = None,
     last_key: Tensor | None = None,

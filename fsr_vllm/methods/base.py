@@ -15,14 +15,14 @@ from torch import Tensor
 
 from .checks import checked_fields
 from .ops import cosine_similarity, gather_rows, indices_of, mask_of, minmax, normalise, topk_stable
-from .options import check_options, option
+from .options import PerToken, check_options, option
 
 __all__ = [
-    "Method", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens", "option",
+    "Method", "PerToken", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens", "option",
     "cosine_similarity", "gather_rows", "indices_of", "mask_of", "minmax", "normalise", "topk_stable",
 ]  # fmt: skip
 
-Fidelity = Literal["exact", "stage-1", "input-probe", "control"]
+Fidelity = Literal["exact", "unchecked", "stage-1", "input-probe", "control"]
 
 
 @dataclass(eq=False)
@@ -39,6 +39,8 @@ class VisualTokens:
     keys: Tensor | None = None  # (N, Dk): keys of the saliency layer
     cls_row: Tensor | None = None  # (D,): the [CLS] token, brought into the space of features
     shallow_saliency: Tensor | None = None  # (N,): saliency of an early layer
+    received: Tensor | None = None  # (N,): attention received, mean over heads and all queries with [CLS]; late layer
+    shallow_received: Tensor | None = None  # (N,): the same of an early layer
     attention: Tensor | None = None  # (N, N): head-mean attention map; row = query, column = key
     last_query: Tensor | None = None  # (C,): the [CLS] query of the tower's last block
     last_key: Tensor | None = None  # (N, C), or (N + 1, C) with the [CLS] key first: keys of the tower's last block
@@ -92,7 +94,8 @@ class Method:
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()  # fields of VisualTokens it cannot run without
     uses: ClassVar[tuple[str, ...]] = ()  # fields it profits from where given
-    shallow_layer: ClassVar[int] = 0  # which block of a 24-block tower `shallow_saliency` is read at
+    shallow_layer: ClassVar[int] = 0  # block of a 24-block tower, from 0, that its shallow_* signals are read at
+    servable: ClassVar[bool] = True  # whether a server can form what it needs, for some model
     query_aware: ClassVar[bool] = False  # whether the result can depend on the question
     paper: ClassVar[str] = ""
     licence: ClassVar[str] = ""  # of the authors' published code

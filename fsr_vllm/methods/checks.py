@@ -9,7 +9,8 @@ from torch import Tensor
 
 # Dimensions of one image: N, D are those of features, other letters stand for any size, equal where they recur.
 _SHAPES: dict[str, tuple[str, ...]] = {
-    "features": ("N", "D"), "saliency": ("N",), "relevance": ("N",), "shallow_saliency": ("N",), "metric": ("N", "Dm"),
+    "features": ("N", "D"), "saliency": ("N",), "relevance": ("N",), "shallow_saliency": ("N",),
+    "received": ("N",), "shallow_received": ("N",), "metric": ("N", "Dm"),
     "keys": ("N", "Dk"), "cls_row": ("D",), "attention": ("N", "N"), "last_query": ("C",), "last_key": ("N|N+1", "C"),
     "text": ("T", "Dt"), "prototypes": ("P", "D"), "frame_weights": ("F",), "probe": ("N", "..."),
 }  # fmt: skip

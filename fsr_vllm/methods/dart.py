@@ -28,18 +28,19 @@ class DART(Method):
 
     The paper does this after the second layer, with that layer's keys and hidden states. Here it is done at the input:
     embeddings stand in for hidden states, and the norm of a text token's embedding for that of its key, which `probe`
-    does not hold. Without text there are the visual pivots alone. The authors' code was not available; the rule is that
-    of a public re-implementation.
+    does not hold. Without text there are the visual pivots alone. The authors' program, of which a copy is public under
+    another account, picks the same tokens.
     """
 
     name: ClassVar[str] = "dart"
     needs: ClassVar[tuple[str, ...]] = ("probe",)
     uses: ClassVar[tuple[str, ...]] = ("text",)
+    servable: ClassVar[bool] = False
     query_aware: ClassVar[bool] = True
     paper: ClassVar[str] = (
         "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More (arXiv 2502.11494)"
     )
-    licence: ClassVar[str] = "unclear"
+    licence: ClassVar[str] = "Apache-2.0"
     fidelity: ClassVar[Fidelity] = "input-probe"
 
     image_pivots: int = option(4, low=1, doc="visual tokens that serve as pivots")

@@ -24,6 +24,7 @@ class FastV(ScoreMethod):
 
     name: ClassVar[str] = "fastv"
     needs: ClassVar[tuple[str, ...]] = ("probe",)
+    servable: ClassVar[bool] = False
     query_aware: ClassVar[bool] = True
     paper: ClassVar[str] = (
         "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language"

@@ -10,22 +10,25 @@ from torch import Tensor
 
 from .base import Method, Selection, VisualTokens, cosine_similarity, indices_of, option
 
+_EPSILON = 1e-6  # the authors': beside a crop's mean spread, which it is divided by
+
 
 @dataclass
 class HoloV(Method):
-    """Cuts the raster into crops, shares K among them by their summed score, and keeps the best of each.
+    """Cuts the raster into crops, shares K among them by their mean score, and keeps the best of each.
 
-    Score = saliency + gamma * V, with V the spread of a token's cosines to its crop, scaled to the image's mean
+    Score = saliency + gamma * V, with V the spread of a token's cosines to its crop, scaled to the crop's own mean
     saliency. Crops are runs of the raster sequence, not windows, as in the published code; where the division leaves a
     remainder, the first ones are one longer. Of a crop with m tokens the cosines have a zeroed diagonal, which stays
-    in the sum of V = sum_j (cos_ij - mean_i)^2 / (m - 1), as in the code. Shares are rounded down, and the remainder
-    goes to the largest fractions, one each.
+    in the sum of V = sum_j (cos_ij - mean_i)^2 / (m - 1), as in the code. Shares are in proportion to the mean score of
+    a crop, to the power tau, and rounded down; what is left goes to the crops of largest share, one each.
 
-    Paper and code differ. rule="paper": each crop keeps its best by score, and what a share exceeds its crop goes to
-    the crops with room, in proportion to their scores. rule="code": the best by saliency alone; there the excess
-    became rows of zeros, here it is redistributed all the same. gamma is 0.09 in the code and has no value in the
-    paper; the code's factor of 1000 on saliency cancels out. For Qwen2.5-VL the code takes 1.778 * N / K crops
-    (crops=0) and leaves scores in window order, which is the caller's to map back.
+    Paper and code differ in what a crop keeps. rule="code": its best by saliency alone. rule="paper": its best by
+    score. Where a share exceeds its crop, the code filled up with rows of zeros; here, as the paper has it, the excess
+    goes to the crops with room, in proportion to their scores. A crop of one token scores like any other, where the
+    code leaves out its factor of 1000 on saliency, which otherwise cancels out. gamma is 0.09 in the code and has no
+    value in the paper. For Qwen2.5-VL the code takes 1.778 * N / K crops (crops=0) and leaves scores in window order,
+    which is the caller's to map back.
     """
 
     name: ClassVar[str] = "holov"
@@ -36,7 +39,7 @@ class HoloV(Method):
     )
     licence: ClassVar[str] = "Apache-2.0"
 
-    rule: str = option("paper", choices=("paper", "code"), doc="within a crop: the best by score, or by saliency alone")
+    rule: str = option("code", choices=("code", "paper"), doc="within a crop: the best by saliency alone, or by score")
     crops: int = option(16, low=0, doc="number of crops, at most N; 0 = max(1, int(1.778 * N / K))")
     gamma: float = option(0.09, low=0, doc="weight of the spread beside saliency")
     tau: float = option(1.0, low=0, doc="exponent of a crop's score in its share of K (1 in the code)")
@@ -58,10 +61,9 @@ class HoloV(Method):
         attention = saliency[:, place].view(b, crops, most).masked_fill(void, 0)
 
         spread = _spread(rows, size, void)
-        total = spread.sum((1, 2))
-        scale = torch.where(total > 0, attention.abs().sum((1, 2)) / torch.where(total > 0, total, 1.0), 0.0)
-        score = attention + self.gamma * spread * scale[:, None, None]
-        quota = _shares(score.sum(-1).double().clamp(min=0), self.tau, size, k)
+        scale = attention.abs().sum(-1) / (spread.sum(-1) + _EPSILON * size)  # a ratio of means over the crop
+        score = attention + self.gamma * spread * scale[..., None]
+        quota = _shares((score.sum(-1) / size).double().clamp(min=0), self.tau, size, k)
 
         best = score if self.rule == "paper" else attention
         order = best.masked_fill(void, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
@@ -82,7 +84,7 @@ def _spread(rows: Tensor, size: Tensor, void: Tensor) -> Tensor:
 
 
 def _shares(score: Tensor, tau: float, size: Tensor, k: int) -> Tensor:
-    """k shared among crops as score^tau, at most size each: (B, C) int64 that sum to k.
+    """k shared among crops as score^tau, at most size each, what rounding leaves to the largest: (B, C), sum k.
 
     Handing on again and again what a share exceeds its crop ends where the share is min(size, t * weight) for one t:
     the crops that are full are those of least size / weight. A weight of 0 counts only when all others are full.
@@ -100,5 +102,6 @@ def _shares(score: Tensor, tau: float, size: Tensor, k: int) -> Tensor:
 
     floor = share.floor()
     missing = k - floor.sum(-1, keepdim=True)
-    turn = (share - floor).sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+    with_room = torch.where(floor < size, weight, -1.0)
+    turn = with_room.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
     return (floor + (turn < missing)).long()

@@ -20,10 +20,11 @@ class IVC(Method):
     v_j . v_i / sqrt(head_dim), mean over the heads, of the values v in decoder layer k - 1, where k is 16 for LLaVA-1.5
     and Qwen2.5-VL-7B, 22 for Qwen2.5-VL-3B and 2 for Qwen2-VL.
 
-    Seeds are the max(1, int(seed_share * N)) visual tokens of highest mean over the text columns. The score is the mean
-    over the columns of the seeds and of the text. Of K tokens int(position_share * K) are those with the largest sum of
-    cos(p * theta_f) over the frequencies f, p being the token's position in the prompt, and as many those with the
-    largest sum of sin; a token may be both, and the score fills up to exactly K.
+    Seeds are the max(1, round(seed_share * N)) visual tokens of highest mean over the text columns; they are always
+    kept. The score is the mean over the columns of the seeds and of the text. Of K tokens round(position_share * K) are
+    those with the largest sum of cos(p * theta_f) over the frequencies f, p being the token's position in the prompt,
+    and as many those with the largest sum of sin; a token may be several of these, and the score fills up to exactly K,
+    or, where seeds and positions are more than K, drops positions first. Halves are rounded to the even number.
 
     Filling up is what the code does for Qwen (10 % + 10 % of N by position, 50 % in all); for LLaVA it keeps 5 % + 5 %
     by position and the best 20 %. The default is the paper's 10 % by position beside 40 %: 0.1 of K by each criterion.
@@ -38,6 +39,7 @@ class IVC(Method):
     name: ClassVar[str] = "ivc"
     needs: ClassVar[tuple[str, ...]] = ("probe",)
     uses: ClassVar[tuple[str, ...]] = ("grid",)
+    servable: ClassVar[bool] = False
     query_aware: ClassVar[bool] = True
     paper: ClassVar[str] = (
         "IVC-Prune: Revealing the Implicit Visual Coordinates in LVLMs for Vision Token Pruning (arXiv 2602.03060)"
@@ -59,14 +61,15 @@ class IVC(Method):
             raise ValueError(f"probe must hold (N, N + T) similarities, T >= 1 text tokens, for ivc; got {shape}")
         probe = probe.float()
         text = probe[..., n:]
-        seeds = topk_stable(text.mean(-1), max(1, int(self.seed_share * n)))
+        seeds = topk_stable(text.mean(-1), max(1, round(self.seed_share * n)))
         queries = probe.gather(2, seeds[:, None].expand(-1, n, -1))
         order = topk_stable(torch.cat([queries, text], 2).mean(-1), n)
 
-        count = int(self.position_share * k)
+        count = round(self.position_share * k)
         cosine, sine = self._turns(tokens.grid or (1, n), probe.device)
         telling = mask_of(topk_stable(cosine, count), n) | mask_of(topk_stable(sine, count), n)
-        first = topk_stable(telling[0, order].to(torch.uint8), k)
+        tier = torch.where(mask_of(seeds, n), 2, telling.long())
+        first = topk_stable(tier.gather(1, order), k)
         return Selection(order.gather(1, first))
 
     def _turns(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 
+@dataclass(frozen=True)
+class PerToken:
+    """The least value that a request may ask for, N / `tokens` rounded up on an image of N visual tokens.
+
+    For options below which the cost of a method grows faster than that of comparing all pairs: a request runs inside
+    the engine's step, and all others wait for it. The default is always allowed; outside a server there is no bound.
+    """
+
+    tokens: int
+
+    def least(self, n: int) -> int:
+        return -(-n // self.tokens)
+
+    def __str__(self) -> str:
+        return f"at least N / {self.tokens}"
+
+
 def option(
-    default: Any, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), doc: str = ""
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    doc: str = "",
+    served: PerToken | None = None,
 ) -> Any:
     """A hyper-parameter of the default's type (an int will do for a float), from low to high, both included."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices, "doc": doc})
+    about = {"low": low, "high": high, "choices": choices, "doc": doc, "served": served}
+    return field(default=default, metadata=about)
 
 
 _MOST = 1e6  # of a hyper-parameter that is not a count
@@ -25,6 +49,18 @@ def check_options(method: Any) -> None:
             raise ValueError(f"{item.name} must be {allowed(item)}; got {reprlib.repr(value)[:80]}")
         if isinstance(item.default, float):
             setattr(method, item.name, float(value))
+
+
+def beyond_serving(method: Any, n: int) -> str | None:
+    """Why a server does not run this method, with these options, on an image of n tokens; None if it does."""
+    for item in fields(method):
+        served, value = item.metadata.get("served"), getattr(method, item.name)
+        if served is not None and value != item.default and value < served.least(n):
+            return (
+                f"{item.name} must be at least {served.least(n)} in a request about an image of {n:,} visual tokens "
+                f"(N / {served.tokens}), or left out; got {value}"
+            )
+    return None
 
 
 def allowed(item: Field[Any]) -> str:

@@ -29,6 +29,7 @@ class Quota(Method):
     name: ClassVar[str] = "quota"
     needs: ClassVar[tuple[str, ...]] = ("frame_weights",)
     uses: ClassVar[tuple[str, ...]] = ("saliency",)
+    servable: ClassVar[bool] = False
     query_aware: ClassVar[bool] = True
     paper: ClassVar[str] = (
         "QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension (arXiv 2503.08689)"

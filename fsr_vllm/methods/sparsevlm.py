@@ -15,7 +15,8 @@ from .base import Fidelity, ScoreMethod, VisualTokens
 class SparseVLM(ScoreMethod):
     """Top K by the attention, in an early decoder layer, of the question's tokens that fit the image best.
 
-    `text` must hold the language model's input embeddings of the T question tokens, in the space of `features`.
+    `text` must hold the language model's input embeddings of the T tokens behind the image, in the space of `features`:
+    for the authors that is the question with the tail of the prompt, the cue to answer included.
     `probe` must hold, for each visual token, (N, T): the attention weight from each of these tokens to it, mean over
     the heads, at decoder layer index 2, the first at which the paper prunes.
 
@@ -29,6 +30,7 @@ class SparseVLM(ScoreMethod):
 
     name: ClassVar[str] = "sparsevlm"
     needs: ClassVar[tuple[str, ...]] = ("probe", "text")
+    servable: ClassVar[bool] = False
     query_aware: ClassVar[bool] = True
     paper: ClassVar[str] = (
         "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"

@@ -10,7 +10,7 @@ import torch
 
 from fsr_vllm.kernels import farthest_from_prefix
 
-from .base import Method, Selection, VisualTokens, cosine_similarity, option, topk_stable
+from .base import Fidelity, Method, Selection, VisualTokens, cosine_similarity, option, topk_stable
 
 
 @dataclass
@@ -22,6 +22,8 @@ class ZSPAPrune(Method):
     none; 0.6 is what a third-party port uses, and smaller ones are worth trying. That port also fills up with the token
     least similar to any one chosen token; here, as the paper's text has it, with the token whose most similar chosen
     token is least similar (max-min). Without text (T = 0) the core is the first token.
+
+    There is no public program of the authors', and no figure that this could be checked against.
     """
 
     name: ClassVar[str] = "zspaprune"
@@ -31,6 +33,7 @@ class ZSPAPrune(Method):
         "ZSPAPrune: Zero-Shot Prompt-Aware Token Pruning for Vision-Language Models (arXiv 2510.17197)"
     )
     licence: ClassVar[str] = "none published"
+    fidelity: ClassVar[Fidelity] = "unchecked"
 
     core_share: float = option(0.6, low=0, high=1, doc="share of K chosen by relevance to the prompt (not published)")
 

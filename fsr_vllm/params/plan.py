@@ -43,6 +43,8 @@ def resolve(
     fields: RequestFields, settings: ServerSettings, totals: Sequence[int], signals: Collection[str]
 ) -> list[ImagePlan]:
     """One plan per image, in prompt order; `signals` are the inputs this model can give a method."""
+    from fsr_vllm.methods.options import beyond_serving
+
     count = len(totals)
     asked = settings.default_budget if fields.fsr_budget is None else fields.fsr_budget
     budgets = per_image(asked, count, "fsr_budget")
@@ -65,5 +67,7 @@ def resolve(
             raise FieldError(
                 "fsr_method", f"fsr_method {name!r} needs {', '.join(missing)}, which this server does not have"
             )
+        if excess := beyond_serving(method, total):
+            raise FieldError("fsr_options", f"fsr_options: {excess}")
         plans.append(ImagePlan(total, keep, name, options, question.strip() if asks else ""))
     return plans

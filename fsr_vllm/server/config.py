@@ -1,4 +1,4 @@
-"""GET /v1/fsr/config: what this server allows and does by default, from what its API server knows; no worker is asked."""
+"""GET /v1/fsr/config: what this server allows and does by default, as its API server knows it: no worker is asked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def described(model_config: Any, processor: Any) -> dict[str, Any]:
     """The answer for a model config and the processor in this front end, which may be one that does not prune."""
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
     why = getattr(processor, "fsr_unsupported", None) if text is not None else None
-    methods = getattr(processor, "fsr_methods", list)() if text is not None and not why else []
+    methods: list[str] = getattr(processor, "fsr_methods", list)() if text is not None and not why else []
     answer: dict[str, Any] = {"object": "fsr.config", "version": __version__, "ignored": False, "prunes": bool(methods)}
     if text is None:
         return answer

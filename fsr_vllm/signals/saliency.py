@@ -39,11 +39,15 @@ def attention_map(query: Tensor, key: Tensor, num_heads: int, scale: float) -> T
     return total
 
 
-def received_attention(query: Tensor, key: Tensor, num_heads: int, scale: float, prefix: int = 0) -> Tensor:
-    """Attention a patch receives, mean over the patches that give it, summed over heads: for towers without [CLS].
+def received_attention(
+    query: Tensor, key: Tensor, num_heads: int, scale: float, prefix: int = 0, prefix_gives: bool = False
+) -> Tensor:
+    """Attention a patch receives, mean over the tokens that give it, summed over heads.
 
-    The paper says only "aggregated self-attention" for such towers; the column mean is the plainest reading. `prefix`
-    leading rows (class or register tokens) are keys like any other, but neither counted as givers nor returned.
+    `prefix` leading rows (class or register tokens) are keys like any other, and never returned. Without `prefix_gives`
+    patches alone count as givers: FSR's saliency for towers without [CLS], of which the paper says only "aggregated
+    self-attention"; the column mean is the plainest reading. With it all rows are givers, as HiPrune averages. Queries
+    go in blocks, so that memory stays bounded at any number of tokens.
 
     Shapes: query, key (B, prefix + N, num_heads * dim) -> (B, N) float32.
     Errors: ValueError for other shapes.
@@ -52,9 +56,10 @@ def received_attention(query: Tensor, key: Tensor, num_heads: int, scale: float,
     batch, heads, rows, _ = q.shape
     step = max(1, _BLOCK_ELEMENTS // (batch * heads * rows))
     total = q.new_zeros(batch, rows)
-    for start in range(prefix, rows, step):
+    first = 0 if prefix_gives else prefix
+    for start in range(first, rows, step):
         total += _attend(q[:, :, start : start + step], k, scale).sum((1, 2))
-    return total[:, prefix:] / (rows - prefix)
+    return total[:, prefix:] / (rows - first)
 
 
 def _attend(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fsr_vllm.methods import PrunedTokens, VisualTokens, get_method
 from fsr_vllm.methods.prototypes import build_prototypes
 from fsr_vllm.signals.relevance import clip_relevance, pool_chunks
-from fsr_vllm.signals.saliency import attention_map, cls_attention
+from fsr_vllm.signals.saliency import attention_map, cls_attention, received_attention
 
 from . import towers
 from .data import Pictures, pixels
@@ -153,8 +153,7 @@ class Bench:
     def _tokens(self, rows: np.ndarray, read: set[str], name: str, text: str, sign: int) -> VisualTokens:
         index = self._scenes(rows)
         given: dict[str, Any] = {key: value[index] for key, value in self.signals.items() if key in read}
-        if "shallow_saliency" in read:
-            given["shallow_saliency"] = self.signals[f"shallow_{name}"][index]
+        given |= {key: self.signals[f"{key}@{name}"][index] for key in read if key.startswith("shallow_")}
         questions = [text or self.items[row][1].text for row in rows]
         if "relevance" in read:
             embedded = torch.stack([self._text(question) for question in questions])
@@ -235,18 +234,22 @@ def signals_of(clip: nn.Module, images: Tensor) -> dict[str, Tensor]:
     def saliency(layer: int) -> Tensor:
         return cls_attention(*query_key(layer), towers.HEADS, scale) / towers.HEADS
 
+    def received(layer: int) -> Tensor:
+        return received_attention(*query_key(layer), towers.HEADS, scale, 1, prefix_gives=True) / towers.HEADS
+
     found = {
         "metric": states[-2][:, 1:],
         "cls_row": states[-2][:, 0],
         "saliency": saliency(last),
+        "received": received(last),
         "attention": attention_map(query, key, towers.HEADS, scale) / towers.HEADS,
         "keys": key[:, 1:].unflatten(2, (towers.HEADS, -1)).mean(2),
         "last_query": query[:, 0],
         "last_key": key,
     }
-    for name in ("hiprune", "vscan"):
+    for name, signal, form in (("hiprune", "shallow_received", received), ("vscan", "shallow_saliency", saliency)):
         layer = min(last, round(get_method(name).shallow_layer * towers.LAYERS / 24))
-        found[f"shallow_{name}"] = saliency(layer)
+        found[f"{signal}@{name}"] = form(layer)
     return found
 
 

@@ -107,6 +107,8 @@ def _key(method: str, options: dict[str, Any]) -> str:
     values = {item.name: getattr(made, item.name) for item in fields(made)}
     if method == "fsr" and values["scan"] == "farthest":
         values.pop("scan_gamma")
+    if method == "vispruner":
+        values["step"] = values["step"] or 8  # what it comes to at this size
     if method == "cdpruner" and values["weighting"] == "product":
         values.pop("theta")
     return json.dumps(values, sort_keys=True)

@@ -41,8 +41,8 @@ MANY = request("rocket", "coffee", "astronaut", "chelsea", "camera", WHAT)  # 2,
 ACTIVE = {"additional_config": {"fsr": {}}}
 PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}  # a user's own: combined with ours
 # Every method that this model can give its inputs to, by changing one word.
-REFUSED = ("quota", "fastv", "sparsevlm", "dart", "ivc")
-SERVED = [name for name in fsr_vllm.methods() if name not in REFUSED]
+REFUSED = [name for name, info in fsr_vllm.methods().items() if not info.servable]
+SERVED = [name for name, info in fsr_vllm.methods().items() if info.servable]
 BAD = [
     {"fsr_budget": 0},
     {"fsr_budget": [64, 64]},

@@ -10,14 +10,16 @@ from fsr_vllm.engine.caches import unpack_plan
 class ProbeExtension:
     @torch.inference_mode()
     def probe_signals(self, pixels: str, question: str) -> dict[str, list[float]]:
-        """Saliency and relevance of one image, whose float32 pixels come as base64."""
+        """Saliency, attention received and relevance of one image, whose float32 pixels come as base64."""
         model = self.model_runner.get_model()
         values = torch.frombuffer(bytearray(b64decode(pixels)), dtype=torch.float32).view(1, 3, 336, 336)
-        model.fsr_tap.wanted = frozenset({"saliency"})
+        names = ("saliency", "received", "shallow_received@8")
+        model.fsr_tap.wanted = frozenset(names)
         features, projected = model.fsr_project(model.fsr_tower(values))
         model.fsr_tap.wanted = frozenset()
         relevance = model.fsr_text.relevance(features, projected, [question])
-        return {"saliency": model.fsr_tap.take()["saliency"][0].tolist(), "relevance": relevance[0].tolist()}
+        signals = model.fsr_tap.take()
+        return {name: signals[name][0].tolist() for name in names} | {"relevance": relevance[0].tolist()}
 
     def probe_steps(self) -> list[int]:
         """Unpruned tokens that each engine step so far gave the model to encode; starts to watch when first called."""

@@ -202,17 +202,21 @@ def test_every_method_runs_by_changing_one_word(outcome):
 
 @pytest.mark.parametrize("name", ["no caches", "tensor parallel"])
 def test_signals_are_those_of_transformers(outcome, checkpoint, pixels, name):
-    """[CLS] attention of the last computed layer and CLIP's own text embedding, by another library, in eager mode."""
+    """Attention of [CLS], attention received, CLIP's own text embedding: by another library, in eager mode."""
     folder = checkpoint / "text_encoder"
     clip = CLIPModel.from_pretrained(folder, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         seen = clip.vision_model(pixels, output_attentions=True, output_hidden_states=True)
         saliency = seen.attentions[-2][0, :, 0, 1:].mean(0)
+        received = seen.attentions[-2][0].mean((0, 1))[1:]
+        shallow = seen.attentions[round(8 * len(seen.attentions) / 24)][0].mean((0, 1))[1:]
         text = clip.get_text_features(**tokenizer(WHAT.lower(), return_tensors="pt"))
         text = getattr(text, "pooler_output", text)
         patches = clip.visual_projection(clip.vision_model.post_layernorm(seen.hidden_states[-2][0, 1:]))
         relevance = torch.cosine_similarity(patches, text)
     for worker in outcome(name)["signals"]:
         torch.testing.assert_close(torch.tensor(worker["saliency"]), saliency, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(worker["received"]), received, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.tensor(worker["shallow_received@8"]), shallow, atol=1e-6, rtol=0)
         torch.testing.assert_close(torch.tensor(worker["relevance"]), relevance, atol=1e-5, rtol=0)

@@ -44,14 +44,15 @@ _LISTED = [
     Case("cdpruner", {"weighting": "exp", "norm_scope": "row"}),
     Case("divprune"),  # two tokens nearest to each other tie for the first pick
     Case("holov"),
-    Case("holov", {"rule": "code", "crops": 4}),
+    Case("holov", {"rule": "paper", "crops": 4}),
     Case("holov", {"crops": 0, "tau": 2.0}),
     Case("scope", equivariant=True),
+    Case("scope", {"combine": "sum", "alpha": 0.5}),  # two that cover only each other can tie
     Case("zspaprune", equivariant=True),
     Case("zspaprune", {"core_share": 0.0}, equivariant=True),
     Case("codebook", equivariant=True),
     Case("hiprune"),
-    Case("hiprune", {"alpha": 1.0}),
+    Case("hiprune", {"alpha": 1.0, "edges": "grid"}),
     Case("vscan"),
     Case("vscan", {"window": 2}),
     Case("vscan", {"window": 3, "merge": False}),
@@ -60,7 +61,7 @@ _LISTED = [
     Case("visionzip", plain=False),  # the [CLS] row
     Case("visionzip", {"contextual_share": 0.5}, plain=False),
     Case("prumerge", plain=False),  # every centre takes in its neighbours
-    Case("prumerge", {"variant": "plus", "neighbours": 3}, plain=False),
+    Case("prumerge", {"variant": "base", "neighbours": 3}, plain=False),
     Case("vflowopt"),
     Case("vflowopt", {"threshold": 1.2, "cell": 2.3}),
     Case("visiondrop", plain=False),
@@ -93,6 +94,9 @@ OPTION_NEEDS: dict[str, dict[str, dict[str, Any]]] = {
         "space": {"rho": 0.5},
     },
     "cdpruner": {"theta": {"weighting": "exp"}},
+    "holov": {"rule": {"crops": 4, "gamma": 1.0}},
+    "scope": {"heads": {"combine": "sum", "alpha": 0.1}},
+    "hiprune": {"edges": {"alpha": 1.0}},
 }
 
 
@@ -128,6 +132,8 @@ def make_tokens(
         "keys": lambda: normal(n, 4),
         "cls_row": lambda: normal(d).to(dtype),
         "shallow_saliency": lambda: distinct(n),
+        "received": lambda: distinct(n),
+        "shallow_received": lambda: distinct(n),
         "attention": lambda: normal(n, n).softmax(-1),
         "last_query": lambda: normal(8),
         "last_key": lambda: normal(n + 1, 8),

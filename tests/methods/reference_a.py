@@ -1,4 +1,4 @@
-"""The selection rules of eight rivals as design/methods.md writes them: float64, plain loops, one image.
+"""The selection rules of eight rivals as their papers and programs state them: float64, plain loops, one image.
 
 Nothing of the production code is used. Every function returns the kept tokens in ascending order. `margin` collects by
 how much each decision was made: where the narrowest is near float32's rounding, another answer would be no mistake.
@@ -66,12 +66,16 @@ def divprune(features, k, margin):
     return farthest(similarity, [best(nearest, every, margin)], k, margin)
 
 
-def scope(features, saliency, k, margin, alpha=1.0):
-    similarity, every, picks = cosines(features, features), range(len(features)), []
-    cover = np.zeros(len(features))
+def scope(space, saliency, k, margin, alpha=1.0, combine="product", heads=16):
+    similarity, every, picks = cosines(space, space), range(len(space)), []
+    cover = np.zeros(len(space))
     for _ in range(k):
         rest = [j for j in every if j not in picks]
-        gain = {j: sum(max(0, similarity[i, j] - cover[i]) for i in every) * saliency[j] ** alpha for j in rest}
+        gain = {j: sum(max(0, similarity[i, j] - cover[i]) for i in every) for j in rest}
+        if combine == "product":
+            gain = {j: value * saliency[j] ** alpha for j, value in gain.items()}
+        else:  # saliency summed over the heads, and no weight between the two
+            gain = {j: value + (heads * saliency[j]) ** alpha for j, value in gain.items()}
         picks.append(best(gain, rest, margin))
         cover = np.maximum(cover, similarity[:, picks[-1]])
     return sorted(picks)
@@ -89,37 +93,40 @@ def codebook(features, prototypes, k, margin):
     return sorted(top([-value for value in redundancy], range(len(features)), k, margin))
 
 
-def hiprune(saliency, shallow, grid, k, margin, alpha=0.1):
-    (h, w), every = grid, range(len(saliency))
-    kept = top(shallow, every, math.floor(alpha * k / 5 + 0.5), margin)
+def hiprune(received, shallow, grid, k, margin, alpha=0.1, edges="code"):
+    (h, w), every = grid, range(len(received))
+    kept = top(shallow, every, round(k * alpha / 5), margin)
     if len(kept) > 1:  # their order decides which neighbours are left out
         margin += [shallow[a] - shallow[b] for a, b in zip(kept, kept[1:], strict=False)]
     for place in list(kept):
         y, x = divmod(place, w)
-        for row, column in ((y - 1, x), (y, x - 1), (y, x + 1), (y + 1, x)):
-            if 0 <= row < h and 0 <= column < w and row * w + column not in kept:
-                kept.append(row * w + column)
+        for row, column in ((y, x - 1), (y, x + 1), (y - 1, x), (y + 1, x)):
+            near = row * w + column
+            if edges == "code":
+                near = max(0, min(h * w - 1, near))
+            elif not (0 <= row < h and 0 <= column < w):
+                continue
+            if near not in kept:
+                kept.append(near)
     kept = kept[:k]
-    return sorted(kept + top(saliency, [i for i in every if i not in kept], k - len(kept), margin))
+    return sorted(kept + top(received, [i for i in every if i not in kept], k - len(kept), margin))
 
 
-def holov(features, saliency, k, margin, rule="paper", crops=16, gamma=0.09, tau=1.0):
+def holov(features, saliency, k, margin, rule="code", crops=16, gamma=0.09, tau=1.0):
     n = len(saliency)
     crops = min(crops or max(1, int(1.778 * n / k)), n)
     parts = [list(map(int, part)) for part in np.array_split(np.arange(n), crops)]
-    spread = np.zeros(n)
+    attention, score = 1000 * saliency, np.zeros(n)
     for part in parts:
-        similarity, m = cosines(features[part], features[part]), len(part)
+        similarity, m, spread = cosines(features[part], features[part]), len(part), []
         for i in range(m):
             similarity[i, i] = 0
-        for i in range(m) if m > 1 else ():
-            mean = sum(similarity[i]) / (m - 1)
-            spread[part[i]] = sum((value - mean) ** 2 for value in similarity[i]) / (m - 1)
-    attention = 1000 * saliency
-    mean_spread = np.mean(np.abs(spread))
-    score = attention + gamma * (spread * np.mean(np.abs(attention)) / mean_spread if mean_spread else 0 * spread)
+            mean = sum(similarity[i]) / max(1, m - 1)
+            spread.append(sum((value - mean) ** 2 for value in similarity[i]) / max(1, m - 1))
+        scale = np.mean(np.abs(attention[part])) / (np.mean(np.abs(spread)) + 1e-6)  # over this crop
+        score[part] = attention[part] + gamma * scale * np.array(spread)
 
-    weight = [sum(score[part]) ** tau for part in parts]
+    weight = [np.mean(score[part]) ** tau for part in parts]
     share, full = [0.0] * crops, []
     while True:  # what exceeds a crop goes to the others, in proportion, until nothing does
         rest = [c for c in range(crops) if c not in full]
@@ -133,8 +140,10 @@ def holov(features, saliency, k, margin, rule="paper", crops=16, gamma=0.09, tau
             share[c] = len(parts[c])
         full += over
     quota = [math.floor(value + 1e-9) for value in share]
-    fraction = [value - whole for value, whole in zip(share, quota, strict=True)]
-    for c in top(fraction, range(crops), k - sum(quota), margin):
+    room = [c for c in range(crops) if quota[c] < len(parts[c])]
+    if len(room) > 1:  # a single one gets exactly what is left
+        margin += [abs(share[c] - round(share[c])) for c in room]
+    for c in top([w / max(weight) for w in weight], room, k - sum(quota), margin):
         quota[c] += 1
     kept = []
     for part, number in zip(parts, quota, strict=True):

@@ -1,4 +1,4 @@
-"""The rules of nine more rivals as design/methods.md writes them: float64, plain loops, one image.
+"""The rules of nine more rivals as their papers and programs state them: float64, plain loops, one image.
 
 Nothing of the production code is used. Every function returns the kept places in ascending order, and where rows are
 merged also these rows and, for each token, the place that took it in (else -1). `margin` collects by how much each
@@ -67,17 +67,26 @@ def visionzip(features, saliency, keys, cls_row, k, margin, share):
     return answer(rows, n, into)
 
 
-def prumerge(features, query, key, k, margin, variant="base", neighbours=32):
+def prumerge(features, query, key, k, margin, variant="plus", neighbours=32):
     n = len(features)
     a = softmax([float(query @ row) * len(query) ** -0.5 for row in key])[-n:]
     key = key[-n:]
-    outliers = k - 1 if variant == "base" else (k - 1) // 4
-    order = ranked(np.log(a), range(n), margin, outliers)
-    centres, wanted = order[:outliers], k - 1 - outliers
-    if wanted:
-        rest = sorted(order[outliers:])
-        rest = rest[:: len(rest) // wanted]
-        centres = centres + ranked(np.log(a), rest, margin, wanted)[:wanted]
+    order = ranked(np.log(a), range(n), margin, k - 1)
+    centres = order[: k - 1]
+    if variant == "plus":
+        first, third = np.percentile(a, (25, 75))
+        bound = third + 1.5 * (third - first)
+        margin += [abs(value - bound) for value in a]
+        outliers = [i for i in order if a[i] > bound]
+        centres, wanted = outliers[: k - 1], k - 1 - len(outliers)
+        if wanted > 0:
+            rasters = {s: [i for i in range(0, n - 1, s) if i not in outliers] for s in range(1, n)}
+            authors = max(1, int(int(n / len(outliers)) / 3)) if outliers else 0
+            if authors and len(rasters[authors]) == wanted:
+                centres = outliers + rasters[authors]
+            else:
+                raster = rasters[max(s for s in rasters if len(rasters[s]) >= wanted)]
+                centres = outliers + ranked(np.log(a), raster, margin, wanted)[:wanted]
     rows = {}
     for c in centres:
         others = [i for i in range(n) if i != c]
@@ -160,7 +169,7 @@ def dart(features, probe, text, k, margin, image_pivots=4, text_pivots=4):
 
 def ivc(probe, grid, k, margin, seed_share=0.01, position_share=0.1, positions="raster", first=35, base=1e4, dim=128):
     n, text = len(probe), range(len(probe), probe.shape[1])
-    count = max(1, int(seed_share * n))
+    count = max(1, round(seed_share * n))
     seeds = ranked([sum(row[t] for t in text) / len(text) for row in probe], range(n), margin, count)[:count]
     queries = [*seeds, *text]
     score = [sum(row[q] for q in queries) / len(queries) for row in probe]
@@ -169,10 +178,12 @@ def ivc(probe, grid, k, margin, seed_share=0.01, position_share=0.1, positions="
         axes = [first + i] if positions == "raster" else sorted([first + i // grid[1], first + i % grid[1]])
         return np.float32(sum(sum(wave(p / base ** (2 * f / dim)) for f in range(dim // 2)) for p in axes))
 
-    kept: list[int] = []
+    placed: set[int] = set()
     for wave in (math.cos, math.sin):
         telling = {i: turn(wave, i) for i in range(n)}
-        kept += sorted(telling, key=lambda i: (-telling[i], i))[: int(position_share * k)]
-    rest = [i for i in range(n) if i not in kept]
-    wanted = k - len(set(kept))
-    return sorted({*kept, *ranked(score, rest, margin, wanted)[:wanted]})
+        placed |= set(sorted(telling, key=lambda i: (-telling[i], i))[: round(position_share * k)])
+    kept: list[int] = []  # seeds whatever happens, then positions, then the best: as far as K reaches
+    for group in (seeds, placed - {*seeds}, {*range(n)} - placed - {*seeds}):
+        wanted = k - len(kept)
+        kept += ranked(score, sorted(group), margin, wanted)[:wanted] if 0 < wanted else []
+    return sorted(kept)

@@ -27,7 +27,7 @@ def test_what_is_said_of_a_method(name):
     info, method = methods()[name], get_method(name)
     assert info.name == name == method.name
     assert set(info.needs) | set(info.uses) <= set(FIELDS) - {"features"}
-    assert info.fidelity in ("exact", "stage-1", "input-probe", "control")
+    assert info.fidelity in ("exact", "unchecked", "stage-1", "input-probe", "control")
     assert info.summary and info.licence and (info.paper or info.fidelity == "control")
     assert info.options == asdict(method) and all(info.option_docs.values())
     json.dumps(info.options)  # they go into the cache identity as JSON

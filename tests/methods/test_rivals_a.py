@@ -23,6 +23,9 @@ def inputs(grid, seed, d=None):
         "features": (rng.normal(size=(n, d)) + rng.normal(size=d)).astype(np.float32),
         "saliency": rng.lognormal(sigma=0.5, size=n).astype(np.float32),
         "shallow_saliency": rng.lognormal(sigma=0.5, size=n).astype(np.float32),
+        "received": rng.lognormal(sigma=0.5, size=n).astype(np.float32),
+        "shallow_received": rng.lognormal(sigma=0.5, size=n).astype(np.float32),
+        "metric": (rng.normal(size=(n, d + 3)) + rng.normal(size=d + 3)).astype(np.float32),
         "relevance": rng.normal(size=n).astype(np.float32) * 0.1,
         "text": rng.normal(size=(4, d)).astype(np.float32),
         "prototypes": rng.normal(size=(6, d)).astype(np.float32),
@@ -83,9 +86,10 @@ def test_divprune(grid, k):
 
 
 @each_size
-@pytest.mark.parametrize("alpha", [1.0, 0.0, 2.0])
-def test_scope(grid, k, alpha):
-    compare("scope", ("features", "saliency"), grid, k, alpha=alpha)
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.0}, {"alpha": 2.0}, {"combine": "sum", "heads": 2}], ids=str)
+@pytest.mark.parametrize("space", ["features", "metric"])
+def test_scope(grid, k, options, space):
+    compare("scope", (space, "saliency"), grid, k, **options)
 
 
 @each_size
@@ -101,11 +105,12 @@ def test_codebook(grid, k):
 
 @each_size
 @pytest.mark.parametrize("alpha", [0.1, 0.0, 0.5, 1.0])
-def test_hiprune(grid, k, alpha):
-    compare("hiprune", ("saliency", "shallow_saliency"), grid, k, alpha=alpha)
+@pytest.mark.parametrize("edges", ["code", "grid"])
+def test_hiprune(grid, k, alpha, edges):
+    compare("hiprune", ("received", "shallow_received"), grid, k, alpha=alpha, edges=edges)
 
 
-HOLOV = [{}, {"rule": "code"}, {"crops": 4}, {"crops": 4, "rule": "code"}, {"crops": 0}, {"gamma": 1.0, "tau": 2.0}]
+HOLOV = [{}, {"rule": "paper"}, {"crops": 4}, {"crops": 4, "rule": "paper"}, {"crops": 0}, {"gamma": 1.0, "tau": 2.0}]
 
 
 @each_size
@@ -192,9 +197,67 @@ def test_holov_hands_on_what_exceeds_a_crop():
         assert prune(torch.eye(6), budget=5, **options).indices.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_hiprune_neighbours_stay_in_their_row():
-    shallow, deep = torch.zeros(12), torch.linspace(0, 1, 12)
-    shallow[4] = 1.0  # the left end of the second of three rows: its left neighbour would be token 3
-    signals = {"saliency": deep, "shallow_saliency": shallow, "grid": (3, 4)}
-    got = prune(torch.eye(12), **signals, budget=5, method="hiprune", alpha=1.0)
-    assert got.indices.tolist() == [0, 4, 5, 8, 11]
+def test_holov_gives_what_rounding_leaves_to_the_heaviest_crop_not_to_the_largest_fraction():
+    saliency = torch.tensor([0.30, 0.15, 0.10, 0.05, 0.20, 0.10, 0.06, 0.04])
+    assert prune(torch.eye(8), saliency=saliency, budget=4, method="holov", crops=2).indices.tolist() == [0, 1, 2, 4]
+
+
+def test_holov_weighs_crops_of_unequal_length_by_their_mean():
+    saliency = torch.tensor([0.17, 0.13, 0.11, 0.09, 0.18, 0.15, 0.12])
+    assert prune(torch.eye(7), saliency=saliency, budget=3, method="holov", crops=2).indices.tolist() == [0, 4, 5]
+
+
+def test_holov_scales_the_spread_by_each_crop():
+    """The first crop's tokens do not differ, the second's do: over the image its spread would win a token."""
+    features = torch.tensor([[1.0, 0.0]] * 4 + [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    saliency = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.4, 0.3, 0.2, 0.1])
+    options = {"saliency": saliency, "budget": 4, "method": "holov", "crops": 2, "gamma": 3.0}
+    # Means of saliency 0.35 and 0.25, each times 1 + gamma, as the spread of each crop is scaled to it: 2.33 and 1.67.
+    assert prune(features, **options).indices.tolist() == [0, 1, 2, 4]
+
+
+def test_holov_keeps_the_best_of_a_crop_by_attention_alone():
+    features = torch.eye(3)[[0, 1, 2, 0]]
+    signals = {"saliency": torch.tensor([0.4, 0.3, 0.2, 0.1]), "method": "holov", "crops": 1, "gamma": 9.0}
+    assert prune(features, budget=2, **signals).indices.tolist() == [0, 1]
+    # By score the two that are alike vary most.
+    assert prune(features, budget=2, rule="paper", **signals).indices.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("k, anchors", [(25, 0), (75, 2), (125, 2), (175, 4), (225, 4), (64, 1), (192, 4)])
+def test_hiprune_rounds_anchors_half_to_even(k, anchors):
+    """Distant anchors at N = 576, each with four neighbours; everything else by the late layer, from the end."""
+    shallow = torch.zeros(576)
+    places = [2 * 24 + 2, 2 * 24 + 7, 2 * 24 + 12, 2 * 24 + 17, 6 * 24 + 2, 6 * 24 + 7]
+    shallow[places] = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    got = prune(torch.eye(576), received=torch.arange(576.0), shallow_received=shallow, budget=k, method="hiprune")
+    near = [at + step for at in places[:anchors] for step in (0, -1, 1, -24, 24)]
+    assert got.indices.tolist() == sorted(near) + list(range(576 - k + len(near), 576))
+
+
+def test_hiprune_neighbours_beyond_an_edge():
+    """As published the last token of the row above, or clamped to the image; in edges="grid" there are none."""
+    deep = torch.linspace(0, 1, 12)
+    for anchor, code, grid in [(4, [0, 3, 4, 5, 8], [0, 4, 5, 8, 11]), (11, [7, 8, 9, 10, 11], [7, 8, 9, 10, 11])]:
+        shallow = torch.zeros(12)
+        shallow[anchor] = 1.0
+        signals = {"received": deep, "shallow_received": shallow, "grid": (3, 4)}
+        for edges, kept in {"code": code, "grid": grid}.items():
+            got = prune(torch.eye(12), **signals, budget=5, method="hiprune", alpha=1.0, edges=edges)
+            assert got.indices.tolist() == kept
+    shallow = torch.zeros(12)
+    shallow[2] = 1.0  # above it there is nothing: the first token instead
+    got = prune(
+        torch.eye(12), received=deep, shallow_received=shallow, grid=(3, 4), budget=5, method="hiprune", alpha=1.0
+    )
+    assert got.indices.tolist() == [0, 1, 2, 3, 6]
+
+
+def test_scope_measures_cosines_before_the_projector():
+    metric, saliency = torch.eye(4)[[0, 0, 1, 2]], torch.tensor([0.4, 0.3, 0.2, 0.1])
+    signals = {"saliency": saliency, "budget": 3, "method": "scope"}
+    assert prune(torch.eye(4), metric=metric, **signals).indices.tolist() == [0, 2, 3]
+    assert prune(torch.eye(4), **signals).indices.tolist() == [0, 1, 2]
+    added = prune(torch.eye(4), metric=metric, combine="sum", heads=2, **signals)
+    assert added.indices.tolist() == [0, 2, 3]  # gains 2, 2, 1, 1 and 0.8, 0.6, 0.4, 0.2; then 0 + 0.6 < 1 + 0.2
+    assert prune(torch.eye(4), metric=metric, combine="sum", heads=20, **signals).indices.tolist() == [0, 1, 2]

@@ -68,7 +68,7 @@ def compare(name, rule, fields, grid, k, probe=None, **options):
             return
 
 
-PRUMERGE = [{}, {"variant": "plus"}, {"neighbours": 3}, {"variant": "plus", "neighbours": 0}]
+PRUMERGE = [{}, {"variant": "base"}, {"neighbours": 3}, {"variant": "base", "neighbours": 0}]
 each_size = pytest.mark.parametrize("grid, k", [(g, k) for g in GRIDS for k in budgets(g[0] * g[1])], ids=str)
 
 

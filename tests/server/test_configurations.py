@@ -26,7 +26,14 @@ def refused(server, field, *parts, **fields):
 
 
 def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, adapter):
-    options = ("--fsr-min-budget", "16", "--fsr-max-budget", "128", "--fsr-detail-budgets", '{"low": 32, "high": 0.2}')
+    options = (
+        "--fsr-min-budget",
+        "16",
+        "--fsr-max-budget",
+        "128",
+        "--fsr-detail-budgets",
+        '{"low": 32, "high": 0.2, "original": 48}',
+    )
     options += ("--fsr-model-alias", "--enable-lora", "--lora-modules", f"adapter={adapter}", "--enable-mm-embeds")
     with start("bounds", checkpoint, "--api-server-count", "2", *options) as server:
         for _ in range(4):  # both servers get some
@@ -34,9 +41,13 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, ad
             assert server.ask("chelsea", WHAT, fsr_budget=16)["tokens"] == "16/576"
             for budget in (15, 129, 1000, "off", 0.5, 0.01):
                 message = refused(server, "fsr_budget", fsr_budget=budget)
-                assert "128" in message and ("16" in message or budget == "off")
+                asked = {"off": '"off" of 576 = 576', 0.5: "0.5 of 576 = 288", 0.01: "0.01 of 576 = 6"}.get(
+                    budget, budget
+                )
+                side = "minimum 16" if budget in (15, 0.01) else "maximum 128"
+                assert f"fsr_budget {asked}, " in message and f"this server's {side} (allowed: 16 to 128)" in message
         messages = server.messages("chelsea", WHAT)
-        for detail, kept in (("low", 32), ("high", 115), ("auto", 128)):
+        for detail, kept in (("low", 32), ("high", 115), ("auto", 128), ("original", 48)):
             messages[0]["content"][0]["image_url"]["detail"] = detail
             raw = server.client.chat.completions.with_raw_response.create(model=NAME, messages=messages, max_tokens=1)
             assert raw.headers["x-fsr-visual-tokens"] == f"{kept}/576"
@@ -53,6 +64,9 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, ad
             assert each["preprocessed_images"] == bool(each["images"])  # once by each server that was asked
             (worker,) = each["workers"]
             assert worker["tower_images"] == 1 < worker["images"]
+        config = server.get("/v1/fsr/config")
+        assert (config["min_budget"], config["max_budget"], config["default_budget"]) == (16, 128, 128)
+        assert config["default_tokens"] == 128 and config["detail_budgets"] == {"low": 32, "high": 0.2, "original": 48}
         details_belong_to_images_and_come_last(server)
         adapters_have_budgets_behind_their_names(server)
         embeddings_know_no_default_but_the_maximum(server)
@@ -161,24 +175,28 @@ REFUSED_STARTS = {
     "adaptive over maximum": (
         ("--plugin", "fsr", "--fsr-adaptive", "64:288", "--fsr-max-budget", "100"),
         {},
-        ["fsr.adaptive", "288", "100"],
+        ["error: --fsr-adaptive 288, above --fsr-max-budget 100"],
     ),
     "budget over maximum": (
         ("--plugin", "fsr", "--fsr-budget", "200", "--fsr-max-budget", "100"),
         {},
-        ["fsr.budget", "100"],
+        ["error: --fsr-budget 200, above --fsr-max-budget 100"],
     ),
     "default share over maximum": (
         ("--plugin", "fsr", "--fsr-budget", "0.5", "--fsr-max-budget", "100"),
         {},
-        ["defaults would fail", "288"],
+        ["fsr.budget 0.5 of 576 = 288, above fsr.max_budget 100"],
     ),
     "default method without its input": (
         ("--plugin", "fsr", "--fsr-method", "cdpruner", "--fsr-text-encoder", "none"),
         {},
         ["defaults would fail", "relevance"],
     ),
-    "unknown method": (("--plugin", "fsr", "--fsr-method", "nope"), {}, ["fsr.method", "random"]),
+    "unknown method": (
+        ("--plugin", "fsr", "--fsr-method", "nope"),
+        {},
+        ["error: argument --fsr-method: must be one of fsr", "random"],
+    ),
     "no text encoder": (
         ("--plugin", "fsr", "--fsr-text-encoder", "nowhere/at-all"),
         {},

@@ -156,7 +156,7 @@ def test_methods_are_listed_behind_the_key(server):
     assert httpx.get(f"{server.url}/fsr/methods").status_code == 401
 
 
-BAD_BUDGETS = [0, -1, 1.0, 1.5, 2.0, True, "many", "128", 10**12, [], [64, 64, 64], [0], {}, [[64]]]
+BAD_BUDGETS = [0, -1, 1.0, 1.5, -2.0, True, "many", "128", 10**12, [], [64, 64, 64], [0], {}, [[64]]]
 
 
 @pytest.mark.parametrize("budget", BAD_BUDGETS, ids=repr)

@@ -35,7 +35,7 @@ def address(tmp_path_factory):
     log = tmp_path_factory.mktemp("readme") / "server.log"
     with serve(str(demo_model()), log, command[3:], ENVIRONMENT) as url:
         yield url.removesuffix("/v1")
-    assert "Traceback" not in log.read_text()
+        assert "Traceback" not in log.read_text()  # before it is stopped, which vLLM may complain about
 
 
 def test_the_requests_are_in_three_languages():
