@@ -186,24 +186,16 @@ def front_end(app: Any) -> tuple[Any, Any]:
     return renderer.model_config, getattr(renderer, "mm_processor", None)
 
 
-async def engine_stats(app: Any) -> dict[str, Any]:
-    """`fsr_stats` of this API server's processor and of all workers; `workers` is None where they have no such method.
+def engine_has_died(client: Any) -> bool:
+    """Whether nothing that is sent to the engine will be answered any more.
 
-    Why: the app's `state.engine_client`, its `renderer` and `collective_rpc` are all there is between a route of ours
-    and the two places that count. Run in 0.32. Can go when vLLM hands them to endpoint plugins.
+    Why: a call that is sent to a dead engine is waited for without end, and keeps the process from exiting. `errored`
+    is what vLLM's own /health and watchdog read. Run in 0.32. Can go when such calls fail.
     """
-    client = app.state.engine_client
-    processor = getattr(client.renderer, "mm_processor", None)
-    stats = getattr(processor, "fsr_stats", None)
-    counts = stats() if stats else {}
-    try:
-        workers = await _all_workers(client, "fsr_stats")
-    except Exception:  # another worker extension than ours, or none
-        workers = None
-    return {**counts, "workers": workers}
+    return bool(client.errored)
 
 
-async def _all_workers(client: Any, method: str) -> list[Any]:
+async def ask_workers(client: Any, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
     """A method of every worker of every data-parallel engine.
 
     Why: `collective_rpc` asks all engines and returns the first one's answer alone. The client's `core_engines` and
@@ -212,6 +204,6 @@ async def _all_workers(client: Any, method: str) -> list[Any]:
     core = client.engine_core
     engines = getattr(core, "core_engines", None) or []
     if len(engines) < 2:
-        return await client.collective_rpc(method)
-    calls = (core._call_utility_async("collective_rpc", method, None, (), None, engine=each) for each in engines)
+        return await client.collective_rpc(method, args=args)
+    calls = (core._call_utility_async("collective_rpc", method, None, args, None, engine=each) for each in engines)
     return [worker for workers in await asyncio.gather(*calls) for worker in workers]

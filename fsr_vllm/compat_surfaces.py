@@ -106,7 +106,7 @@ def wrap_renderer(before: Callable[[Any, Any], None], after: Callable[[Any], Non
 
 
 def wrap_chat_rendering(settle: Callable[[Any, Any, Any], Any]) -> None:
-    """Let settle(model_config, conversation, mm_processor_kwargs) say what each conversation's processor is given.
+    """Let settle(model_config, conversations, mm_processor_kwargs) say what each conversation's processor is given.
 
     Why: BaseRenderer.render_chat and render_chat_async are where every surface that has messages ends up, LLM.chat and
     pooling endpoints included, and the last place that still sees them. Can go when a renderer takes a plugin's hook.
@@ -115,7 +115,7 @@ def wrap_chat_rendering(settle: Callable[[Any, Any, Any], Any]) -> None:
 
     def each(renderer: Any, conversations: Any, extras: Any) -> list[Any]:
         given = (extras or {}).get("mm_processor_kwargs")
-        settled = [settle(renderer.model_config, conversation, given) for conversation in conversations]
+        settled = settle(renderer.model_config, conversations, given)
         if all(values is given for values in settled):
             return []
         return [{**(extras or {}), "mm_processor_kwargs": values} for values in settled]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fsr_vllm import compat, compat_inputs, compat_version
-from fsr_vllm.params import HOW_TO_ACTIVATE, SETTINGS_KEY, DetailBudgets, FieldError, RequestFields, ServerSettings
+from fsr_vllm.params import HOW_TO_ACTIVATE, SETTINGS_KEY, FieldError, RequestFields, ServerSettings
 
 IGNORED_KEY = "fsr_ignored"  # of the model config in a front end: drop fsr fields, prune nothing
 
@@ -51,8 +51,8 @@ def judged(
         raise compat.request_error(f"{first}: {reason}", first)
     if has_media:
         return given
-    # Values that the plugin derived are not the client's, and are not judged as such.
-    asked = {k: v for k, v in fields.items() if not isinstance(v, DetailBudgets) and not dataclasses.is_dataclass(v)}
+    # What the plugin derived is not the client's, and is not judged as such.
+    asked = {key: value for key, value in fields.items() if not dataclasses.is_dataclass(value)}
     try:
         RequestFields.parse(asked, ServerSettings.from_json(text))
     except FieldError as error:

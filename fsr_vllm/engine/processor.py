@@ -17,10 +17,11 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import compat, compat_caches, compat_identity, compat_version
+from fsr_vllm import compat, compat_caches, compat_identity, compat_images, compat_version
 from fsr_vllm.compat_surfaces import ADAPTIVE_KEY, RESULT_KEY
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
-from fsr_vllm.engine.conversation import with_default
+from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed
+from fsr_vllm.engine.embeddings import plan_embeddings
 from fsr_vllm.engine.planning import PlannedInputs, prototype_file, read_settings
 from fsr_vllm.methods import methods
 from fsr_vllm.params import (
@@ -191,17 +192,28 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return [self._shortened(update, plans) for update in updates] if plans else updates
 
     def _plan_request(self, inputs: ProcessorInputs) -> ProcessorInputs:
-        fields = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if k.startswith(PREFIX) and v is not None}
-        images = inputs.mm_data_items.get("image")
-        embeds = images is not None and not isinstance(images, ImageProcessorItems)
-        if self.fsr_settings is None or self.fsr_unsupported or embeds:
-            why: str | None = "precomputed image embeddings cannot be pruned" if embeds else self.fsr_unsupported
+        given = inputs.hf_processor_mm_kwargs
+        fields = {k: v for k, v in given.items() if k.startswith(PREFIX) and v is not None}
+        derived = Derived()
+        if isinstance(fields.get(DERIVED_KEY), Derived):
+            derived = fields.pop(DERIVED_KEY)
+        if self.fsr_settings is None or self.fsr_unsupported:
+            why = self.fsr_unsupported
             if self.fsr_settings is None:
                 why = compat_version.why_inactive(HOW_TO_ACTIVATE)
             if fields:
                 raise compat.request_error(f"{min(fields)}: {why}", min(fields))
             return inputs
-        return self._planned(inputs, fields) if images is not None else self._without(inputs)
+        images = inputs.mm_data_items.get("image")
+        if images is None:
+            return self._without(inputs)
+        try:
+            if isinstance(images, ImageProcessorItems):
+                return self._planned(inputs, fields, derived)
+            rows = compat_images.embedding_rows(images) or []
+            return self._without(inputs, fsr_plans=plan_embeddings(fields, self.fsr_settings, rows))
+        except FieldError as error:
+            raise compat.request_error(str(error), error.field) from None
 
     def _without(self, inputs: ProcessorInputs, **more: Any) -> PlannedInputs:
         """The same inputs without our fields, which are neither the Hugging Face processor's nor hash factors."""
@@ -209,18 +221,19 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         rest = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if not k.startswith(PREFIX)}
         return PlannedInputs(**{**values, "hf_processor_mm_kwargs": rest}, **more)
 
-    def _planned(self, inputs: ProcessorInputs, values: Mapping[str, Any], dummy: bool = False) -> PlannedInputs:
+    def _planned(
+        self, inputs: ProcessorInputs, values: Mapping[str, Any], derived: Derived | None = None, dummy: bool = False
+    ) -> PlannedInputs:
+        """Inputs with a plan per image; FieldError if what the client asked for cannot be."""
         settings = self.fsr_settings
         assert settings is not None
         items = inputs.mm_data_items
-        # Now rather than on arrival: what waits to be prepared is part of the load.
-        values, by_load = with_default(settings, values)
         count = items.get_count("image", strict=False)
         totals = [self.fsr_total(items["image"], index) for index in range(count)]
-        try:
-            plans = resolve(RequestFields.parse(values, settings), settings, totals, self._fsr_given)
-        except FieldError as error:
-            raise compat.request_error(str(error), error.field) from None
+        # Now rather than on arrival: what waits to be prepared is part of the load.
+        fields = RequestFields.parse(values, settings)
+        fields, by_load = completed(settings, fields, derived or Derived(), totals)
+        plans = resolve(fields, settings, totals, self._fsr_given)
         planned = self._without(
             inputs, fsr_plans=plans, fsr_settings=settings, fsr_codebook=self._fsr_codebook, fsr_dummy=dummy
         )

@@ -61,6 +61,19 @@ def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str,
     return resolved(path), relevance_sign(sign, name, getattr(config, "fsr_relevance_sign", None))
 
 
+def plain_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Token ids of a user's text without specials: a control token that the user wrote out is left out.
+
+    Otherwise `<|endoftext|>` in a message would be where CLIP pools, and `<image>` a word of the question. Left out
+    rather than split into pieces (`split_special_tokens` of transformers): the pieces are words that nobody meant, and
+    that option changes a tokenizer which vLLM uses at the same time and which has to read control tokens.
+    """
+    specials = set(tokenizer.all_special_ids)
+    specials |= {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    ids = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+    return [number for number in ids if number not in specials]
+
+
 class _QuestionCache:
     """Least-recently-used text embeddings of one worker, by question."""
 
@@ -133,7 +146,7 @@ class ClipText(nn.Module):
     def _encode(self, text: str) -> torch.Tensor:
         tokenizer = self._tokenizer
         # CLIP was trained on lower-cased text; the slow tokenizer does that itself, saved fast ones need not.
-        ids = tokenizer(text.lower(), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ids = plain_ids(tokenizer, text.lower(), truncation=False, verbose=False)
         device = self.visual_projection.weight.device
         embeds = []
         chunks = wrap_chunks(ids, tokenizer.bos_token_id, tokenizer.eos_token_id, self._max_length)[-MAX_CHUNKS:]
@@ -160,7 +173,7 @@ class LlmText:
     @torch.inference_mode()
     def embeddings(self, text: str) -> torch.Tensor:
         """One row per token of the question, (T, D); T = 0 without a question."""
-        ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"][:MAX_LLM_TOKENS] if text else []
+        ids = plain_ids(self._tokenizer(), text)[:MAX_LLM_TOKENS] if text else []
         device = next(self._language_model.parameters()).device
         embeds = compat.embed_text_ids(self._language_model, torch.tensor(ids or [0], device=device))
         return embeds[: len(ids)]

@@ -35,13 +35,6 @@ class FieldError(ValueError):
         self.field = field
 
 
-class DetailBudgets(list[Any]):
-    """One entry per image, the budget that its `image_url.detail` maps to; None: the default, once that is known."""
-
-    def filled(self, default: Budget) -> list[Budget]:
-        return [default if budget is None else budget for budget in self]
-
-
 def readable(text: str) -> str:
     """Text that every tokenizer takes: JSON can hold half of a surrogate pair, which is no character."""
     return text.encode("utf-8", "replace").decode()

@@ -15,6 +15,7 @@ from .wording import cut, did_you_mean
 PREFIX = "fsr_"
 # Characters of a question that are read: a text tower runs once per 75 tokens, inside the engine's step.
 MAX_QUESTION = 4096
+MAX_QUESTIONS = 64 * MAX_QUESTION  # of a list, all its entries together
 REQUEST_FIELDS = ("fsr_budget", "fsr_method", "fsr_question", "fsr_options")
 
 
@@ -48,11 +49,15 @@ class RequestFields(BaseModel):
             raise FieldError("fsr_question", f"fsr_question may have {MAX_IMAGES} entries; got {len(texts)}")
         if question is not None and not all(isinstance(text, str) for text in texts):
             raise FieldError("fsr_question", "fsr_question must be text, or a list with one text per image")
-        if question is not None and readable("".join(texts)) != "".join(texts):
+        lengths = [len(text) for text in texts if text]
+        if max(lengths, default=0) > MAX_QUESTION:
+            raise FieldError("fsr_question", f"fsr_question may have {MAX_QUESTION} characters; got {max(lengths)}")
+        if sum(lengths) > MAX_QUESTIONS:
+            raise FieldError(
+                "fsr_question", f"fsr_question may have {MAX_QUESTIONS:,} characters in all; got {sum(lengths):,}"
+            )
+        if any(text and readable(text) != text for text in texts):
             raise FieldError("fsr_question", "fsr_question must be valid Unicode; it holds half of a surrogate pair")
-        longest = max((len(text) for text in texts if text), default=0)
-        if longest > MAX_QUESTION:
-            raise FieldError("fsr_question", f"fsr_question may have {MAX_QUESTION} characters; got {longest}")
         try:
             fields = cls(**values)
         except ValidationError as error:

@@ -24,9 +24,12 @@ class FsrEndpointPlugin:
         app.add_middleware(FsrMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Show the default budget on /metrics where it follows the load; the routes read the registry only."""
+        """Open the routes' way to the workers; show the default budget on /metrics where it follows the load."""
         from fsr_vllm import adaptive
+        from fsr_vllm.server.explain import open_gate
 
+        if engine_client is not None:
+            state.fsr_gate = open_gate(engine_client)
         monitor = adaptive.active()
         if monitor is None:
             return

@@ -12,6 +12,8 @@ BUDGET_HEADER = b"x-fsr-budget"
 TOKENS_HEADER = b"x-fsr-visual-tokens"
 EXPOSE_HEADER = b"access-control-expose-headers"
 ADAPTIVE_HEADER = b"x-fsr-adaptive"
+# Ends of paths that are answered without the engine: however many of these there are, they are no load.
+WITHOUT_ENGINE = ("/tokenize", "/detokenize", "/render", "/derender", "/count_tokens")
 
 
 class FsrMiddleware:
@@ -43,13 +45,12 @@ class FsrMiddleware:
 
         # A variable of this task and its children: the endpoint, and whatever vLLM starts for it, see the same report.
         token = current_report.set(report)
-        # Work comes by POST; probes of health and metrics are no load.
-        monitor = adaptive.active() if scope.get("method") == "POST" else None
-        if monitor is not None:
-            monitor.enter()
+        # Load is counted once the body is there and means work (`RequestReport.count`): a socket that is held open and
+        # sends nothing costs its client nothing, and must not steer what others get.
+        if scope.get("method") == "POST" and not scope.get("path", "").endswith(WITHOUT_ENGINE):
+            report.monitor = adaptive.active()
         try:
             await self.app(scope, receive, send_with_header)
         finally:
             current_report.reset(token)
-            if monitor is not None:
-                monitor.leave()
+            report.close()

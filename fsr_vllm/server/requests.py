@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fsr_vllm import compat, compat_surfaces, compat_version
+from fsr_vllm.adaptive import LoadMonitor
+from fsr_vllm.engine import conversation
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -45,6 +47,19 @@ class RequestReport:
     kept: int = 0
     total: int = 0
     adaptive: int | None = None  # the budget that the load gave images the request named none for
+    monitor: LoadMonitor | None = None  # of the load, where this request can become part of it
+    counted: bool = False
+
+    def count(self) -> None:
+        """From now on the request is load: its body is read and parsed, and its model is one that is served here."""
+        if self.monitor is not None and not self.counted:
+            self.counted = True
+            self.monitor.enter()
+
+    def close(self) -> None:
+        """The request was answered, or went away."""
+        if self.monitor is not None and self.counted:
+            self.monitor.leave()
 
 
 current_report: ContextVar[RequestReport | None] = ContextVar("fsr_report", default=None)
@@ -72,6 +87,7 @@ class RequestHook:
     def before(self, renderer: Any, request: Any) -> None:
         """Validate the request's fsr fields and put them where the processor reads them."""
         values = self._checked(renderer.model_config, request)
+        _count_load()
         if values:
             others = getattr(request, "mm_processor_kwargs", None) or {}
             kwargs = {**{k: v for k, v in others.items() if not k.startswith(PREFIX)}, **values}
@@ -125,6 +141,7 @@ class RequestHook:
             fallback = HEADER_FIELD if report and report.budget_header is not None else "model"
             name = min(body_fields(request), default=fallback)
             raise compat.request_error(f"{name}: no budget can be given on this endpoint: {reason}", name)
+        _count_load()
         if values and report is not None:
             report.body = values  # some endpoints render a request of their own making
 
@@ -169,8 +186,15 @@ class RequestHook:
             values = with_header(values, header)
         if budget is not None:
             values.setdefault("fsr_budget", budget)
+        conversation.check_lengths(model_config, values)
         RequestFields.parse(values, ServerSettings.from_json(getattr(model_config.hf_config, SETTINGS_KEY)))
         return values
+
+
+def _count_load() -> None:
+    report = current_report.get()
+    if report is not None:
+        report.count()
 
 
 def body_fields(request: Any) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """Which text is the question of which image: read off the messages of an OpenAI-style chat request.
 
-The question of an image is the user's text from the image's own message up to the next assistant message. So it is
-settled when the image is first answered: a longer conversation asks for the very same tokens again, and the KV prefix
-stays valid.
+The question of an image is the user's text from the image's own message up to the next assistant message, or, where
+there is none, the last text of the user before it (the image of a tool's result, or one sent after its question). So it
+is settled when the image is first answered: a longer conversation asks for the very same tokens again, and the KV
+prefix stays valid.
 
 Messages are dicts as the chat API has them. Content is read, never consumed: a one-shot iterator (validated requests
-can hold them) must be replaced by a list first, which is what `materialise` does.
+can hold them) must be replaced by a list first, which is what `materialise` does. All work is bounded by the size of
+the messages, whatever the number of images: texts are read from their end, and images with one question share one
+string.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,26 +21,69 @@ _TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
 _IMAGE_KEYS = ("image_url", "image_pil", "image_embeds", "image")
 
 
-def image_questions(messages: Iterable[Any]) -> list[str]:
-    """One question per image of the conversation, in prompt order; "" where the user wrote none.
+def count_images(messages: Iterable[Any], most: int = sys.maxsize) -> int:
+    """The images of the conversation; counting stops once there are more than `most`.
+
+    Errors: TypeError for content that reading would consume; call `materialise` first.
+    """
+    count = 0
+    for message in _mappings(messages):
+        count += sum(map(_is_image, _parts(message)))
+        if count > most:
+            break
+    return count
+
+
+def image_questions(messages: Iterable[Any], longest: int = sys.maxsize) -> list[str]:
+    """One question per image of the conversation, in prompt order, of its last `longest` characters; "" where none is.
 
     Text parts, and user messages in a row, are joined by newlines and stripped. An image in a system or tool message
     takes the user's text that follows it; that message's own text is not a question. Unknown parts are passed over.
 
     Errors: TypeError for content that reading would consume; call `materialise` first.
     """
-    questions: list[list[str]] = []
-    answered = 0  # the images before this place have met an assistant message: their question is settled
+    turns: list[list[tuple[Mapping[str, Any], int]]] = [[]]  # each begins with an assistant message, and holds images
     for message in _mappings(messages):
-        role = message.get("role")
-        if role == "assistant":
-            answered = len(questions)
-        parts = _parts(message)
-        questions.extend([] for part in parts if _is_image(part))
-        if role == "user" and (text := _text(parts)):
-            for question in questions[answered:]:
-                question.append(text)
-    return ["\n".join(question) for question in questions]
+        if message.get("role") == "assistant":
+            turns.append([])
+        turns[-1].append((message, sum(map(_is_image, _parts(message)))))
+    questions: list[str] = []
+    before: Mapping[str, Any] = {}  # the last message with text of the user before this place
+    earlier = ""
+    for turn in turns:
+        asked = _asked_from(turn, longest)
+        for (message, images), question in zip(turn, asked, strict=True):
+            if images and not question:
+                question = earlier = earlier or _asked_from([(before, 1)], longest)[0]
+            questions.extend([question] * images)
+            if _is_user(message) and any(True for _ in _texts(_parts(message))):
+                before, earlier = message, ""
+    return questions
+
+
+def _asked_from(turn: Sequence[tuple[Mapping[str, Any], int]], longest: int) -> list[str]:
+    """Per message of a turn, the end of the user's text from there on; only as far back as an image needs it."""
+    result = [""] * len(turn)
+    first = next((place for place, (_, images) in enumerate(turn) if images), len(turn))
+    tail = ""
+    for place in reversed(range(first, len(turn))):
+        message = turn[place][0]
+        if _is_user(message):
+            tail = _prepended(message, tail, longest)
+        result[place] = tail
+    return result
+
+
+def _prepended(message: Mapping[str, Any], tail: str, longest: int) -> str:
+    """A message's texts and what follows them, cut to the last `longest` characters."""
+    pieces, room = [tail] if tail else [], longest - len(tail)
+    for text in _texts(reversed(_parts(message))):
+        room -= bool(pieces)  # the newline
+        if room <= 0:
+            break
+        pieces.append(text.strip()[-room:])
+        room -= len(pieces[-1])
+    return tail if pieces == [tail] else "\n".join(reversed(pieces))
 
 
 def image_details(messages: Iterable[Any]) -> list[str | None]:
@@ -83,15 +130,18 @@ def _is_image(part: Any) -> bool:
     return (kind is None or part.get("uuid") is not None) and any(key in part for key in _IMAGE_KEYS)
 
 
-def _text(parts: Sequence[Any]) -> str:
-    texts = []
+def _is_user(message: Mapping[str, Any]) -> bool:
+    return message.get("role") == "user"
+
+
+def _texts(parts: Iterable[Any]) -> Iterator[str]:
+    """Texts of parts that say something, as they stand."""
     for part in parts:
         if isinstance(part, Mapping) and not _is_image(part):
             kind = part.get("type", "text")
             part = part.get("text") if isinstance(kind, str) and kind in _TEXT_TYPES else None
-        if isinstance(part, str):
-            texts.append(part.strip())
-    return "\n".join(filter(None, texts))
+        if isinstance(part, str) and part and not part.isspace():
+            yield part
 
 
 def _detail(part: Mapping[str, Any]) -> str | None:

@@ -102,7 +102,8 @@ def test_statistics_of_a_server():
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient, MPClient
 
-    assert "method" in parameters(AsyncLLM.collective_rpc)
+    assert {"method", "args"} <= set(parameters(AsyncLLM.collective_rpc))
+    assert "engine_dead" in inspect.getsource(AsyncLLM.errored.fget)
     assert "self.renderer" in inspect.getsource(AsyncLLM.__init__)
     assert parameters(AsyncMPClient._call_utility_async) == ["self", "method", "args", "engine"]
     assert parameters(AsyncMPClient.collective_rpc_async) == ["self", "method", "timeout", "args", "kwargs"]

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from fsr_vllm.engine.conversation import DERIVED_KEY, Derived
 from fsr_vllm.engine.inputs import IGNORED_KEY, is_ours, judged, refuse_extra_args
-from fsr_vllm.params import SETTINGS_KEY, DetailBudgets, ServerSettings
+from fsr_vllm.params import SETTINGS_KEY, ServerSettings
 
 
 def parameters(function):
@@ -64,7 +65,7 @@ def test_an_active_plugin_judges_text_here_and_images_later():
     with pytest.raises(ValueError, match="65, above this server's maximum 64"):
         ask(model_config, given)
     assert ask(model_config, {"fsr_budget": 64, "num_crops": 4}) == {"num_crops": 4}
-    assert ask(model_config, {"fsr_budget": DetailBudgets([None])}) == {}
+    assert ask(model_config, {DERIVED_KEY: Derived(("What?",), (None,))}) == {}
 
 
 def test_a_plugin_left_aside_drops_them():

@@ -173,9 +173,10 @@ def test_requests_are_told_which_field_to_use(native):
         RequestHook(activation.unsupported).before(SimpleNamespace(model_config=model_config), request)
     assert error.value.parameter == "fsr_budget"
     with pytest.raises(params.FieldError, match="use image_token_budget"):
-        settled(model_config, [], {"fsr_budget": 64}, activation.unsupported)
+        settled(model_config, [[]], {"fsr_budget": 64}, activation.unsupported)
     untouched = {"num_crops": 4}
-    assert settled(model_config, [], untouched, activation.unsupported) is untouched
+    (left,) = settled(model_config, [[]], untouched, activation.unsupported)
+    assert left is untouched
 
 
 def test_the_override_prunes_all_the_same(native, monkeypatch):

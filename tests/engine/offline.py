@@ -4,22 +4,33 @@ Usage: python offline.py SPEC OUT. A step is a list of requests generated togeth
 {"parts": [...], "fields": {...} or absent}: a part that names a photograph is that image, any other is text.
 A step {"chat": [[[role, part, ...], ...], ...], "fields": {...}} goes through `LLM.chat` instead, a conversation each;
 with "numpy", numbers of its fields are NumPy's.
+A part "embeds:N" is an image of N precomputed rows.
 A failing step is reported as {"error": ..., "type": [...]}.
 """
 
+import base64
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy
+import torch
 
 import fsr_vllm
 from fsr_vllm.testbed import data_url
 
 
+def embedding(part):
+    """The rows of a part "embeds:N"; None for any other part."""
+    kind, _, rows = part.partition(":")
+    return torch.ones(int(rows), 64) if kind == "embeds" else None
+
+
 def prompt_of(request, pictures):
-    images = [pictures[part] for part in request["parts"] if part in pictures]
-    text = "\n".join("<image>" if part in pictures else part for part in request["parts"])
+    images = [pictures[part] if part in pictures else embedding(part) for part in request["parts"]]
+    text = "\n".join(part if image is None else "<image>" for part, image in zip(request["parts"], images, strict=True))
+    images = [image for image in images if image is not None]
     prompt = {"prompt": f"USER: {text} ASSISTANT:"}
     if images:
         prompt["multi_modal_data"] = {"image": images}
@@ -57,6 +68,9 @@ def chat(llm, step, pictures, sampling):
 
     def part(text):
         name, detail, key = (*text.split(":"), "", "")[:3]
+        if (rows := embedding(text)) is not None:
+            torch.save(rows, data := io.BytesIO())
+            return {"type": "image_embeds", "image_embeds": base64.b64encode(data.getvalue()).decode()}
         if name not in pictures:
             return {"type": "text", "text": text}
         if not detail:

@@ -29,6 +29,10 @@ STEPS = {
     "details and budgets": {"chat": [[["user", "chelsea:low", "rocket", WHAT]]], "fields": {"fsr_budget": [10, 20]}},
     "nothing asked": {"chat": SAID[:1]},
     **{f"bad {i}": {"chat": SAID[:1], "fields": fields} for i, fields in enumerate(BAD)},
+    "embeddings": {"chat": [[["user", "embeds:100", WHAT]]]},
+    "embeddings unpruned": {"chat": [[["user", "embeds:100", WHAT]]], "fields": {"fsr_budget": "off"}},
+    "embeddings generated": [{"parts": ["embeds:100", WHAT]}],
+    "bad with embeddings": {"chat": [[["user", "embeds:100", WHAT]]], "fields": {"fsr_budget": 64}},
     "bad without an image": {"chat": SAID[3:], "fields": {"fsr_budget": 0}},
     "bad spelling without an image": {"chat": SAID[3:], "fields": {"fsr-budget": 64}},
     "bad place": {"chat": [[["user", "chelsea:low:fsr_budget", WHAT]]], "fields": {}},
@@ -41,7 +45,7 @@ def outcome(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     settings = {"fsr": {"detail_budgets": {"low": 16, "high": 0.5}}}
     extension = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}
-    llm = {"model": str(checkpoint), "additional_config": settings, **extension}
+    llm = {"model": str(checkpoint), "additional_config": settings, "enable_mm_embeds": True, **extension}
     (folder / "spec.json").write_text(json.dumps({"llm": llm, "steps": list(STEPS.values())}))
     script = Path(__file__).with_name("offline.py")
     command = [sys.executable, str(script), str(folder / "spec.json"), str(folder / "out.json")]
@@ -75,6 +79,13 @@ def test_details_belong_to_images_and_give_way_to_budgets(outcome):
     assert outcome["details"][0]["visual"] == [16 + 288 + 576, 3 * 576]
     assert outcome["details and budgets"][0]["visual"] == [30, 2 * 576]
     assert outcome["nothing asked"][0]["visual"] == [576, 576]
+
+
+def test_embeddings_are_never_pruned(outcome):
+    """Although details have budgets here."""
+    for step in ("embeddings", "embeddings unpruned", "embeddings generated"):
+        assert outcome[step][0]["visual"] == [100, 100]
+    assert "image_embeds" in outcome["bad with embeddings"]["error"]
 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if step.startswith("bad")])

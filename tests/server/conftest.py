@@ -1,6 +1,8 @@
 """Real servers for the tests of this folder: one per configuration, started when first asked for."""
 
+import base64
 import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ ORIGIN = "http://page.example"
 class Server:
     """A running server and the ways the tests talk to it."""
 
-    def __init__(self, url: str, log: Path, pictures: dict[str, str]) -> None:
+    def __init__(self, url: str, log: Path, pictures: dict[str, str], width: int) -> None:
         self.url, self.log, self.pictures = url, log, pictures
+        self.width = width  # of an embedding
         self.client = OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=120)
 
     def messages(self, *parts: str) -> list[dict[str, Any]]:
@@ -66,6 +69,17 @@ class Server:
         return httpx.get(root + path, headers={"authorization": f"Bearer {KEY}"}, timeout=120).raise_for_status().json()
 
 
+def embedded(server: Server, rows: list[int], **fields: Any) -> dict[str, Any]:
+    """A chat request whose images are embeddings of so many rows each."""
+    content: list[dict[str, Any]] = []
+    for count in rows:
+        data = io.BytesIO()
+        torch.save(torch.randn(count, server.width), data)
+        content.append({"type": "image_embeds", "image_embeds": base64.b64encode(data.getvalue()).decode()})
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}]
+    return {"model": NAME, "messages": messages, "max_tokens": 2, **fields}
+
+
 @pytest.fixture(scope="package")
 def start(tmp_path_factory, pictures):
     """A context manager that serves a checkpoint with the given options."""
@@ -76,7 +90,8 @@ def start(tmp_path_factory, pictures):
         log = folder / f"{name}.log"
         base = SERVE_OPTIONS if plugin else WITHOUT_PLUGIN
         with serve(str(model), log, (*base, *options), {**ENVIRONMENT, **(environment or {})}) as url:
-            yield Server(url, log, pictures)
+            config = json.loads((model / "config.json").read_text())
+            yield Server(url, log, pictures, config.get("text_config", config)["hidden_size"])
 
     return started
 
@@ -85,7 +100,8 @@ def start(tmp_path_factory, pictures):
 def main(start, checkpoint):
     """The server that most tests share: an API key, and everything that changes nothing until a request uses it."""
     options = ("--api-key", KEY, "--fsr-model-alias", "--enable-prompt-tokens-details", "--enable-scale-out")
-    with start("main", checkpoint, *options, "--allowed-origins", f'["{ORIGIN}"]') as running:
+    options += ("--enable-mm-embeds", "--allowed-origins", f'["{ORIGIN}"]')
+    with start("main", checkpoint, *options) as running:
         yield running
 
 

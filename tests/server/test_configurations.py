@@ -11,7 +11,7 @@ import pytest
 from fsr_vllm.demo import ENVIRONMENT
 
 from . import test_uuids
-from .conftest import NAME
+from .conftest import NAME, embedded
 
 pytestmark = pytest.mark.engine
 
@@ -34,7 +34,7 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, ad
         "--fsr-detail-budgets",
         '{"low": 32, "high": 0.2, "original": 48}',
     )
-    options += ("--fsr-model-alias", "--enable-lora", "--lora-modules", f"adapter={adapter}")
+    options += ("--fsr-model-alias", "--enable-lora", "--lora-modules", f"adapter={adapter}", "--enable-mm-embeds")
     with start("bounds", checkpoint, "--api-server-count", "2", *options) as server:
         for _ in range(4):  # both servers get some
             assert server.ask("chelsea", WHAT)["tokens"] == "128/576"
@@ -69,6 +69,7 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, ad
         assert config["default_tokens"] == 128 and config["detail_budgets"] == {"low": 32, "high": 0.2, "original": 48}
         details_belong_to_images_and_come_last(server)
         adapters_have_budgets_behind_their_names(server)
+        embeddings_know_no_default_but_the_maximum(server)
         assert "Traceback" not in server.log.read_text()
 
 
@@ -104,6 +105,19 @@ def adapters_have_budgets_behind_their_names(server):
     assert named[1].choices[0].message.content != plain[1].choices[0].message.content
     with pytest.raises(openai.NotFoundError):
         answered(server, messages, model="other@fsr64")
+
+
+def embeddings_know_no_default_but_the_maximum(server):
+    for path in ("/v1/chat/completions", "/tokenize"):
+        assert server.post(embedded(server, [100]), path).headers["x-fsr-visual-tokens"] == "100/100"
+        assert server.post(embedded(server, [128] * 2), path).headers["x-fsr-visual-tokens"] == "256/256"
+        for fields in ({}, {"fsr_method": "random"}):
+            refused = server.post(embedded(server, [129, 129], **fields), path)
+            error = refused.json()["error"]
+            assert refused.status_code == 400 and error["param"] == "image_embeds"
+            assert "129 rows" in error["message"] and "128" in error["message"] and "fsr_" not in error["message"]
+        asked = server.post(embedded(server, [100], fsr_budget=64), path)
+        assert asked.status_code == 400 and asked.json()["error"]["param"] == "fsr_budget"
 
 
 def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoint):

@@ -9,7 +9,7 @@ from fsr_vllm.server.middleware import FsrMiddleware
 from fsr_vllm.server.requests import current_report
 
 
-def call(app, headers=(), kind="http", method="POST"):
+def call(app, headers=(), kind="http", method="POST", path="/v1/chat/completions"):
     sent = []
 
     async def receive():
@@ -18,7 +18,8 @@ def call(app, headers=(), kind="http", method="POST"):
     async def send(message):
         sent.append(message)
 
-    asyncio.run(FsrMiddleware(app)({"type": kind, "method": method, "headers": list(headers)}, receive, send))
+    scope = {"type": kind, "method": method, "path": path, "headers": list(headers)}
+    asyncio.run(FsrMiddleware(app)(scope, receive, send))
     return sent
 
 
@@ -90,20 +91,36 @@ def test_the_budget_that_the_load_gave_is_a_header_too():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_requests_count_as_load_until_they_are_answered_and_probes_never(monkeypatch, fails):
+def test_requests_are_load_from_their_parsed_body_to_their_answer(monkeypatch, fails):
     monitor = adaptive.LoadMonitor(64, 288)
     monkeypatch.setattr(adaptive, "_active", monitor)
     seen = []
 
     async def app(scope, receive, send):
-        seen.append(monitor.load().waiting)
+        seen.append(monitor.load().waiting)  # the body may never come
+        await receive()
+        for _ in range(2):  # the model was checked, then the conversation is rendered
+            current_report.get().count()
+            seen.append(monitor.load().waiting)
         if fails:
             raise RuntimeError("gone")
         await answer(send)
 
-    for method in ("POST", "GET", "POST"):
+    for method, path in (("POST", "/v1/chat/completions"), ("GET", "/health"), *(("POST", p) for p in NO_LOAD)):
+        seen.clear()
         try:
-            call(app, method=method)
+            call(app, method=method, path=path)
         except RuntimeError:
             assert fails
-    assert seen == [1, 0, 1] and monitor.load().waiting == 0
+        assert seen == ([0, 1, 1] if path == "/v1/chat/completions" else [0, 0, 0]), path
+        assert monitor.load().waiting == 0
+
+
+NO_LOAD = (
+    "/tokenize",
+    "/detokenize",
+    "/v1/chat/completions/render",
+    "/v1/messages/render",
+    "/v1/messages/count_tokens",
+    "/behind/a/proxy/tokenize",
+)

@@ -1,12 +1,13 @@
 """The request hook alone, on plain objects: what it and the conversation add to a request, or leave."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 
 from fsr_vllm import adaptive
-from fsr_vllm.engine.conversation import settled, with_default
-from fsr_vllm.params import SETTINGS_KEY, ServerSettings
+from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed, settled
+from fsr_vllm.params import MAX_QUESTION, MAX_QUESTIONS, SETTINGS_KEY, RequestFields, ServerSettings
 from fsr_vllm.server import alias
 from fsr_vllm.server.requests import RequestHook, RequestReport, current_report
 
@@ -16,6 +17,7 @@ def unsupported(model_config):
 
 
 HOOK = RequestHook(unsupported)
+LIMIT = 999  # images in a prompt
 MESSAGES = [
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": "What?"}]}
 ]
@@ -25,7 +27,8 @@ def configured(settings=None, unsupported=None):
     config = SimpleNamespace()
     if settings is not None:
         setattr(config, SETTINGS_KEY, ServerSettings.parse(settings).model_dump_json())
-    return SimpleNamespace(hf_config=config, unsupported=unsupported)
+    limits = SimpleNamespace(get_limit_per_prompt=lambda modality: LIMIT)
+    return SimpleNamespace(hf_config=config, unsupported=unsupported, multimodal_config=limits)
 
 
 def after(settings=None, messages=MESSAGES, mm_processor_kwargs=None, unsupported_because=None, xargs=None, **extra):
@@ -33,16 +36,22 @@ def after(settings=None, messages=MESSAGES, mm_processor_kwargs=None, unsupporte
     model_config = configured(settings, unsupported_because)
     request = SimpleNamespace(model_extra=extra, mm_processor_kwargs=mm_processor_kwargs, vllm_xargs=xargs)
     HOOK.before(SimpleNamespace(model_config=model_config), request)
-    once = settled(model_config, messages, request.mm_processor_kwargs, unsupported)
+    (once,) = settled(model_config, [messages], request.mm_processor_kwargs, unsupported)
     HOOK.before(SimpleNamespace(model_config=model_config), request)  # a next turn renders the same request again
-    assert settled(model_config, messages, request.mm_processor_kwargs, unsupported) == once
+    assert settled(model_config, [messages], request.mm_processor_kwargs, unsupported) == [once]
     return once
 
 
-def planned(settings, *args, **kwargs):
-    """The budgets that images are then planned with, and the default among them where it follows the load."""
-    fields, by_load = with_default(ServerSettings.parse(settings), after(settings, *args, **kwargs))
-    return fields.get("fsr_budget"), by_load
+def filled(settings, values, images):
+    """The fields that these images are planned with, and the default among them where it follows the load."""
+    settings, values = ServerSettings.parse(settings), dict(values)
+    derived = values.pop(DERIVED_KEY)
+    return completed(settings, RequestFields.parse(values, settings), derived, [576] * images)
+
+
+def planned(settings, *args, images=1, **kwargs):
+    fields, by_load = filled(settings, after(settings, *args, **kwargs), images)
+    return fields.fsr_budget, by_load
 
 
 @pytest.mark.parametrize("given", [None, {}, {"theirs": 1}])
@@ -57,23 +66,91 @@ def test_fields_and_the_derived_question_join_the_others_keys():
     assert after({}, mm_processor_kwargs={"theirs": 1}, fsr_budget=64) == {
         "theirs": 1,
         "fsr_budget": 64,
-        "fsr_question": ["What?"],
+        DERIVED_KEY: Derived(("What?",)),
     }
-    assert after({}, fsr_budget=64, fsr_question="Why?")["fsr_question"] == "Why?"
-    assert after({}, fsr_budget=64, fsr_question="")["fsr_question"] == ""
+    for given in ("Why?", ""):
+        said = after({}, fsr_budget=64, fsr_question=given)
+        assert said["fsr_question"] == given and said[DERIVED_KEY] == Derived()
+        assert filled({}, said, 1)[0].fsr_question == given
+    assert filled({}, after({}, fsr_budget=64), 1)[0].fsr_question == ["What?"]
 
 
 def test_a_default_budget_needs_the_question_too():
-    assert after({"budget": 64}) == {"fsr_question": ["What?"]}
-    assert after({"max_budget": 64}) == {"fsr_question": ["What?"]}
+    assert after({"budget": 64}) == after({"max_budget": 64}) == {DERIVED_KEY: Derived(("What?",))}
 
 
 def test_detail_comes_after_the_request_and_before_the_default():
     settings = {"budget": 100, "detail_budgets": {"low": 16}}
     low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
     messages = [{"role": "user", "content": [*low, *MESSAGES[0]["content"]]}]
-    assert planned(settings, messages) == ([16, 100], None)
-    assert planned(settings, messages, fsr_budget=8) == (8, None)
+    assert planned(settings, messages, images=2) == ([16, 100], None)
+    assert planned(settings, messages, images=2, fsr_budget=8) == (8, None)
+
+
+def test_derived_values_are_kept_to_the_servers_range_and_never_judged():
+    settings = {"min_budget": 100, "max_budget": 200, "budget": 0.1, "detail_budgets": {"low": 0.9}}
+    low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
+    messages = [{"role": "user", "content": [*low, *MESSAGES[0]["content"]]}]
+    assert planned(settings, messages, images=2) == ([200, 100], None)
+    # Where vLLM sees another number of images than the conversation has, nothing of it holds, and nobody is blamed.
+    fields, _ = filled(settings, after(settings, messages), 3)
+    assert fields.fsr_budget == [100] * 3 and fields.fsr_question is None
+
+
+def test_what_a_client_sends_as_derived_is_an_unknown_field():
+    for value in ({"questions": ["q"]}, ["q"], "q"):
+        with pytest.raises(ValueError, match="unknown field"):
+            after({"budget": 64}, mm_processor_kwargs={DERIVED_KEY: value})
+        with pytest.raises(ValueError, match="unknown field"):
+            settled(configured({"budget": 64}), [MESSAGES], {DERIVED_KEY: value}, unsupported)
+
+
+def test_beyond_the_models_limit_nothing_is_derived():
+    image = MESSAGES[0]["content"][0]
+    for count in (LIMIT, LIMIT + 1):
+        messages = [{"role": "user", "content": [*[image] * count, {"type": "text", "text": "What?"}]}]
+        found = after({"budget": 64}, messages)
+        if count > LIMIT:
+            assert found is None  # vLLM's own error comes next
+            assert after({}, messages, fsr_budget=[64, 65]) == {"fsr_budget": [64, 65]}
+        else:
+            questions = found[DERIVED_KEY].questions
+            assert len(questions) == LIMIT and len({id(question) for question in questions}) == 1
+
+
+@pytest.mark.parametrize("field", ["fsr_budget", "fsr_question"])
+def test_lists_longer_than_any_prompt_are_refused_before_they_are_read(field):
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("read")
+
+    text = [{"role": "user", "content": "no image"}]
+    with pytest.raises(ValueError, match=f"{field} has {LIMIT + 1} entries") as error:
+        after({}, text, **{field: Unread([1] * (LIMIT + 1))})
+    assert error.value.parameter == field
+    with pytest.raises(ValueError, match=f"{field} has {LIMIT + 1} entries"):
+        settled(configured({}), [text], {field: Unread([1] * (LIMIT + 1))}, unsupported)
+
+
+def test_the_questions_of_a_list_have_a_longest_length_together():
+    many = MAX_QUESTIONS // MAX_QUESTION
+    image = MESSAGES[0]["content"][0]
+    messages = [{"role": "user", "content": [image] * many}]
+    assert after({}, messages, fsr_budget=1, fsr_question=["x" * MAX_QUESTION] * many)
+    messages = [{"role": "user", "content": [image] * (many + 1)}]
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="in all") as error:
+        after({}, messages, fsr_budget=1, fsr_question=["x" * MAX_QUESTION] * many + ["x"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(str(error.value)) < 200 and peak < MAX_QUESTIONS  # nothing was joined
+
+
+def test_one_validation_serves_all_conversations_of_a_call(monkeypatch):
+    seen, stock = [], RequestFields.parse
+    monkeypatch.setattr(RequestFields, "parse", lambda *given: seen.append(given) or stock(*given))
+    found = settled(configured({}), [MESSAGES] * 50, {"fsr_budget": 64}, unsupported)
+    assert len(seen) == 1 and [one["fsr_budget"] for one in found] == [64] * 50
 
 
 def test_a_default_that_follows_the_load_stands_in_for_details_without_a_budget(monkeypatch):
@@ -83,18 +160,18 @@ def test_a_default_that_follows_the_load_stands_in_for_details_without_a_budget(
     settings = {"adaptive": "64:288", "detail_budgets": {"low": 16, "high": 500}}
     low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
     messages = [{"role": "user", "content": [*low, *MESSAGES[0]["content"]]}]
-    assert after({"adaptive": "64:288"}) == {"fsr_question": ["What?"]}  # the processor's, at the last moment
+    assert after({"adaptive": "64:288"}) == {DERIVED_KEY: Derived(("What?",))}  # the processor's, at the last moment
     report = RequestReport()
     token = current_report.set(report)
     try:
-        assert planned(settings, messages) == ([16, 288], 288)
+        assert planned(settings, messages, images=2) == ([16, 288], 288)
         arrived = after(settings, messages)
         monitor.read(0, adaptive.Load(0, 100))
         now[0] += 5.0
-        assert with_default(ServerSettings.parse(settings), arrived)[0]["fsr_budget"] == [16, 64]  # not as on arrival
-        assert planned({"adaptive": "64:288"}) == (64, 64)
+        assert filled(settings, arrived, 2)[0].fsr_budget == [16, 64]  # not as on arrival
+        assert planned({"adaptive": "64:288"}) == ([64], 64)
         assert planned(settings, [{"role": "user", "content": low}]) == ([16], None)
-        assert planned(settings, messages, fsr_budget=500) == (500, None)
+        assert planned(settings, messages, images=2, fsr_budget=500) == (500, None)
         assert report.adaptive is None
         HOOK.after([{"fsr_visual_tokens": (64, 576), "fsr_adaptive": 64}])
         assert report.adaptive == 64

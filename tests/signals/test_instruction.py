@@ -1,6 +1,7 @@
 """Questions and details of images in chat messages: counts, order, and that the past never changes."""
 
 import copy
+import tracemalloc
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from fsr_vllm.signals.instruction import image_details, image_questions, materialise
+from fsr_vllm.signals.instruction import count_images, image_details, image_questions, materialise
 
 URL = {"url": "data:image/png;base64,AAAA"}
 IMAGE = {"type": "image_url", "image_url": URL}
@@ -51,7 +52,7 @@ def count(messages):
 @given(conversations)
 def test_one_question_and_one_detail_per_image(messages):
     before = copy.deepcopy(messages)
-    assert len(image_questions(messages)) == len(image_details(messages)) == count(messages)
+    assert len(image_questions(messages)) == len(image_details(messages)) == count_images(messages) == count(messages)
     assert messages == before
 
 
@@ -65,16 +66,29 @@ def test_later_turns_never_change_earlier_questions(first, answer, later):
 @settings(deadline=None)
 @given(st.lists(st.text("abc ?", max_size=5), min_size=1, max_size=6))
 def test_order_is_prompt_order(asked):
-    """A conversation of single-image turns gives each image its own turn's text, in order."""
-    messages = []
+    """A conversation of single-image turns gives each image its own turn's text, or the last one before it."""
+    messages, expected = [], [""]
     for text in asked:
         messages.append({"role": "user", "content": [IMAGE, {"type": "text", "text": text}]})
         messages.append({"role": "assistant", "content": "an answer"})
-    assert image_questions(messages) == [text.strip() for text in asked]
+        expected.append(text.strip() or expected[-1])
+    assert image_questions(messages) == expected[1:]
+
+
+@settings(deadline=None)
+@given(conversations, st.integers(1, 40))
+def test_the_end_of_a_long_question_is_read(messages, longest):
+    whole = image_questions(messages)
+    cut = image_questions(messages, longest)
+    assert [question.strip() for question in cut] == [question[-longest:].strip() for question in whole]
+    assert all(len(question) <= longest for question in cut)
 
 
 def user(*parts):
     return {"role": "user", "content": list(parts)}
+
+
+ASSISTANT = {"role": "assistant", "content": "Let me see."}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +110,15 @@ def user(*parts):
         ([{"role": "system", "content": ["Be brief.", IMAGE]}, user("Q?")], ["Q?"]),
         ([{"role": "tool", "content": [IMAGE, "done"]}, {"role": "assistant", "content": "ok"}, user("Q?")], [""]),
         ([{"role": "assistant", "content": [IMAGE, "Here it is."]}, user("Q?")], ["Q?"]),
+        # Asked before the image came: as a message of its own, or by a call of a tool that answers with an image.
+        ([user("Q?"), user(IMAGE)], ["Q?"]),
+        ([user("First."), user("Q?"), user(IMAGE, " ")], ["Q?"]),
+        ([user("Q?"), ASSISTANT, {"role": "tool", "content": [IMAGE, "done"]}], ["Q?"]),
+        ([user("Q?"), ASSISTANT, {"role": "tool", "content": [IMAGE]}, user("R?")], ["R?"]),
+        ([user("Q?"), ASSISTANT, {"role": "tool", "content": [IMAGE]}, ASSISTANT, user("R?")], ["Q?"]),
+        ([user("Q?"), ASSISTANT, user(IMAGE), ASSISTANT, user("R?"), ASSISTANT, user(IMAGE)], ["Q?", "R?"]),
+        ([user("Q?", IMAGE), ASSISTANT, user(IMAGE), user(IMAGE)], ["Q?", "Q?", "Q?"]),
+        ([{"role": "system", "content": "Be brief."}, user(IMAGE)], [""]),
         # Answers quoted by the user count as text; reasoning and refusals are the model's.
         ([user(IMAGE, {"type": "output_text", "text": "quoted"})], ["quoted"]),
         ([user(IMAGE, {"type": "thinking", "thinking": "hm"}, {"type": "refusal", "refusal": "no"})], [""]),
@@ -108,6 +131,38 @@ def user(*parts):
 )
 def test_examples(messages, questions):
     assert image_questions(messages) == questions
+
+
+def test_counting_stops_beyond_what_is_asked_for():
+    messages = [user(IMAGE, IMAGE), user(*[IMAGE] * 3), {"role": "user", "content": iter([IMAGE])}]
+    assert count_images(messages, most=4) == 5
+    with pytest.raises(TypeError, match="materialise"):
+        count_images(messages, most=5)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after the images", "before the images"])
+def test_work_is_bounded_by_the_text_whatever_the_number_of_images(before):
+    """2,500 images and texts of 1 MB: one string for all of them, and next to nothing beside it."""
+    texts = [user(f"{letter} " * 250_000) for letter in "ab"]
+    pictures = [user(*[IMAGE] * 50) for _ in range(50)]
+    messages = [*texts, *pictures] if before else [*pictures, *texts]
+    tracemalloc.start()
+    questions = image_questions(messages, 4096)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(questions) == 2500 and len({id(question) for question in questions}) == 1
+    assert questions[0] == ("b " * 250_000).strip()[-4096:]
+    assert peak < 1_500_000  # one of the two texts, stripped, and a list of 2,500
+
+
+def test_each_image_followed_by_text_of_its_own_costs_no_more_than_its_question():
+    messages = [user(IMAGE, f"{number:08d}" * 64) for number in range(900)]
+    tracemalloc.start()
+    questions = image_questions(messages, 4096)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [len(question) for question in questions[:890]] == [4096] * 890
+    assert len({id(question) for question in questions[:890]}) == 1 and peak < 1_000_000
 
 
 def test_details():
