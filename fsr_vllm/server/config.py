@@ -46,6 +46,7 @@ def described(model_config: Any, processor: Any) -> dict[str, Any]:
         "methods": methods,
         "text_encoder": _named(settings.text_encoder),
         "model_alias": settings.model_alias,
+        "encoder_limit": settings.encoder_limit,
     }
 
 

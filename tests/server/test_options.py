@@ -35,6 +35,7 @@ def test_the_configuration_of_a_server_without_limits(main):
         "method": "fsr",
         "text_encoder": "text_encoder",  # a folder of this machine: its last part alone
         "model_alias": True,
+        "encoder_limit": "unpruned",
     }
     assert options["alpha"] == build_method("fsr", None).alpha
     assert {"fsr", "cdpruner", "random"} <= set(methods) and "fastv" not in methods
