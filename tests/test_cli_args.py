@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import fsr_vllm
 from fsr_vllm import cli_args, compat_start
 from fsr_vllm.params import FieldError, ServerSettings
 
@@ -61,6 +62,7 @@ VALUES = [
     ("max_budget", "0", "must be an integer from 1 to 1,000,000; got 0"),
     ("method", "divprun", "did you mean divprune?"),
     ("method", "zzz", "must be one of fsr, "),
+    ("method", "quota", "no server can give quota its inputs"),
     ("text_encoder", "", "must be auto, a path, a name or NAME@REVISION, llm, or none; got ''"),
     ("relevance_sign", "2", "must be auto, 1 or -1; got '2'"),
     ("detail_budgets", "low", "must map low, high, auto or original to a budget"),
@@ -239,3 +241,9 @@ def test_the_engine_refuses_what_the_command_line_would(tmp_path):
     for active in ({}, {"additional_config": {"fsr": {}}}):
         with pytest.raises(ValueError, match="additional_config=.*budget"):
             start(mm_processor_kwargs={"fsr_budget": 32}, **active)
+
+
+def test_methods_that_cannot_be_served_are_no_choices(refused):
+    unserved = {name for name, info in fsr_vllm.methods().items() if not info.servable}
+    choices = refused("--plugin", "fsr", "--fsr-method", "zzz").partition("one of ")[2].partition(";")[0].split(", ")
+    assert unserved and set(choices) == set(fsr_vllm.methods()) - unserved

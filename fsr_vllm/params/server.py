@@ -18,7 +18,7 @@ from .budget import (
     resolve_budget,
     whole,
 )
-from .method import known_method
+from .method import known_method, served_methods
 from .wording import cut, did_you_mean, shown
 
 CACHE_BYTES = 256 << 20  # about 200 images of a CLIP-L/336 tower in half precision, or 400 preprocessed ones
@@ -149,7 +149,12 @@ class ServerSettings(BaseModel):
     def _check_method(cls, value: Any) -> str:
         if not isinstance(value, str):
             raise FieldError("fsr.method", f"fsr.method must be the name of a method; got {shown(value)}")
-        return known_method(value, "fsr.method")
+        known_method(value, "fsr.method")
+        if value not in (served := served_methods()):
+            raise FieldError(
+                "fsr.method", f"fsr.method must be one of {', '.join(served)}; no server can give {value} its inputs"
+            )
+        return value
 
     @field_validator("text_encoder", mode="before")
     @classmethod
