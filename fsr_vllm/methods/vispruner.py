@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .base import Method, PerToken, Selection, VisualTokens, cosine_similarity, option, topk_stable
 
+_ROWS = 64  # of cosines compared at a time on a CPU
+
 
 @dataclass
 class VisPruner(Method):
@@ -56,13 +58,23 @@ class VisPruner(Method):
 
 def _thin_out(similarity: Tensor, rest: Tensor, wanted: int, step: int) -> Tensor:
     """Drop from rest (B, R) until `wanted` are left; similarity (B, N, N)."""
-    image = torch.arange(len(rest), device=rest.device)[:, None, None]
     nowhere = torch.full(similarity.shape[:2], torch.inf, device=rest.device)
     while (surplus := rest.shape[1] - wanted) > 0:
         even, odd = rest[:, ::2], rest[:, 1::2]
-        redundancy = similarity[image, even[:, :, None], odd[:, None, :]].amax(-1)
+        redundancy = _closest(similarity, even, odd)
         stay = even.shape[1] - min(step, surplus, even.shape[1])
         # Sorted in the order of tokens, so that of equal ones the lower index comes first, and stays.
         staying = nowhere.scatter(1, even, redundancy).sort(dim=-1, stable=True).indices[:, :stay]
         rest = torch.cat([staying.flip(1), odd], 1)
     return rest
+
+
+def _closest(similarity: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """For each of the even places (B, E) its highest cosine to any of the odd ones (B, O)."""
+    if similarity.device.type != "cpu":
+        image = torch.arange(len(even), device=even.device)[:, None, None]
+        return similarity[image, even[:, :, None], odd[:, None, :]].amax(-1)
+    # A few rows at a time stay in a core's cache while their columns are picked: a quarter of the time.
+    parts = zip(similarity, even, odd, strict=True)
+    found = [[cos.index_select(0, own).index_select(1, b).amax(-1) for own in a.split(_ROWS)] for cos, a, b in parts]
+    return torch.stack([torch.cat(image) for image in found])
