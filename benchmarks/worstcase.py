@@ -37,6 +37,7 @@ BUDGETS = ("64", "N / 2", "N - 1")
 _LARGE = 1e6  # for an end that an option leaves open
 _HEADS, _WIDTH = 16, 1024  # of the tower whose attention is formed again
 _REFERENCE = "fsr"
+_LAYERS = {"hiprune": {"received": 2}, "vflowopt": {"attention": 1}}  # signals that cost more than one row of queries
 # Options that do nothing beside the defaults: what goes with them.
 _BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("fsr", "coverage_weight"): {"scan": "coverage"},
@@ -143,6 +144,11 @@ def verdict(case: Case, sizes: list[int], limit: float) -> str:
     return "served" if case.worst(sizes[-1])[1] <= limit else "SERVED, AND TOO DEAR"
 
 
+def worst_of_reference(report: dict[str, Any]) -> float:
+    """Seconds of FSR as served at the largest size."""
+    return report["rows"][0]["at"][str(report["sizes"][-1])]["seconds"]
+
+
 def markdown(report: dict[str, Any]) -> str:
     sizes = report["sizes"]
     lines = ["# Worst cases of methods and options", ""]
@@ -164,12 +170,19 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([f"`{row['method']}`", row["options"], *times, *shares, row["requests"]]) + " |")
     lines += ["", "`~`: not run, from the smaller size by the cube of N.", "", "## Signals", ""]
     lines += [
-        f"Seconds for one layer of {_HEADS} heads, beside which the tower computes the same attention in every layer:"
+        f"Seconds for one layer of {_HEADS} heads. They are formed once per image, beside a tower that computes the"
     ]
-    lines += [
-        "`hiprune` needs `received` of two layers, `vflowopt` needs `attention`. They are formed once per image.",
-        "",
-    ]
+    lines += ["same attention in every layer."]
+    last, worst = str(sizes[-1]), {row["method"]: 0.0 for row in report["rows"]}
+    for row in report["rows"]:
+        worst[row["method"]] = max(worst[row["method"]], row["at"][last]["seconds"])
+    for name, layers in _LAYERS.items():
+        if name in worst:
+            total = worst[name] + sum(number * report["signals"][last][signal] for signal, number in layers.items())
+            lines += [
+                f"With what it needs, `{name}` costs x {total / worst_of_reference(report):.2g} at {sizes[-1]:,}."
+            ]
+    lines += [""]
     lines += ["| signal | " + " | ".join(f"{n:,}" for n in sizes) + " |", "|" + "---|" * (1 + len(sizes))]
     for name in report["signals"][str(sizes[0])]:
         lines.append(f"| `{name}` | " + " | ".join(f"{report['signals'][str(n)][name]:.3g}" for n in sizes) + " |")

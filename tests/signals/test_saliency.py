@@ -55,7 +55,7 @@ def test_attention_map_is_transformers_eager_attention(layer):
 @pytest.mark.parametrize("block", [1 << 24, 500])
 def test_received_attention_is_the_column_mean(layer, prefix, block, monkeypatch):
     query, key, expected = layer
-    monkeypatch.setattr(saliency, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(saliency, "_CPU_BLOCK", block)
     torch.testing.assert_close(
         received_attention(query, key, HEADS, SCALE, prefix) / HEADS,
         expected[:, :, prefix:, prefix:].mean((1, 2)),
@@ -67,7 +67,7 @@ def test_received_attention_is_the_column_mean(layer, prefix, block, monkeypatch
 @pytest.mark.parametrize("block", [1 << 24, 500])
 def test_received_attention_with_cls_among_the_givers(layer, block, monkeypatch):
     query, key, expected = layer
-    monkeypatch.setattr(saliency, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(saliency, "_CPU_BLOCK", block)
     ours = received_attention(query, key, HEADS, SCALE, prefix=1, prefix_gives=True) / HEADS
     torch.testing.assert_close(ours, expected.mean((1, 2))[:, 1:], atol=1e-5, rtol=0)
     without = received_attention(query, key, HEADS, SCALE, prefix=1) / HEADS
