@@ -67,7 +67,7 @@ def _settings(given: dict[str, Any] | None) -> Any:
 
 
 def _activate(engine_args: Any, settings: Any) -> None:
-    from fsr_vllm import compat_caches, params
+    from fsr_vllm import compat_caches, compat_surfaces, params
     from fsr_vllm.engine.extension import with_ours
 
     if settings.adaptive is not None:
@@ -76,6 +76,7 @@ def _activate(engine_args: Any, settings: Any) -> None:
     engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
     engine_args.worker_extension_cls = with_ours(engine_args.worker_extension_cls)
     compat_caches.wrap_mm_cache_reset(_forget_pixels)
+    compat_surfaces.wrap_outputs()
 
 
 def _leave_aside(engine_args: Any) -> None:

@@ -50,7 +50,7 @@ class Derived:
 
 
 def install(unsupported: Callable[[Any], str | None]) -> None:
-    """Hook vLLM's chat rendering and offline outputs, once per process; `unsupported` is plugin.unsupported."""
+    """Hook vLLM's chat rendering, once per process; `unsupported` is activation.unsupported."""
 
     def settle(model_config: Any, conversations: Any, given: Any) -> Any:
         try:
@@ -59,7 +59,6 @@ def install(unsupported: Callable[[Any], str | None]) -> None:
             raise compat.request_error(str(error), error.field) from None
 
     compat_surfaces.wrap_chat_rendering(settle)
-    compat_surfaces.wrap_outputs()
 
 
 def settled(
