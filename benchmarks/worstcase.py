@@ -154,7 +154,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["# Worst cases of methods and options", ""]
     lines += [f"`{report['command']}`, {report['seconds']} s; D = 1024, one image, float32, one thread. Medians of CPU"]
     lines += ["time, run in turns."]
-    lines += ["Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the share of the"]
+    lines += ["Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the multiple of the"]
     lines += [
         f"worst case of FSR as served at the same size, in the same run. Served up to x {LIMIT:g} at {sizes[-1]:,}."
     ]

@@ -79,9 +79,13 @@ def _reader(name: str) -> Any:
         if value is None:
             value = text
         try:
-            return getattr(ServerSettings.parse({name: value}), name)
+            read: Any = getattr(ServerSettings.parse({name: value}), name)
         except FieldError as error:
-            return Unfit(text, str(error).removeprefix(f"fsr.{name} "))
+            read = Unfit(text, str(error).removeprefix(f"fsr.{name} "))
+        if text.strip().lower() == "off" and (read is None or isinstance(read, Unfit)):
+            off = _off(name)  # None would count as not given
+            return read if isinstance(off, Unfit) else off
+        return read
 
     read.__name__ = name
     return read
@@ -232,11 +236,12 @@ def misplaced_fields(mm_processor_kwargs: Any) -> str | None:
     if not isinstance(mm_processor_kwargs, Mapping):
         return None
     from fsr_vllm.params import ServerSettings, cut
+    from fsr_vllm.params.misplaced import is_ours
 
     for key, value in mm_processor_kwargs.items():
         plain = str(key).lower().replace("-", "_")
-        if plain.replace("_", "").startswith("fsr"):
-            name = plain.removeprefix("fsr").strip("_")
+        name = plain.removeprefix("fsr").strip("_")
+        if is_ours(key) or (plain.startswith("fsr") and name in ServerSettings.options()):
             instead = "the request says it"
             if name in ServerSettings.options():
                 instead = f'for all requests it is {option(name)} (additional_config={{"fsr": {{"{name}": ...}}}})'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import sys
@@ -27,11 +26,11 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what is asked for; 2 and a message for a name that is no method's."""
     from fsr_vllm.methods import methods
+    from fsr_vllm.params import did_you_mean
 
     known = methods()
     if args.name is not None and args.name not in known:
-        close = difflib.get_close_matches(args.name, known, 1)
-        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+        hint = did_you_mean(args.name, known) or f"; there are {', '.join(known)}"
         print(f"fsr-vllm methods: unknown method {args.name!r}{hint}", file=sys.stderr)
         return 2
     if args.json:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 
-def embedding_rows(images: Any) -> list[int] | None:
-    """Rows of each image that came as its embeddings; None where this cannot be said of such items.
+def embedding_rows(images: Any) -> list[int | None]:
+    """Rows of each image that came as its embeddings; None for items that do not say.
 
     Why: vLLM's items of embeddings differ by model; those of one tensor per image know their size. Read in 0.26-0.33,
     run in 0.32. Can go when all of them do.
     """
     size = getattr(images, "get_feature_size", None)
-    return None if size is None else [size(index) for index in range(images.get_count())]
+    return [None if size is None else size(index) for index in range(images.get_count())]

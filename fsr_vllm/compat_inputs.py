@@ -6,9 +6,10 @@ of them moves.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from fsr_vllm.compat_patching import wrap_method
 
 # A prompt of vLLM that has been tokenised; an encoder-decoder's consists of two.
 _PARTS = ("encoder_prompt", "decoder_prompt")
@@ -44,8 +45,8 @@ def wrap_prompts(judge: Callable[[Any, Mapping[str, Any], bool], Mapping[str, An
 
         return process_for_engine_async
 
-    _wrap(BaseRenderer, "process_for_engine", sync)
-    _wrap(BaseRenderer, "process_for_engine_async", asynchronous)
+    wrap_method(BaseRenderer, "process_for_engine", sync)
+    wrap_method(BaseRenderer, "process_for_engine_async", asynchronous)
 
 
 def wrap_offline_parameters(judge: Callable[[Any, Mapping[str, Any]], None]) -> None:
@@ -54,7 +55,7 @@ def wrap_offline_parameters(judge: Callable[[Any, Mapping[str, Any]], None]) -> 
     Why: behind HTTP `vllm_xargs` becomes `SamplingParams.extra_args`, and our fields in it are read there; offline
     nobody reads them. `LLM._add_request` is what all of `LLM`'s calls end in; raw prompts that reach
     InputProcessor.process_inputs come from users of LLMEngine and AsyncLLM, since servers render theirs first. Read and
-    run in 0.32; a name that a version lacks is passed over. Can go when extra_args of nobody are refused by vLLM.
+    run in 0.32; a name that a version lacks is passed over. Can go when vLLM refuses extra_args that nothing reads.
     """
     from vllm.entrypoints.llm import LLM
     from vllm.v1.engine.input_processor import InputProcessor
@@ -81,15 +82,5 @@ def wrap_offline_parameters(judge: Callable[[Any, Mapping[str, Any]], None]) -> 
 
     owner = next((cls for cls in LLM.__mro__ if "_add_request" in cls.__dict__), None)
     if owner is not None:
-        _wrap(owner, "_add_request", of_llm)
-    _wrap(InputProcessor, "process_inputs", of_engines)
-
-
-def _wrap(cls: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """Replace a method of `cls` itself by make(method), once."""
-    stock = cls.__dict__.get(name)
-    if stock is None or getattr(stock, "_fsr_inputs", False):
-        return
-    wrapped: Any = functools.wraps(stock)(make(stock))
-    wrapped._fsr_inputs = True
-    setattr(cls, name, wrapped)
+        wrap_method(owner, "_add_request", of_llm)
+    wrap_method(InputProcessor, "process_inputs", of_engines)

@@ -63,6 +63,8 @@ def limit(cls: type, limited: Callable[[Any], bool]) -> bool:
         if not features or computed >= _end(features[-1]) or not limited(self.vllm_config):
             return stock(self, request, computed, new, budget, *args, **kwargs)
         gate = EncoderGate(self, request, budget)
+        if not self.scheduler_config.enable_chunked_prefill:
+            return gate.whole_or_not_yet(stock(self, request, computed, new, budget, *args, **kwargs), new)
         with gate.over(self.encoder_cache_manager):
             result = stock(self, request, computed, new, budget, *args, **kwargs)
         if not result[0]:
@@ -133,6 +135,17 @@ class EncoderGate:
     def _note(self, allowed: bool, place: int, left: int) -> bool:
         self._allowed = (left, self.cost(place)) if allowed else None
         return allowed
+
+    def whole_or_not_yet(self, result: tuple[Any, ...], new: int) -> tuple[Any, ...]:
+        """Stock's result for a prompt that must not be split, or one that leaves it to a later step.
+
+        Poolers such as MEAN need a prompt in one piece. So it is scheduled whole if its images fit beside what this
+        step encodes already, or if it is the first with images: then, as in stock, its size is what the step costs.
+        """
+        cost = sum(map(self.cost, result[0]))
+        if self.budget < self.whole and (cost > self.budget or result[1] < new):
+            return ([], 0, self.budget, *([] for _ in result[3:]))
+        return (*result[:2], max(0, self.budget - cost), *result[3:]) if result[0] else result
 
     def others_wait(self) -> bool:
         """Whether another running request, or the first that waits, has images to encode."""

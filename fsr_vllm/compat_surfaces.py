@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fsr_vllm import compat, compat_identity
+from fsr_vllm.compat_patching import wrap_method
 
 RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on a processed input
 ADAPTIVE_KEY = "fsr_adaptive"  # the budget that the load gave its images, where the request named none
@@ -40,20 +41,6 @@ def owner(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
-
-
-def _wrap(cls: Any, name: str, make: Callable[[Any], Any]) -> bool:
-    """Replace a method of `cls` itself by make(method), once; False if there is none."""
-    stock = None if cls is None else cls.__dict__.get(name)
-    if stock is None:
-        return False
-    of_class = isinstance(stock, classmethod)
-    function = stock.__func__ if of_class else stock
-    if not getattr(function, "_fsr_wrapped", False):
-        wrapped: Any = functools.wraps(function)(make(function))
-        wrapped._fsr_wrapped = True
-        setattr(cls, name, classmethod(wrapped) if of_class else wrapped)
-    return True
 
 
 def let_fields_pass(module: Any) -> None:
@@ -143,8 +130,8 @@ def wrap_chat_rendering(settle: Callable[[Any, Any, Any], Any]) -> None:
 
         return render_chat_async
 
-    _wrap(BaseRenderer, "render_chat", sync)
-    _wrap(BaseRenderer, "render_chat_async", asynchronous)
+    wrap_method(BaseRenderer, "render_chat", sync)
+    wrap_method(BaseRenderer, "render_chat_async", asynchronous)
 
 
 def _joined(results: Any) -> Any:
@@ -169,8 +156,8 @@ def wrap_model_check(before: Callable[[Any, Any], Any], after: Callable[[Any, An
 
         return _check_model
 
-    wrapped = [_wrap(owner(module, name), "_check_model", make) for module, name in MODEL_CHECKS]  # each, then judged
-    return all(wrapped)
+    wrapped = [wrap_method(owner(module, name), "_check_model", make) for module, name in MODEL_CHECKS]
+    return all(wrapped)  # judged when all are wrapped
 
 
 def wrap_pooling(prepare: Callable[[Any, Any], None], report: Callable[[Any], None]) -> None:
@@ -189,7 +176,12 @@ def wrap_pooling(prepare: Callable[[Any, Any], None], report: Callable[[Any], No
             ctx = await stock(self, io_processor, request, raw_request)
             # Some of these request models drop unknown fields; the body was parsed and kept by FastAPI.
             body = await raw_request.json() if raw_request is not None else (request.model_extra or {})
-            shown = SimpleNamespace(model_extra=body, mm_processor_kwargs=ctx.prompt_extras.get("mm_processor_kwargs"))
+            body = body if isinstance(body, dict) else {}
+            given = ctx.prompt_extras.get("mm_processor_kwargs")
+            dropped = body.get("mm_processor_kwargs")
+            if given is None and isinstance(dropped, dict):  # ours alone: no check of vLLM has seen the others
+                given = {key: value for key, value in dropped.items() if key.startswith("fsr_")} or None
+            shown = SimpleNamespace(model_extra=body, mm_processor_kwargs=given, vllm_xargs=body.get("vllm_xargs"))
             prepare(SimpleNamespace(model_config=self.model_config, renderer=self.renderer), shown)
             if shown.mm_processor_kwargs is not None:
                 ctx.prompt_extras["mm_processor_kwargs"] = shown.mm_processor_kwargs
@@ -205,8 +197,8 @@ def wrap_pooling(prepare: Callable[[Any, Any], None], report: Callable[[Any], No
 
         return _preprocessing
 
-    _wrap(cls, "_init_ctx", context)
-    _wrap(cls, "_preprocessing", preprocessing)
+    wrap_method(cls, "_init_ctx", context)
+    wrap_method(cls, "_preprocessing", preprocessing)
     let_fields_pass(sys.modules[module])
 
 
@@ -236,7 +228,7 @@ def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
         return handler
 
     for module, name, method in FOREIGN_HANDLERS:
-        _wrap(owner(module, name), method, make)
+        wrap_method(owner(module, name), method, make)
 
 
 def wrap_outputs() -> None:
@@ -267,8 +259,8 @@ def wrap_outputs() -> None:
 
         return _new_request_output
 
-    _wrap(RequestState, "from_new_request", begin)
-    _wrap(RequestState, "_new_request_output", output)
+    wrap_method(RequestState, "from_new_request", begin)
+    wrap_method(RequestState, "_new_request_output", output)
 
 
 def grpc_launcher_runs() -> bool:

@@ -187,6 +187,15 @@ def test_off_in_a_yaml_file_means_off(parse, tmp_path):
         parse("--config", str(tmp_path / "slip.yaml"))
 
 
+@pytest.mark.parametrize("name", ["min_budget", "max_budget", "adaptive", "pixel_cache_bytes"])
+def test_off_on_the_command_line_undoes_what_additional_config_sets(parse, name):
+    value = "32:64" if name == "adaptive" else 64
+    given = parse(
+        "--plugin", "fsr", cli_args.option(name), "off", "--additional-config", json.dumps({"fsr": {name: value}})
+    )
+    assert getattr(ServerSettings.parse(given["fsr"]), name) == (0 if name == "pixel_cache_bytes" else None)
+
+
 def test_no_budget_is_off_although_the_file_says_another(parse):
     assert parse("--plugin", "fsr", "--fsr-budget", "64", "--no-fsr-budget")["fsr"]["budget"] is False
     assert ServerSettings.parse({"budget": False}).budget == "off"

@@ -49,3 +49,15 @@ def test_servable_is_what_some_server_can_form():
     assert {name: info.servable for name, info in methods().items()} == {
         name: set(info.needs) <= formed for name, info in methods().items()
     }
+
+
+def test_the_served_preset_is_what_no_preset_means():
+    from fsr_vllm.params import build_method
+
+    assert (
+        build_method("fsr", {"preset": "served"})
+        == build_method("fsr", None)
+        != build_method("fsr", {"preset": "paper"})
+    )
+    with pytest.raises(ValueError, match='"paper", "served" or absent'):
+        build_method("fsr", {"preset": "best"})

@@ -11,13 +11,9 @@ from typing import Any
 
 from fsr_vllm import compat, compat_inputs, compat_version
 from fsr_vllm.params import HOW_TO_ACTIVATE, SETTINGS_KEY, FieldError, RequestFields, ServerSettings
+from fsr_vllm.params.misplaced import is_ours
 
 IGNORED_KEY = "fsr_ignored"  # of the model config in a front end: drop fsr fields, prune nothing
-
-
-def is_ours(key: Any) -> bool:
-    """Whether a key names, in some spelling, a field of ours."""
-    return isinstance(key, str) and key[:8].lower().replace("-", "").replace("_", "").startswith("fsr")
 
 
 def without_fields(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         try:
             if isinstance(images, ImageProcessorItems):
                 return self._planned(inputs, fields, derived)
-            rows = compat_images.embedding_rows(images) or []
+            rows = compat_images.embedding_rows(images)
             return self._without(inputs, fsr_plans=plan_embeddings(fields, self.fsr_settings, rows))
         except FieldError as error:
             raise compat.request_error(str(error), error.field) from None

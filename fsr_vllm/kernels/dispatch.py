@@ -61,6 +61,9 @@ def _matrix(name: str, value: torch.Tensor) -> torch.Tensor:
     return value.detach().contiguous()
 
 
+_LARGEST = 1e30  # far above any gain, and finite in sums of float32
+
+
 def _vector(
     name: str, value: torch.Tensor | None, matrix: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor | None:
@@ -237,6 +240,6 @@ def coverage_greedy(
         similarity.new_zeros(similarity.shape[:2]) if cover is None else snap(cover),
         None if rows is None else snap_weights(rows),
         candidates,
-        bonus,
+        None if bonus is None else bonus.clamp(-_LARGEST, _LARGEST),  # infinite, a chosen token would be picked again
         width,
     )

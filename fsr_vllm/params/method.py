@@ -39,8 +39,8 @@ def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
 
     given = dict(options or {})
     preset = given.pop("preset", None)
-    if preset not in (None, "paper"):
-        raise FieldError("fsr_options", f'fsr_options.preset must be "paper" or absent; got {shown(preset)}')
+    if preset not in (None, "paper", "served"):
+        raise FieldError("fsr_options", f'fsr_options.preset must be "paper", "served" or absent; got {shown(preset)}')
     long = next((name for name in given if len(name) > LONGEST), None)
     if long is not None:
         raise FieldError("fsr_options", f"fsr_options: method {method!r} has no option {cut(long)!r}")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .budget import FieldError
-from .request import REQUEST_FIELDS
+from .request import PREFIX, REQUEST_FIELDS
 
 _SPELT = {name.replace("_", ""): name for name in REQUEST_FIELDS}
 _TOP = "at the top level of the body (offline: in mm_processor_kwargs)"
@@ -18,6 +18,8 @@ _LIST = f"{_TOP}, as one value or a list with one per image"
 _HOME = {name: _LIST if name in ("fsr_budget", "fsr_question") else _TOP for name in REQUEST_FIELDS}
 _FIRST = frozenset("fF-_")
 _LONGEST = 32  # characters of a key; a longer one is nobody's slip
+# An Anthropic part that holds parts of its own, whose images are pruned like any other.
+_NESTING = "tool_result"
 _HOLDERS = ("image_url", "source")  # an image part's own object, in OpenAI's and in Anthropic's shape
 
 
@@ -27,6 +29,11 @@ def meant(key: Any) -> str | None:
     if not isinstance(key, str) or key[:1] not in _FIRST or len(key) > _LONGEST:
         return None
     return _SPELT.get(key.lower().replace("-", "").replace("_", ""))
+
+
+def is_ours(key: Any) -> bool:
+    """Whether a key is a field of ours in some spelling, or stands in our name space."""
+    return isinstance(key, str) and (key.startswith(PREFIX) or meant(key) is not None)
 
 
 def misspelt(values: Any, where: str = "") -> FieldError | None:
@@ -75,17 +82,27 @@ def _in_message(message: Any, images: int, where: str) -> tuple[FieldError | Non
     if not isinstance(message, dict):
         return None, images
     found = out_of_place(message, f"{where}.")
-    for place, part in _entries(message.get("content")):
+    if found is not None:
+        return found, images
+    return _in_parts(message.get("content"), images, f"{where}.content")
+
+
+def _in_parts(parts: Any, images: int, where: str, nested: bool = False) -> tuple[FieldError | None, int]:
+    found = None
+    for place, part in _entries(parts):
         if found is not None or images < 0:
             break
         if not isinstance(part, dict):
             continue
         kind = part.get("type")
+        if kind == _NESTING and not nested and _first(part) is None:
+            found, images = _in_parts(part.get("content"), images, f"{where}[{place}].content", nested=True)
+            continue
         images -= "image" in kind if isinstance(kind, str) else "text" not in part
         for name in ("", *_HOLDERS):
             holder = part.get(name) if name else part
             if found is None and _first(holder) is not None:
-                found = out_of_place(holder, f"{where}.content[{place}].{name}{'.' if name else ''}")
+                found = out_of_place(holder, f"{where}[{place}].{name}{'.' if name else ''}")
     return found, images
 
 

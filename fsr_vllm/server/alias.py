@@ -51,8 +51,7 @@ def accept(model_config: Any, suffix: str | None, unsupported: Callable[[Any], s
         value = parse_budget_text(suffix, where)
         if isinstance(value, list):
             raise FieldError("model", f"model: one budget stands behind {MARK}; lists go into fsr_budget")
-        if not isinstance(value, float):
-            settings.check_bounds(value, where)
+        settings.check_bounds(value, where, settings.tokens_per_image)
     except FieldError as error:
         raise FieldError("model", str(error)) from None
     _current.set(value)

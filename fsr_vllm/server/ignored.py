@@ -11,12 +11,12 @@ from typing import Any
 from fastapi import APIRouter
 
 from fsr_vllm import __version__, compat_surfaces
-from fsr_vllm.engine.inputs import is_ours, without_fields
+from fsr_vllm.engine.inputs import without_fields
+from fsr_vllm.params.misplaced import is_ours
 from fsr_vllm.server.alias import MARK
+from fsr_vllm.server.misplaced import CARRIERS
 
 router = APIRouter(tags=["fsr"])
-
-CARRIERS = ("mm_processor_kwargs", "vllm_xargs")
 
 
 @router.get("/v1/fsr/config")

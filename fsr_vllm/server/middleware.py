@@ -8,7 +8,7 @@ from fsr_vllm import adaptive
 from fsr_vllm.server import misplaced
 from fsr_vllm.server.requests import RequestReport, current_report
 
-BUDGET_HEADER = b"x-fsr-budget"
+BUDGET_HEADER = misplaced.BUDGET_HEADER.encode()
 TOKENS_HEADER = b"x-fsr-visual-tokens"
 EXPOSE_HEADER = b"access-control-expose-headers"
 ADAPTIVE_HEADER = b"x-fsr-adaptive"

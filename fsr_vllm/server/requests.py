@@ -107,7 +107,8 @@ class RequestHook:
             return
         self._search(model_config, body)
         try:
-            fields = merged(_ours(body), _from_xargs(body.get("vllm_xargs")))
+            fields = merged(_ours(body), _ours(body.get("mm_processor_kwargs")))
+            fields = merged(fields, _from_xargs(body.get("vllm_xargs")))
             self._refuse(model_config, min(fields, default=None))
         except FieldError as error:
             raise compat.request_error(str(error), error.field) from None
@@ -182,12 +183,16 @@ class RequestHook:
         if not asked and budget is None:
             return {}
         self._refuse(model_config, asked[0] if asked else "model")
+        settings = ServerSettings.from_json(getattr(model_config.hf_config, SETTINGS_KEY))
         if header is not None:
+            if "fsr_budget" not in values:  # else the two are one, under the name of the body's
+                for one in _as_list(header_budget(header)):
+                    settings.check_bounds(one, HEADER_FIELD, settings.tokens_per_image)
             values = with_header(values, header)
         if budget is not None:
             values.setdefault("fsr_budget", budget)
         conversation.check_lengths(model_config, values)
-        RequestFields.parse(values, ServerSettings.from_json(getattr(model_config.hf_config, SETTINGS_KEY)))
+        RequestFields.parse(values, settings)
         return values
 
 
@@ -252,6 +257,10 @@ def header_budget(text: str) -> Any:
         if not same_budget(parse_budget_text(other, HEADER_FIELD), budget):
             raise FieldError(HEADER_FIELD, f"{HEADER_FIELD} is there more than once, with different budgets")
     return budget
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _lines(text: str) -> list[str]:

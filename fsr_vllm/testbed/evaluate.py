@@ -164,7 +164,10 @@ def merged(old: dict[str, Any], new: dict[str, Any], labels: Sequence[str]) -> d
     for key in ("split", "questions_per_family", "admitted", "majority", "full"):
         if json.dumps(old[key]) != json.dumps(new[key]):
             raise ValueError(f"the earlier report is about something else: {key} was {old[key]}, is {new[key]}")
-    rows = {(row["label"], row["budget"]): row for row in [*old["rows"], *new["rows"]]}
+    rows: dict[tuple[str, Any], dict[str, Any]] = {}
+    for entry in (*old["rows"], *new["rows"]):
+        place = entry["label"], entry["budget"]
+        rows[place] = rows.get(place, {}) | entry  # comparisons with rows that were not run again stay
     order = sorted(rows, key=lambda key: (labels.index(key[0]) if key[0] in labels else -1, key[1]))
     again = dict.fromkeys([*old.get("again", []), new["command"]])
     return old | {"rows": [rows[key] for key in order if key[0] in labels], "again": list(again)}
@@ -208,8 +211,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.keep:
         tuning = json.loads(args.tuning.read_text())["methods"] if args.tuning.exists() else {}
         old = json.loads((args.output / "accuracy.json").read_text())
-        # Those that others are compared with are run beside them; written they stay as they were.
-        report["rows"] = [row for row in report["rows"] if row["label"] not in args.against]
         report = merged(old, report, [row.label for row in rows(tuning)])
     (args.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.output / "accuracy.md").write_text(markdown(report))

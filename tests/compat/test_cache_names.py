@@ -24,6 +24,19 @@ def test_identities():
     assert not compat_caches._INTERNAL_UUID.fullmatch("my-renderer0-mm-12-image-3")
 
 
+def test_names_that_clients_give_and_sizes_of_embeddings():
+    import dataclasses
+
+    from vllm.multimodal.parse import ImageEmbeddingItems
+    from vllm.multimodal.processing import ProcessorInputs
+
+    from fsr_vllm.compat_images import embedding_rows
+
+    assert "mm_uuid_items" in {field.name for field in dataclasses.fields(ProcessorInputs)}
+    items = ImageEmbeddingItems([torch.zeros(3, 4), torch.zeros(5, 4)], expected_hidden_size=4)
+    assert embedding_rows(items) == [3, 5]
+
+
 def test_processor_step():
     from vllm.multimodal.parse import MultiModalDataItems
     from vllm.multimodal.processing import BaseMultiModalProcessor

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from fsr_vllm.engine.conversation import DERIVED_KEY, Derived
-from fsr_vllm.engine.inputs import IGNORED_KEY, is_ours, judged, refuse_extra_args
+from fsr_vllm.engine.inputs import IGNORED_KEY, judged, refuse_extra_args
 from fsr_vllm.params import SETTINGS_KEY, ServerSettings
+from fsr_vllm.params.misplaced import is_ours
 
 
 def parameters(function):
@@ -51,7 +52,7 @@ def test_prompts_without_fields_are_left_alone():
 
 @pytest.mark.parametrize("name", ["fsr_budget", "fsr-budget", "fsrBudget", "FSR_METHOD"])
 def test_fields_are_refused_by_their_own_name(name):
-    assert is_ours(name)
+    assert is_ours(name) and not is_ours("fsrv_id") and not is_ours("fsr")
     for model_config, reason, words in ((config(), None, "not active"), (config({}), "no tower", "no tower")):
         with pytest.raises(ValueError, match=f"{name}: .*{words}") as error:
             ask(model_config, {name: 64}, has_media=True, reason=reason)

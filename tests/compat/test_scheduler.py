@@ -80,6 +80,28 @@ def test_one_request_of_many_images_leaves_half_a_step_to_the_others(scheduler):
     assert max(work(steps)) <= STEP
 
 
+def test_prompts_that_must_stay_whole_are_never_split(scheduler):
+    """Without chunked prefill, as vLLM sets it for poolers that need a prompt in one piece."""
+    one = scheduler(enable_chunked_prefill=False, max_num_batched_tokens=4096)
+    requests = [make_request(f"r{i}", [(i, 64, 576)], answer=1) for i in range(20)]
+    requests.append(make_request("many", [(f"many {i}", 1, N) for i in range(60)], answer=1))
+    lengths = {each.request_id: each.num_prompt_tokens for each in requests}
+    scheduled, stock = [], one.schedule
+
+    def watched():
+        output = stock()
+        scheduled.extend(output.num_scheduled_tokens.items())
+        return output
+
+    one.schedule = watched
+    steps = run(one, requests)
+    assert sorted(scheduled) == sorted(lengths.items())  # each once, and whole
+    most = one.max_num_encoder_input_tokens
+    assert max(work(steps)) > most  # the one prompt that is larger than a step, on its own
+    within = [step for step, total in zip(steps, work(steps), strict=True) if total <= most]
+    assert {name for step in steps if step not in within for name, *_ in step} == {"many"}
+
+
 def test_an_image_that_is_cached_or_repeated_costs_nothing(scheduler):
     one = scheduler()
     again = make_request("again", [(f"many {seed}", 1, N) for seed in range(FIT)])

@@ -56,6 +56,14 @@ def test_backends_agree_on_unrounded_inputs(case, steps, use):
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_bonus_is_picked_first_and_once(backend):
+    bonus = torch.zeros(1, 12)
+    bonus[0, [7, 3]] = torch.inf
+    picks = coverage_greedy(matrix("random", 12, 0), 12, candidate_bonus=bonus, backend=backend)[0].tolist()
+    assert sorted(picks) == list(range(12)) and sorted(picks[:2]) == [3, 7]
+
+
 @pytest.mark.parametrize("kind", ["random", "duplicates", "lattice", "ring"])
 def test_backends_agree_where_sums_are_long(kind):
     # Many more tokens than a block of rows in cpu.py; the ring and the lattice have ties in different orders of adding.

@@ -46,6 +46,8 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, ad
                 )
                 side = "minimum 16" if budget in (15, 0.01) else "maximum 128"
                 assert f"fsr_budget {asked}, " in message and f"this server's {side} (allowed: 16 to 128)" in message
+            message = refused(server, "x-fsr-budget", headers={"x-fsr-budget": "0.5"})
+            assert "x-fsr-budget 0.5 of 576 = 288, above this server's maximum 128" in message
         messages = server.messages("chelsea", WHAT)
         for detail, kept in (("low", 32), ("high", 115), ("auto", 128), ("original", 48)):
             messages[0]["content"][0]["image_url"]["detail"] = detail

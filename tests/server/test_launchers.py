@@ -58,6 +58,12 @@ def test_pooling_endpoints(start, checkpoint):
             ("/v1/embeddings", "fsrBudget", {**chat, "fsrBudget": 64}),
             ("/pooling", "extra_body.fsr_budget", {**chat, "extra_body": {"fsr_budget": 64}}),
             ("/v2/embed", "fsr-budget", {**cohere, "fsr-budget": 10}),
+            ("/v2/embed", "fsr_budget", {**cohere, "mm_processor_kwargs": {"fsr_budget": "many"}}),
+            (
+                "/v2/embed",
+                "fsr_budget",
+                {**cohere, "mm_processor_kwargs": {"fsr_budget": 5}, "vllm_xargs": {"fsr_budget": 6}},
+            ),
             ("/v2/embed", "inputs[0].content[0].fsr_budget", {**cohere, **in_part(cohere["images"][0])}),
             ("/score", "metadata.fsr_budget", {"model": NAME, "queries": "a", "documents": "b", **in_metadata}),
             ("/score", "fsr_budget", {"model": NAME, "queries": "a", "documents": "b", "fsr_budget": 64}),

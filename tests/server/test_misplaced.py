@@ -43,6 +43,10 @@ def test_any_spelling_is_found_in_any_place(key):
 @pytest.mark.parametrize(
     ("body", "path"),
     [
+        (
+            {"messages": [user({"type": "tool_result", "content": [TEXT, {**PART, "fsr_budget": 8}]})]},
+            "messages[0].content[0].content[1].fsr_budget",
+        ),
         ({"extra_body": {"fsr_budget": 64}}, "extra_body.fsr_budget"),
         ({"metadata": {"fsr_question": "x"}}, "metadata.fsr_question"),
         ({"chat_template_kwargs": {"fsr_options": {}}}, "chat_template_kwargs.fsr_options"),

@@ -26,7 +26,7 @@ MESSAGES = [
 def configured(settings=None, unsupported=None):
     config = SimpleNamespace()
     if settings is not None:
-        setattr(config, SETTINGS_KEY, ServerSettings.parse(settings).model_dump_json())
+        setattr(config, SETTINGS_KEY, ServerSettings(**settings).model_dump_json())
     limits = SimpleNamespace(get_limit_per_prompt=lambda modality: LIMIT)
     return SimpleNamespace(hf_config=config, unsupported=unsupported, multimodal_config=limits)
 
@@ -272,6 +272,9 @@ def test_wrong_budgets_behind_a_name(named, suffix):
 def test_a_name_with_a_budget_keeps_to_the_servers_range_and_abilities(named):
     with pytest.raises(ValueError, match="64"):
         named("m@fsr65", {"model_alias": True, "max_budget": 64})
+    with pytest.raises(ValueError, match="0.9 of 576 = 518, above") as error:
+        named("m@fsr0.9", {"model_alias": True, "max_budget": 64, "tokens_per_image": 576})
+    assert error.value.field == "model"
     with pytest.raises(ValueError, match="no tower"):
         named("m@fsr64", reason="no tower")
 

@@ -154,6 +154,17 @@ def test_vllms_own_carrier_of_extra_arguments(server):
     assert server.post(chat(server, vllm_xargs={"fsr_budget": True})).headers[TOKENS] == "1/576"  # vLLM makes it 1
 
 
+@pytest.mark.parametrize("surface", ["chat", "messages", "count_tokens"])
+def test_vllms_own_carrier_of_processor_options(server, surface):
+    path, body = SURFACES[surface][:2]
+    fields = {"fsr_budget": 64, "fsr_method": "random"}
+    assert server.post(body(server, mm_processor_kwargs=fields), path).headers[TOKENS] == "64/576"
+    for wrong in ({"fsr_budget": "nonsense"}, {"fsr_foo": 1}, {"fsrBudget": 64}):
+        assert server.post(body(server, mm_processor_kwargs=wrong), path).status_code == 400
+    both = server.post(body(server, mm_processor_kwargs=fields, vllm_xargs={"fsr_budget": 65}), path)
+    assert both.status_code == 400 and "fsr_budget" in both.json()["error"]["message"]
+
+
 def test_the_openai_sdk_on_responses(server):
     def ask(**extra):
         return server.client.responses.with_raw_response.create(
