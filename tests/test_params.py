@@ -294,8 +294,7 @@ def test_no_settings(settings, field):
 
 
 def test_settings_survive_the_model_config():
-    settings = ServerSettings.parse(
-        {"budget": 0.5, "max_budget": 300, "relevance_sign": "-1", "detail_budgets": {"low": 4}}
-    )
+    given = {"budget": 0.5, "max_budget": 300, "relevance_sign": "-1", "detail_budgets": {"low": 4}}
+    settings = ServerSettings.parse(given)
     assert ServerSettings.model_validate_json(settings.model_dump_json()) == settings
     assert settings.relevance_sign == -1
