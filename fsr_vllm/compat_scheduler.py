@@ -23,7 +23,8 @@ def wrap_scheduler(limited: Callable[[Any], bool]) -> bool:
     all other requests wait for the tower. Here an image counts as what it would without pruning, so that no step gives
     the tower more than an unpruned server's would. The engine core makes its scheduler after plugins are loaded and
     asks `SchedulerConfig.get_scheduler_cls` for the class. The method's arguments and the place of the budget in its
-    result were read in 0.26-0.33, run in 0.26 and 0.32. Can go when vLLM counts encoder work apart from embeddings.
+    result were read in 0.26-0.33, run in 0.27, 0.28 and 0.30-0.32. Can go when vLLM counts encoder work apart from
+    embeddings.
     """
     from vllm.config.scheduler import SchedulerConfig
 

@@ -24,7 +24,7 @@ def put_models(families: Mapping[str, str]) -> None:
     """Register our model classes ("module:class" by architecture) over vLLM's own; safe to repeat.
 
     Why: `ModelRegistry.models` is where the entries lie that registering replaces, and the only way back to them. A
-    mapping from architecture to entry in 0.26-0.33. Can go when models can be registered for one engine alone.
+    mapping from architecture to entry in 0.27-0.32. Can go when models can be registered for one engine alone.
     """
     from vllm import ModelRegistry
 
@@ -49,7 +49,7 @@ def put_stock_models() -> None:
 
 
 def _forget_resolved() -> None:
-    """Why: `_MODEL_ARCH_BY_HASH` keeps the class that an architecture had for an earlier engine. In 0.26-0.33."""
+    """Why: `_MODEL_ARCH_BY_HASH` keeps the class that an architecture had for an earlier engine. In 0.27-0.32."""
     loader = sys.modules.get("vllm.model_executor.model_loader.utils")
     getattr(loader, "_MODEL_ARCH_BY_HASH", {}).clear()
 
@@ -77,7 +77,7 @@ def device_memory() -> int | None:
     """Bytes of memory of one accelerator; None on a CPU, or where the platform does not say.
 
     Why: `current_platform.get_device_total_memory` asks without initialising the device, as vLLM does itself before it
-    starts its workers. In 0.26-0.33. Can go when vLLM checks what a model allocates beside its weights.
+    starts its workers. In 0.27-0.32. Can go when vLLM checks what a model allocates beside its weights.
     """
     from vllm.platforms import current_platform
 
@@ -94,7 +94,7 @@ def wrap_config_files(no_options: Callable[[Mapping[str, Any]], list[str]]) -> N
 
     Why: vLLM turns `off` into `--no-NAME`, but only where the parser that reads the file has that option; `vllm serve`
     reads it with the parser above the subcommand's, which has none, and leaves the line out unsaid. A method
-    `load_config_file(path) -> list of arguments` in 0.26-0.33. Can go when vLLM asks the subcommand's parser.
+    `load_config_file(path) -> list of arguments` in 0.27-0.32. Can go when vLLM asks the subcommand's parser.
     """
     import yaml
     from vllm.utils.argparse_utils import FlexibleArgumentParser

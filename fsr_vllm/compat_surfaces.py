@@ -235,8 +235,8 @@ def wrap_outputs() -> None:
     """Put (kept, total) of a request on each of its outputs, as attribute `fsr_visual_tokens`.
 
     Why: request outputs carry nothing of the processed input but its token ids. RequestState is made of what goes to
-    the engine, and makes the outputs of LLM, LLMEngine and AsyncLLM alike, however the prompt came in. Read in 0.32
-    and 0.30. Can go when outputs carry what the processor left on its input.
+    the engine, and makes the outputs of LLM, LLMEngine and AsyncLLM alike, however the prompt came in. Run in 0.27,
+    0.28 and 0.30-0.32. Can go when outputs carry what the processor left on its input.
     """
     from vllm.v1.engine.output_processor import RequestState
 
