@@ -6,11 +6,11 @@ Same rules as there: each entry says why it is needed, in which versions it was 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from fsr_vllm.compat_identity import unpruned_tokens
+from fsr_vllm.compat_patching import wrap_method
 from fsr_vllm.compat_start import inherited_ignoring
 
 METHOD = "_try_schedule_encoder_inputs"
@@ -28,55 +28,40 @@ def wrap_scheduler(limited: Callable[[Any], bool]) -> bool:
     """
     from vllm.config.scheduler import SchedulerConfig
 
-    stock = SchedulerConfig.__dict__.get("get_scheduler_cls")
-    if stock is None:
-        return False
-    if hasattr(stock, "_fsr_wrapped"):
-        return True
+    def make(stock: Any) -> Any:
+        def get_scheduler_cls(self: Any) -> Any:
+            cls = stock(self)
+            if not inherited_ignoring():
+                limit(cls, limited)
+            return cls
 
-    @functools.wraps(stock)
-    def get_scheduler_cls(self: Any) -> Any:
-        cls = stock(self)
-        if not inherited_ignoring():
-            limit(cls, limited)
-        return cls
+        return get_scheduler_cls
 
-    get_scheduler_cls._fsr_wrapped = True  # type: ignore[attr-defined]
-    SchedulerConfig.get_scheduler_cls = get_scheduler_cls
-    return True
+    return wrap_method(SchedulerConfig, "get_scheduler_cls", make)
 
 
 def limit(cls: type, limited: Callable[[Any], bool]) -> bool:
     """Wrap the step of the scheduler class (or of the one it inherits it from) that picks images; once."""
+
+    def make(stock: Any) -> Any:
+        def schedule_encoder_inputs(
+            self: Any, request: Any, computed: int, new: int, budget: int, *args: Any, **kwargs: Any
+        ) -> Any:
+            features = request.mm_features
+            # A request that decodes has no image before it: this is all that most calls cost.
+            if not features or computed >= _end(features[-1]) or not limited(self.vllm_config):
+                return stock(self, request, computed, new, budget, *args, **kwargs)
+            gate = EncoderGate(self, request, budget)
+            if not self.scheduler_config.enable_chunked_prefill:
+                return gate.whole_or_not_yet(stock(self, request, computed, new, budget, *args, **kwargs), new)
+            with gate.over(self.encoder_cache_manager):
+                result = stock(self, request, computed, new, budget, *args, **kwargs)
+            return gate.charged(result)
+
+        return schedule_encoder_inputs
+
     owner = next((each for each in cls.__mro__ if METHOD in each.__dict__), None)
-    if owner is None:
-        return False
-    stock = owner.__dict__[METHOD]
-    if hasattr(stock, "_fsr_wrapped"):
-        return True
-
-    @functools.wraps(stock)
-    def schedule_encoder_inputs(
-        self: Any, request: Any, computed: int, new: int, budget: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        features = request.mm_features
-        # A request that decodes has no image before it: this is all that most calls cost.
-        if not features or computed >= _end(features[-1]) or not limited(self.vllm_config):
-            return stock(self, request, computed, new, budget, *args, **kwargs)
-        gate = EncoderGate(self, request, budget)
-        if not self.scheduler_config.enable_chunked_prefill:
-            return gate.whole_or_not_yet(stock(self, request, computed, new, budget, *args, **kwargs), new)
-        with gate.over(self.encoder_cache_manager):
-            result = stock(self, request, computed, new, budget, *args, **kwargs)
-        if not result[0]:
-            return result
-        # The caller takes the third element for what is left, but only if it schedules the request: nothing to undo.
-        left = max(0, budget - sum(gate.cost(place) for place in result[0]))
-        return (*result[:2], left, *result[3:])
-
-    schedule_encoder_inputs._fsr_wrapped = True  # type: ignore[attr-defined]
-    setattr(owner, METHOD, schedule_encoder_inputs)
-    return True
+    return wrap_method(owner, METHOD, make)
 
 
 def _end(feature: Any) -> int:
@@ -146,7 +131,16 @@ class EncoderGate:
         cost = sum(map(self.cost, result[0]))
         if self.budget < self.whole and (cost > self.budget or result[1] < new):
             return ([], 0, self.budget, *([] for _ in result[3:]))
-        return (*result[:2], max(0, self.budget - cost), *result[3:]) if result[0] else result
+        return self.charged(result)
+
+    def charged(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Stock's result with what these images leave of the step's budget, in unpruned tokens.
+
+        The caller takes the third element for what is left, but only if it schedules the request: nothing to undo.
+        """
+        if not result[0]:
+            return result
+        return (*result[:2], max(0, self.budget - sum(map(self.cost, result[0]))), *result[3:])
 
     def others_wait(self) -> bool:
         """Whether another running request, or the first that waits, has images to encode."""

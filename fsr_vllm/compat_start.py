@@ -7,11 +7,12 @@ them moves.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from fsr_vllm.compat_patching import wrap_method
 
 # Set by a front end that leaves the plugin aside, for its child processes, which register models before they know any
 # configuration.
@@ -99,17 +100,14 @@ def wrap_config_files(no_options: Callable[[Mapping[str, Any]], list[str]]) -> N
     import yaml
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    stock = FlexibleArgumentParser.load_config_file
-    if getattr(stock, "_fsr_wrapped", False):
-        return
+    def make(stock: Any) -> Any:
+        def load_config_file(self: Any, file_path: str) -> list[str]:
+            arguments = stock(self, file_path)
+            with open(file_path) as file:
+                content = yaml.safe_load(file)
+            added = no_options(content) if isinstance(content, Mapping) else []
+            return [*arguments, *(argument for argument in added if argument not in arguments)]
 
-    @functools.wraps(stock)
-    def load_config_file(self: Any, file_path: str) -> list[str]:
-        arguments = stock(self, file_path)
-        with open(file_path) as file:
-            content = yaml.safe_load(file)
-        added = no_options(content) if isinstance(content, Mapping) else []
-        return [*arguments, *(argument for argument in added if argument not in arguments)]
+        return load_config_file
 
-    load_config_file._fsr_wrapped = True  # type: ignore[attr-defined]
-    FlexibleArgumentParser.load_config_file = load_config_file
+    wrap_method(FlexibleArgumentParser, "load_config_file", make)

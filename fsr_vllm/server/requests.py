@@ -185,10 +185,7 @@ class RequestHook:
         self._refuse(model_config, asked[0] if asked else "model")
         settings = ServerSettings.from_json(getattr(model_config.hf_config, SETTINGS_KEY))
         if header is not None:
-            if "fsr_budget" not in values:  # else the two are one, under the name of the body's
-                for one in _as_list(header_budget(header)):
-                    settings.check_bounds(one, HEADER_FIELD, settings.tokens_per_image)
-            values = with_header(values, header)
+            values = with_header(values, header, settings)
         if budget is not None:
             values.setdefault("fsr_budget", budget)
         conversation.check_lengths(model_config, values)
@@ -238,9 +235,15 @@ def _from_xargs(values: Any) -> dict[str, Any]:
     return fields
 
 
-def with_header(values: dict[str, Any], header: str) -> dict[str, Any]:
-    """The body's fields with the budget of the `x-fsr-budget` header; FieldError where the two differ."""
+def with_header(values: dict[str, Any], header: str, settings: ServerSettings) -> dict[str, Any]:
+    """The body's fields with the budget of the `x-fsr-budget` header; FieldError where the two differ.
+
+    A budget of the header alone is judged under the header's name, one of both under the body's.
+    """
     budget = header_budget(header)
+    if "fsr_budget" not in values:
+        for one in budget if isinstance(budget, list) else [budget]:
+            settings.check_bounds(one, HEADER_FIELD, settings.tokens_per_image)
     stated = values.get("fsr_budget", budget)
     if not same_budget(stated, budget):
         raise FieldError(
@@ -257,10 +260,6 @@ def header_budget(text: str) -> Any:
         if not same_budget(parse_budget_text(other, HEADER_FIELD), budget):
             raise FieldError(HEADER_FIELD, f"{HEADER_FIELD} is there more than once, with different budgets")
     return budget
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _lines(text: str) -> list[str]:
