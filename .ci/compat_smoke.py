@@ -1,7 +1,8 @@
-"""One stage of `make compat`, run by the Python of the environment under test; fails with what is wrong.
+"""One stage of `make compat`, run by the Python of the environment under test; fails with what is
+wrong.
 
-Usage: python compat_smoke.py offline|scheduler|http FOLDER. The small random model is written to FOLDER once, for all
-versions.
+Usage: python compat_smoke.py offline|scheduler|http FOLDER. The small random model is written to
+FOLDER once, for all versions.
 """
 
 import http.client
@@ -33,11 +34,13 @@ def check(holds: bool, what: str, *seen: Any) -> None:
         raise AssertionError(f"{what}: {', '.join(map(repr, seen))}")
 
 
-# --- offline ----------------------------------------------------------------------------------------------------------
+# --- offline --------------------------------------------------------------------------------------
 
 
 def offline(folder: Path) -> None:
-    """Stock vLLM and the plugin in an engine each: unpruned alike, pruned to the budget, a bad budget refused."""
+    """Stock vLLM and the plugin in an engine each: unpruned alike, pruned to the budget, a bad
+    budget refused.
+    """
     model = model_in(folder)
     plain, text = ask(), {"parts": ["Name a colour."]}
     stock = engine(model, {}, [[plain], [text]], VLLM_PLUGINS="none")["results"]
@@ -61,9 +64,17 @@ def offline(folder: Path) -> None:
     counted(pruned, expected, BUDGET)
     check(len(pruned["tokens"]) > 0, "a pruned request's answer", pruned["tokens"])
     refusal = active["refused"]
-    check("error" in refusal and "fsr_budget" in refusal["error"], "the refusal of a budget of 0", refusal)
+    check(
+        "error" in refusal and "fsr_budget" in refusal["error"],
+        "the refusal of a budget of 0",
+        refusal,
+    )
     check("ValueError" in refusal["type"], "its class", refusal["type"])
-    check(answer(active["chat"])["visual"] == [BUDGET, TOTAL], "kept and total of LLM.chat", active["chat"])
+    check(
+        answer(active["chat"])["visual"] == [BUDGET, TOTAL],
+        "kept and total of LLM.chat",
+        active["chat"],
+    )
     check(len(mixed) == 4, "a batch of four was expected", mixed)
     counted(mixed[0], expected, 32)
     same(mixed[1], words, "text in a mixed batch", "stock vLLM's")
@@ -85,13 +96,19 @@ def ask(**fields: Any) -> dict[str, Any]:
     return {"parts": ["chelsea", "What is this?"], **({"fields": fields} if fields else {})}
 
 
-def engine(model: Path, options: dict[str, Any], steps: list[Any], **environment: str) -> dict[str, Any]:
-    """What tests/engine/offline.py reports of the steps; it is the one script that the engine tests use, too."""
+def engine(
+    model: Path, options: dict[str, Any], steps: list[Any], **environment: str
+) -> dict[str, Any]:
+    """What tests/engine/offline.py reports of the steps; it is the one script that the engine tests
+    use, too.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         spec, out = Path(scratch) / "spec.json", Path(scratch) / "out.json"
         spec.write_text(json.dumps({"llm": {"model": str(model), **options}, "steps": steps}))
         script = ROOT / "tests" / "engine" / "offline.py"
-        subprocess.run([sys.executable, script, spec, out], env={**os.environ, **environment}, check=True)
+        subprocess.run(
+            [sys.executable, script, spec, out], env={**os.environ, **environment}, check=True
+        )
         return json.loads(out.read_text())
 
 
@@ -102,16 +119,20 @@ def answer(step: Any) -> dict[str, Any]:
 
 def same(left: dict[str, Any], right: dict[str, Any], what: str, whose: str) -> None:
     for key in ("prompt", "tokens"):
-        check(left[key] == right[key], f"{key} of {what} differ from {whose}", left[key], right[key])
+        check(
+            left[key] == right[key], f"{key} of {what} differ from {whose}", left[key], right[key]
+        )
     apart = max(abs(a - b) for a, b in zip(left["logprobs"], right["logprobs"], strict=True))
     check(apart < 1e-4, f"log-probabilities of {what} differ from {whose} by", apart)
 
 
-# --- scheduler --------------------------------------------------------------------------------------------------------
+# --- scheduler ------------------------------------------------------------------------------------
 
 
 def scheduler(folder: Path) -> None:
-    """vLLM's real scheduler, without an engine: a step encodes no more at a budget of 1 than unpruned."""
+    """vLLM's real scheduler, without an engine: a step encodes no more at a budget of 1 than
+    unpruned.
+    """
     sys.path.insert(0, str(ROOT))
     from tests.compat.scheduling import make_request, make_scheduler, run, work
 
@@ -122,17 +143,29 @@ def scheduler(folder: Path) -> None:
 
     steps = run(make_scheduler(model, {}, max_num_batched_tokens=step), [many()])
     check(max(work(steps)) <= step, "unpruned tokens in a step", max(work(steps)))
-    check([place for one in steps for _, place, *_ in one] == list(range(900)), "each image once, in order")
+    check(
+        [place for one in steps for _, place, *_ in one] == list(range(900)),
+        "each image once, in order",
+    )
     plain = run(make_scheduler(model, None, max_num_batched_tokens=step), [many()])
     check(max(map(len, plain)) > step // TOTAL, "a check that could not fail", max(map(len, plain)))
 
 
-# --- http -------------------------------------------------------------------------------------------------------------
+# --- http -----------------------------------------------------------------------------------------
 
 
 def http_side(folder: Path) -> None:
-    """A server with a default budget: the budget by every way in, the count in the header, a bad budget is a 400."""
-    options = (*SERVE_OPTIONS, "--fsr-budget", "128", "--fsr-max-budget", "500", "--fsr-model-alias")
+    """A server with a default budget: the budget by every way in, the count in the header, a bad
+    budget is a 400.
+    """
+    options = (
+        *SERVE_OPTIONS,
+        "--fsr-budget",
+        "128",
+        "--fsr-max-budget",
+        "500",
+        "--fsr-model-alias",
+    )
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "server.log"
         try:
@@ -160,7 +193,11 @@ def ask_server(url: str) -> None:
     check(status == 400, "status of a request with a budget of 0 in the header", status, body)
     status, headers, body = post(chat, text_only=True, fsr_budget=BUDGET)
     check(status == 200, "status of a request without images", status, body)
-    check(headers["x-fsr-visual-tokens"] is None, "its header x-fsr-visual-tokens", headers["x-fsr-visual-tokens"])
+    check(
+        headers["x-fsr-visual-tokens"] is None,
+        "its header x-fsr-visual-tokens",
+        headers["x-fsr-visual-tokens"],
+    )
 
 
 def kept(url: str, budget: int, way: str, **request: Any) -> Any:
@@ -182,15 +219,28 @@ def anthropic_image() -> dict[str, Any]:
 
 
 def post(
-    url: str, image: Any = None, text_only: bool = False, headers: dict[str, str] | None = None, **fields: Any
+    url: str,
+    image: Any = None,
+    text_only: bool = False,
+    headers: dict[str, str] | None = None,
+    **fields: Any,
 ) -> tuple[int, http.client.HTTPMessage, Any]:
     content = [{"type": "text", "text": "What is this?"}]
     if not text_only:
         content.insert(0, image or openai_image())
-    body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0}
+    body = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     data = json.dumps({**body, **fields}).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
+    request = urllib.request.Request(
+        url, data, {"Content-Type": "application/json", **(headers or {})}
+    )
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # the server is on this machine
     try:
         response = opener.open(request, timeout=300)
     except urllib.error.HTTPError as error:

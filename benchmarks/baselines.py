@@ -1,7 +1,9 @@
-"""What the methods are measured against, as straightforward torch: no kernel and no helper of the package.
+"""What the methods are measured against, as straightforward torch: no kernel and no helper of the
+package.
 
-`fsr_literal` is FSR as its equations read, one step and one image at a time. `cdpruner_steps` is CDPruner written from
-its description: fast greedy MAP, batched over images, a handful of torch operations per step.
+`fsr_literal` is FSR as its equations read, one step and one image at a time. `cdpruner_steps` is
+CDPruner written from its description: fast greedy MAP, batched over images, a handful of torch
+operations per step.
 """
 
 from __future__ import annotations
@@ -11,10 +13,16 @@ from torch import Tensor
 
 
 def similarity_gemm(units: Tensor) -> Tensor:
-    """The product behind every cosine matrix, (B, N, D) -> (B, N, N), in the form in which the package does it."""
+    """The product behind every cosine matrix, (B, N, D) -> (B, N, N), in the form in which the
+    package does it.
+    """
     if units.device.type == "cuda":
         return torch.bmm(units, units.mT)
-    return torch.stack([image @ image.mT for image in units]) if len(units) > 1 else (units[0] @ units[0].mT)[None]
+    return (
+        torch.stack([image @ image.mT for image in units])
+        if len(units) > 1
+        else (units[0] @ units[0].mT)[None]
+    )
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -32,16 +40,26 @@ def fsr_literal(
     rho: float = 0.9,
     kappa: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Rows (B, K, D) and ascending indices (B, K) of FSR (arXiv 2602.05809), equations (3) to (9) as they read."""
+    """Rows (B, K, D) and ascending indices (B, K) of FSR (arXiv 2602.05809), equations (3) to (9)
+    as they read.
+    """
     images = [
-        _literal_image(*image, k, alpha, beta, rho, kappa) for image in zip(features, saliency, relevance, strict=True)
+        _literal_image(*image, k, alpha, beta, rho, kappa)
+        for image in zip(features, saliency, relevance, strict=True)
     ]
     rows, indices = zip(*images, strict=True)
     return torch.stack(rows), torch.stack(indices)
 
 
 def _literal_image(
-    v: Tensor, saliency: Tensor, relevance: Tensor, k: int, alpha: float, beta: float, rho: float, kappa: float
+    v: Tensor,
+    saliency: Tensor,
+    relevance: Tensor,
+    k: int,
+    alpha: float,
+    beta: float,
+    rho: float,
+    kappa: float,
 ) -> tuple[Tensor, Tensor]:
     s = (saliency - saliency.min()) / (saliency.max() - saliency.min())
     r = (relevance - relevance.min()) / (relevance.max() - relevance.min())
@@ -75,7 +93,9 @@ def _literal_image(
 
 
 def cdpruner_steps(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Rows (B, K, D) and ascending indices (B, K) of CDPruner (arXiv 2506.10967), each image scaled by itself."""
+    """Rows (B, K, D) and ascending indices (B, K) of CDPruner (arXiv 2506.10967), each image scaled
+    by itself.
+    """
     b, n, _ = features.shape
     low, high = relevance.amin(-1, keepdim=True), relevance.amax(-1, keepdim=True)
     quality = (relevance - low + 1e-6) / (high - low)

@@ -1,12 +1,14 @@
-"""What one client's prompt of many small budgets costs the others: the gaps in the answer of a text request beside it.
+"""What one client's prompt of many small budgets costs the others: the gaps in the answer of a text
+request beside it.
 
     python -m benchmarks.burst            # about five minutes on two cores
 
-Serves the bundled model three ways: without the plugin, with it, and with `--fsr-encoder-limit kept`. While a text
-request streams its answer, another client sends the fullest prompt it can: without the plugin as many images as the
-context takes unpruned, with it --images different pictures of 8 x 8 pixels at a budget of 1. The longest wait between
-two tokens of the text request is the cost; the first measurement without any neighbour is the floor (A/A). Writes
-encoder-burst-cpu.json and .md into --out.
+Serves the bundled model three ways: without the plugin, with it, and with `--fsr-encoder-limit
+kept`. While a text request streams its answer, another client sends the fullest prompt it can:
+without the plugin as many images as the context takes unpruned, with it --images different pictures
+of 8 x 8 pixels at a budget of 1. The longest wait between two tokens of the text request is the
+cost; the first measurement without any neighbour is the floor (A/A). Writes encoder-burst-cpu.json
+and .md into --out.
 """
 
 from __future__ import annotations
@@ -50,13 +52,25 @@ ANSWER = 1500  # tokens of the text request, enough to outlast its neighbour
 def picture(number: int) -> str:
     """A picture nobody sent before: 8 x 8 pixels of one colour."""
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (number % 256, number // 256 % 256, number // 65536)).save(buffer, "PNG")
+    Image.new("RGB", (8, 8), (number % 256, number // 256 % 256, number // 65536)).save(
+        buffer, "PNG"
+    )
     return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
 
 
-async def gaps(client: httpx.AsyncClient, started: asyncio.Event, done: asyncio.Event) -> list[float]:
-    """Seconds between tokens of one text request while its neighbour, which starts after the first ones, is there."""
-    body = {"model": MODEL_NAME, "max_tokens": ANSWER, "stream": True, "ignore_eos": True, "temperature": 0}
+async def gaps(
+    client: httpx.AsyncClient, started: asyncio.Event, done: asyncio.Event
+) -> list[float]:
+    """Seconds between tokens of one text request while its neighbour, which starts after the first
+    ones, is there.
+    """
+    body = {
+        "model": MODEL_NAME,
+        "max_tokens": ANSWER,
+        "stream": True,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
     body["messages"] = [{"role": "user", "content": f"Count. {time.perf_counter()}"}]
     found, last, tokens = [], None, 0
     async with client.stream("POST", "/chat/completions", json=body) as answer:
@@ -75,14 +89,23 @@ async def gaps(client: httpx.AsyncClient, started: asyncio.Event, done: asyncio.
 
 
 async def neighbour(
-    client: httpx.AsyncClient, images: list[str], fields: dict[str, Any], started: asyncio.Event, done: asyncio.Event
+    client: httpx.AsyncClient,
+    images: list[str],
+    fields: dict[str, Any],
+    started: asyncio.Event,
+    done: asyncio.Event,
 ) -> float | None:
     """The prompt with many images; seconds until it is answered, None without images."""
     await started.wait()
     begun = time.perf_counter()
     if images:
         content = [{"type": "image_url", "image_url": {"url": url}} for url in images]
-        body = {"model": MODEL_NAME, "max_tokens": 1, "messages": [{"role": "user", "content": content}], **fields}
+        body = {
+            "model": MODEL_NAME,
+            "max_tokens": 1,
+            "messages": [{"role": "user", "content": content}],
+            **fields,
+        }
         (await client.post("/chat/completions", json=body)).raise_for_status()
     else:
         await asyncio.sleep(2)
@@ -101,14 +124,21 @@ async def once(url: str, images: list[str], fields: dict[str, Any]) -> dict[str,
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     numbers = iter(range(1 << 24))
-    data: dict[str, Any] = {"machine": machine("cpu"), "images": args.images, "laps": args.laps, "servers": {}}
+    data: dict[str, Any] = {
+        "machine": machine("cpu"),
+        "images": args.images,
+        "laps": args.laps,
+        "servers": {},
+    }
     for name, options in SERVERS.items():
         pruned = name != "without the plugin"
         count = args.images if pruned else (LENGTH - 64) // (TOTAL + 1)
         fields = {"fsr_budget": 1} if pruned else {}
         with tempfile.TemporaryDirectory(prefix="fsr-burst-") as folder:
             with serve(str(demo_model()), Path(folder) / "log", options, PINNED) as url:
-                asyncio.run(once(url, [picture(next(numbers))], fields))  # the first request pays for one-time work
+                asyncio.run(
+                    once(url, [picture(next(numbers))], fields)
+                )  # the first request pays for one-time work
                 floor = [asyncio.run(once(url, [], fields)) for _ in range(args.laps)]
                 beside = [
                     asyncio.run(once(url, [picture(next(numbers)) for _ in range(count)], fields))
@@ -134,15 +164,23 @@ def markdown(data: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, found in data["servers"].items():
-        cells = [[each[key] for each in found[part]] for part, key in (("alone", "longest"), ("beside", "longest"))]
+        cells = [
+            [each[key] for each in found[part]]
+            for part, key in (("alone", "longest"), ("beside", "longest"))
+        ]
         cells.append([each["neighbour"] for each in found["beside"]])
-        shown = [f"{statistics.median(cell):.2f} ({', '.join(f'{x:.2f}' for x in sorted(cell))})" for cell in cells]
+        shown = [
+            f"{statistics.median(cell):.2f} ({', '.join(f'{x:.2f}' for x in sorted(cell))})"
+            for cell in cells
+        ]
         lines.append(f"| {name} | {found['images']} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=900)
     parser.add_argument("--laps", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

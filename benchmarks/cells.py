@@ -17,7 +17,12 @@ from .baselines import cdpruner_steps, fsr_literal, similarity_gemm, unit_rows
 from .inputs import Cell, Images
 from .timing import Call, Timing, measure
 
-GEMM, COSINES, LITERAL, STEPS = "similarity GEMM", "cosine matrix", "literal FSR loop", "CDPruner re-creation"
+GEMM, COSINES, LITERAL, STEPS = (
+    "similarity GEMM",
+    "cosine matrix",
+    "literal FSR loop",
+    "CDPruner re-creation",
+)
 FSR, FSR_RANDOM, CDPRUNER = "fsr, K_F = K/4", "fsr, random signals", "cdpruner"
 KERNELS = ("farthest", "dpp", "coverage")
 _BACKENDS = {"cpu": ("reference", "masked", "torch"), "cuda": ("reference", "masked", "triton")}
@@ -38,7 +43,9 @@ class Result:
 
 @dataclass
 class Bench:
-    """Measures cell after cell; remembers how long things took, so as not to start what would take too long."""
+    """Measures cell after cell; remembers how long things took, so as not to start what would take
+    too long.
+    """
 
     device: str
     dtype: torch.dtype
@@ -47,16 +54,26 @@ class Bench:
     cell_seconds: float
     results: list[Result] = field(default_factory=list)
     skipped: list[tuple[Cell, str]] = field(default_factory=list)  # and what of the cell
-    failed: list[tuple[Cell, str, str]] = field(default_factory=list)  # what of the cell cannot run, and why
-    _costs: dict[str, float] = field(default_factory=dict)  # best seconds per image and unit of work, last cell
+    failed: list[tuple[Cell, str, str]] = field(
+        default_factory=list
+    )  # what of the cell cannot run, and why
+    _costs: dict[str, float] = field(
+        default_factory=dict
+    )  # best seconds per image and unit of work, last cell
     _cells: int = 0
 
     def run(self, cell: Cell, with_kernels: bool) -> None:
-        """Measure a cell: the baselines with FSR and CDPruner in turns, then the other methods and the kernels."""
+        """Measure a cell: the baselines with FSR and CDPruner in turns, then the other methods and
+        the kernels.
+        """
         self._cells += 1
         started = time.perf_counter()
-        # What ratios are made of may take twice as long as planned; the rest then has to wait for a longer run.
-        if self._predicted((GEMM, COSINES, LITERAL, STEPS, FSR, CDPRUNER), cell) * _SHORTEST > 2 * self.cell_seconds:
+        # What ratios are made of may take twice as long as planned; the rest then has to wait for a
+        # longer run.
+        if (
+            self._predicted((GEMM, COSINES, LITERAL, STEPS, FSR, CDPRUNER), cell) * _SHORTEST
+            > 2 * self.cell_seconds
+        ):
             self.skipped.append((cell, "everything"))
             return
         try:
@@ -69,9 +86,13 @@ class Bench:
         others = [name for name in self.methods if name not in (*KERNELS, "fsr", "cdpruner")]
         # Begun elsewhere in each cell: what a limit leaves out at one K is measured at another.
         turn = 7 * self._cells % max(1, len(others))
-        later = [("method", name, self._method_call(images, name)) for name in others[turn:] + others[:turn]]
+        later = [
+            ("method", name, self._method_call(images, name))
+            for name in others[turn:] + others[:turn]
+        ]
         later += self._kernel_calls(images) if with_kernels else []
-        # Cheap things first, by powers of two of the time they take: a slow one must not cost the cell ten others.
+        # Cheap things first, by powers of two of the time they take: a slow one must not cost the
+        # cell ten others.
         later.sort(key=lambda entry: self._magnitude(entry[1], cell))
         ends = max(started + self.cell_seconds, time.perf_counter() + self.cell_seconds / 3)
         for place, (kind, name, prepare) in enumerate(later):
@@ -82,7 +103,10 @@ class Bench:
             share = min(left, 2 * left / (len(later) - place))
             try:
                 timing = measure({name: prepare()}, self.device, self.repeats, share)[name]
-            except (RuntimeError, ValueError) as error:  # sizes that a method refuses, or too little memory
+            except (
+                RuntimeError,
+                ValueError,
+            ) as error:  # sizes that a method refuses, or too little memory
                 self.failed.append((cell, name, str(error).partition("\n")[0]))
                 continue
             self._add(cell, kind, name, timing, baselines)
@@ -103,7 +127,10 @@ class Bench:
             fsr, drawn = get_method("fsr"), images.tokens(get_method("fsr"))
             calls[FSR] = lambda: fsr.prune(weighted, cell.k, validate=False)
             calls[FSR_RANDOM] = lambda: fsr.prune(drawn, cell.k, validate=False)
-            notes[FSR], notes[FSR_RANDOM] = _checked(calls[FSR](), cell), _stages(calls[FSR_RANDOM]())
+            notes[FSR], notes[FSR_RANDOM] = (
+                _checked(calls[FSR](), cell),
+                _stages(calls[FSR_RANDOM]()),
+            )
         if "cdpruner" in self.methods:
             cdpruner = get_method("cdpruner")
             calls[CDPRUNER] = lambda: cdpruner.prune(weighted, cell.k, validate=False)
@@ -126,7 +153,9 @@ class Bench:
         """Each loop with each backend, over the same similarities, with nothing chosen beforehand."""
         similarity, k = cosine_similarity(images.features), images.cell.k
         loops: dict[str, Callable[[str], Call]] = {
-            "farthest": lambda backend: lambda: farthest_point(similarity, None, k, backend=backend),
+            "farthest": lambda backend: (
+                lambda: farthest_point(similarity, None, k, backend=backend)
+            ),
             "dpp": lambda backend: lambda: dpp_greedy(similarity, k, backend=backend),
             "coverage": lambda backend: lambda: coverage_greedy(similarity, k, backend=backend),
         }
@@ -150,7 +179,13 @@ class Bench:
         return math.frexp(seconds)[1] if seconds else -99
 
     def _add(
-        self, cell: Cell, kind: str, name: str, timing: Timing, baselines: dict[str, float], note: str = ""
+        self,
+        cell: Cell,
+        kind: str,
+        name: str,
+        timing: Timing,
+        baselines: dict[str, float],
+        note: str = "",
     ) -> None:
         self._costs[name] = timing.least / 1e3 / cell.batch / _work(name, cell)
         each = timing.per(cell.batch)
@@ -164,7 +199,9 @@ def kernel_name(loop: str, backend: str) -> str:
 
 
 def _work(name: str, cell: Cell) -> float:
-    """Operations per image, roughly, and rather too steep in K than too flat: it serves to say what takes too long."""
+    """Operations per image, roughly, and rather too steep in K than too flat: it serves to say what
+    takes too long.
+    """
     loop = name.partition(",")[0]
     if loop == "coverage" or name.endswith(", masked"):
         return cell.n**2 * cell.k
@@ -182,5 +219,7 @@ def _checked(pruned: PrunedTokens, cell: Cell) -> str:
     """That the scan really has its three quarters of K to find."""
     m = max(1, cell.k // 4)
     if not bool((pruned.k_focus == m).all() & (pruned.num_scan == cell.k - m).all()):
-        raise RuntimeError(f"K_F is {pruned.k_focus.tolist()}, not {m}: these inputs do not measure what they should")
+        raise RuntimeError(
+            f"K_F is {pruned.k_focus.tolist()}, not {m}: these inputs do not measure what they should"
+        )
     return _stages(pruned)

@@ -1,4 +1,6 @@
-"""What benchmarks of a running server share: new pictures, streamed requests, and the figures of many of them."""
+"""What benchmarks of a running server share: new pictures, streamed requests, and the figures of
+many of them.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def connect(url: str) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=url, api_key="unused", max_retries=0, timeout=200, http_client=http)
 
 
-async def one(client: AsyncOpenAI, url: str, fields: dict[str, Any], tokens: int) -> dict[str, float]:
+async def one(
+    client: AsyncOpenAI, url: str, fields: dict[str, Any], tokens: int
+) -> dict[str, float]:
     """Seconds to the first token and to the end, and the prompt's tokens, of one streamed answer."""
     content = [
         {"type": "image_url", "image_url": {"url": url}},
@@ -50,7 +54,8 @@ async def one(client: AsyncOpenAI, url: str, fields: dict[str, Any], tokens: int
     )
     first, prompt = None, 0
     async for chunk in stream:
-        # The chunk that only says who speaks is not a token; a token may have no text, being half a character.
+        # The chunk that only says who speaks is not a token; a token may have no text, being half a
+        # character.
         if first is None and chunk.choices and chunk.choices[0].delta.role is None:
             first = time.perf_counter() - started
         prompt = chunk.usage.prompt_tokens if chunk.usage else prompt
@@ -67,7 +72,11 @@ async def at_once(
     async def ask() -> list[dict[str, float]]:
         return [await one(client, url, fields, tokens) for url in waiting]
 
-    return [answer for answers in await asyncio.gather(*(ask() for _ in range(concurrency))) for answer in answers]
+    return [
+        answer
+        for answers in await asyncio.gather(*(ask() for _ in range(concurrency)))
+        for answer in answers
+    ]
 
 
 async def row(

@@ -1,11 +1,13 @@
-"""Throughput, time to first token and peak memory of a real server at several concurrencies, vanilla against pruned.
+"""Throughput, time to first token and peak memory of a real server at several concurrencies,
+vanilla against pruned.
 
     python -m benchmarks.concurrency            # four servers one after the other
 
-Every request brings a picture that no request before it had, so no cache of images helps either side. Vanilla is the
-same server without the plugin. The models are random 576-token LLaVAs of fsr_vllm.testbed: around the tiny one times
-say what the plugin costs, for its language model takes no time; the wide one's prefill takes longer than its vision
-tower, as that of large models does. Writes concurrency-cpu.json and .md into --out.
+Every request brings a picture that no request before it had, so no cache of images helps either
+side. Vanilla is the same server without the plugin. The models are random 576-token LLaVAs of
+fsr_vllm.testbed: around the tiny one times say what the plugin costs, for its language model takes
+no time; the wide one's prefill takes longer than its vision tower, as that of large models does.
+Writes concurrency-cpu.json and .md into --out.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from .servicetimes import MODEL
 
 CONCURRENCIES = (1, 4, 16, 64)
 BUDGET = 64
-SIDES = {"vanilla": (SERVE_OPTIONS[2:], {}), f"budget {BUDGET}": (SERVE_OPTIONS, {"fsr_budget": BUDGET})}
+SIDES = {
+    "vanilla": (SERVE_OPTIONS[2:], {}),
+    f"budget {BUDGET}": (SERVE_OPTIONS, {"fsr_budget": BUDGET}),
+}
 MODELS: dict[str, dict[str, int]] = {"tiny": {}, "wide": MODEL}
 TOKENS = 4  # of each answer: what is looked at comes before them
 WORKER = "VLLM::Worker"
@@ -40,7 +45,11 @@ MIB = 1 << 20
 
 def worker() -> psutil.Process:
     """The process that runs the model: the one child of ours that vLLM names so."""
-    found = [child for child in psutil.Process().children(recursive=True) if WORKER in " ".join(child.cmdline())]
+    found = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if WORKER in " ".join(child.cmdline())
+    ]
     if len(found) != 1:
         raise RuntimeError(f"expected one process {WORKER}; found {len(found)}")
     return found[0]
@@ -57,7 +66,9 @@ def resident(process: psutil.Process, field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
 
-async def measure(url: str, fields: dict[str, Any], fresh: Iterator[str], requests: int) -> list[dict[str, Any]]:
+async def measure(
+    url: str, fields: dict[str, Any], fresh: Iterator[str], requests: int
+) -> list[dict[str, Any]]:
     client = connect(url)
     await at_once(client, [next(fresh) for _ in range(3)], fields, 1, TOKENS)  # one-time work
     process, rows = worker(), []
@@ -66,7 +77,10 @@ async def measure(url: str, fields: dict[str, Any], fresh: Iterator[str], reques
         reset_peak(process)
         before = resident(process, "VmRSS")
         found: dict[str, Any] = await row(client, urls, fields, concurrency, TOKENS)
-        found["rss_before_mib"], found["rss_peak_mib"] = before / MIB, resident(process, "VmHWM") / MIB
+        found["rss_before_mib"], found["rss_peak_mib"] = (
+            before / MIB,
+            resident(process, "VmHWM") / MIB,
+        )
         rows.append(found)
         print({key: round(value, 1) for key, value in found.items()}, flush=True)
     await client.close()
@@ -85,9 +99,7 @@ def markdown(run: dict[str, Any]) -> str:
         for row in rows
         if row["concurrency"] == concurrency
     ]
-    head = (
-        "model | side | at once | requests | prompt tokens | requests/s | TTFT p50 ms | p95 ms | RSS before | peak MiB"
-    )
+    head = "model | side | at once | requests | prompt tokens | requests/s | TTFT p50 ms | p95 ms | RSS before | peak MiB"
     table = "\n".join([f"| {head} |", "|---|---|" + "--:|" * 8, *(f"| {line} |" for line in lines)])
     return f"""\
 # Concurrency on the real server, CPU
@@ -106,13 +118,21 @@ while they ran.
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=32, help="per concurrency, at least as many as it (default 32)")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=32,
+        help="per concurrency, at least as many as it (default 32)",
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--note", default="", help="what else the machine was doing, for the report")
+    parser.add_argument(
+        "--note", default="", help="what else the machine was doing, for the report"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     run: dict[str, Any] = {
-        "command": "python -m benchmarks.concurrency " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": "python -m benchmarks.concurrency "
+        + " ".join(sys.argv[1:] if argv is None else argv),
         "machine": machine("cpu"),
         "note": args.note,
         "results": {},
@@ -127,7 +147,9 @@ def main(argv: list[str] | None = None) -> int:
                     sides[side] = asyncio.run(measure(url, fields, fresh, args.requests))
     run["seconds"] = round(time.monotonic() - started, 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "concurrency-cpu.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    (args.out / "concurrency-cpu.json").write_text(
+        json.dumps(run, indent=1) + "\n", encoding="utf-8"
+    )
     (args.out / "concurrency-cpu.md").write_text(markdown(run), encoding="utf-8")
     print(markdown(run))
     return 0

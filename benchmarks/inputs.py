@@ -48,10 +48,14 @@ class Images:
         return cls(cell, (centres[member] + noise.mul_(0.7)).to(dtype), g)
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(self.cell.batch, *shape, generator=self.generator, device=self.features.device)
+        return torch.randn(
+            self.cell.batch, *shape, generator=self.generator, device=self.features.device
+        )
 
     def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(self.cell.batch, *shape, generator=self.generator, device=self.features.device)
+        return torch.rand(
+            self.cell.batch, *shape, generator=self.generator, device=self.features.device
+        )
 
     def tokens(self, method: Method) -> VisualTokens:
         """The features with random values in every field that the method needs or uses."""
@@ -74,7 +78,9 @@ class Images:
             "last_query": lambda: self._normal(1024),
             "last_key": lambda: self._normal(n + 1, 1024),
             "text": lambda: self._normal(_TEXT, d).to(dtype),
-            "prototypes": lambda: self._normal(454, d).to(dtype),  # as many as the file published for LLaVA-1.5-7B
+            "prototypes": lambda: self._normal(454, d).to(
+                dtype
+            ),  # as many as the file published for LLaVA-1.5-7B
             "grid": lambda: _near_square(n),
             "frame_weights": lambda: self._uniform(_FRAMES),
             "probe": probes.get(method.name, lambda: self._uniform(n)),
@@ -86,16 +92,18 @@ class Images:
     def weighted(self) -> VisualTokens:
         """Tokens whose saliency and relevance make FSR's focus end at exactly K_F = max(1, K // 4).
 
-        So the scan has 3/4 of K to find. phi is about 1 for K_F tokens; the others share what leaves these with just
-        over nine tenths of the sum (rho = 0.9). One token has the lowest saliency and another the lowest relevance,
-        both 0, so that scaling to [0, 1] changes nothing.
+        So the scan has 3/4 of K to find. phi is about 1 for K_F tokens; the others share what
+        leaves these with just over nine tenths of the sum (rho = 0.9). One token has the lowest
+        saliency and another the lowest relevance, both 0, so that scaling to [0, 1] changes
+        nothing.
         """
         n, m = self.cell.n, max(1, self.cell.k // 4)
         if n < m + 3:
             raise ValueError(f"{n} tokens are too few for a focus of {m}")
         high = torch.linspace(1.0, 0.99, m, dtype=torch.float64)
         whole = float(high.sum())
-        # 0.9 (whole + rest) has to lie above whole - the last and up to whole: in the middle, if rest is then > 0.
+        # 0.9 (whole + rest) has to lie above whole - the last and up to whole: in the middle, if
+        # rest is then > 0.
         rest = max(whole / 18, (whole - 0.5) / 0.9 - whole)
         g = torch.Generator().manual_seed(1)
         share = torch.rand(n - m - 2, generator=g, dtype=torch.float64) + 0.5
@@ -105,7 +113,11 @@ class Images:
         r = torch.cat([torch.ones(m), relevance, torch.tensor([0.5, 0.0])])
         place = torch.stack([torch.randperm(n, generator=g) for _ in range(self.cell.batch)])
         device = self.features.device
-        return VisualTokens(self.features, saliency=s[place].float().to(device), relevance=r[place].float().to(device))
+        return VisualTokens(
+            self.features,
+            saliency=s[place].float().to(device),
+            relevance=r[place].float().to(device),
+        )
 
 
 def _near_square(n: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
-"""A model folder with the sizes of LLaVA-1.5-7B and its CLIP, without weights: for `--load-format dummy`.
+"""A model folder with the sizes of LLaVA-1.5-7B and its CLIP, without weights: for `--load-format
+dummy`.
 
-Times and memory are the real model's, what it says means nothing. The tokenizers are the testbed's, trained on the
-fly, so the vocabularies have hundreds of entries instead of tens of thousands.
+Times and memory are the real model's, what it says means nothing. The tokenizers are the testbed's,
+trained on the fly, so the vocabularies have hundreds of entries instead of tens of thousands.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ def llava_7b(path: Path) -> Path:
     }
     write_json(path / "config.json", config | _SELECTION)
     write_json(path / "preprocessor_config.json", image_processor(_TOWER))
-    processor = {"processor_class": "LlavaProcessor", "patch_size": 14, "num_additional_image_tokens": 1}
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+    }
     write_json(path / "processor_config.json", processor | {"image_token": IMAGE} | _SELECTION)
     _write_clip(path / "text_encoder")
     return path
@@ -69,5 +74,12 @@ def _write_clip(path: Path) -> None:
     bos, eos = tokenizer.token_to_id(CLIP_BOS), tokenizer.token_to_id(CLIP_EOS)
     text = _CLIP_TEXT | {"vocab_size": tokenizer.get_vocab_size()}
     text |= {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos}
-    config: dict[str, Any] = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 768}
-    write_json(path / "config.json", config | {"dtype": DTYPE, "text_config": text, "vision_config": _TOWER})
+    config: dict[str, Any] = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": 768,
+    }
+    write_json(
+        path / "config.json",
+        config | {"dtype": DTYPE, "text_config": text, "vision_config": _TOWER},
+    )

@@ -1,6 +1,8 @@
-"""One server under load, as a discrete-event simulation: arrivals, a front end, and an engine with continuous batching.
+"""One server under load, as a discrete-event simulation: arrivals, a front end, and an engine with
+continuous batching.
 
-The budget of each request is the policy's own (`fsr_vllm.adaptive.LoadMonitor`, on simulated time) or a fixed number.
+The budget of each request is the policy's own (`fsr_vllm.adaptive.LoadMonitor`, on simulated time)
+or a fixed number.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def poisson(rates: Sequence[tuple[float, float]], seed: int) -> list[float]:
     return found
 
 
-def simulate(arrivals: Sequence[float], setup: Setup, bounds: tuple[int, int], rule: Rule | None = None) -> Outcome:
+def simulate(
+    arrivals: Sequence[float], setup: Setup, bounds: tuple[int, int], rule: Rule | None = None
+) -> Outcome:
     """Serve all arrivals; a range whose ends are equal is a fixed budget."""
     clock = [0.0]
     monitor = LoadMonitor(*bounds, rule, clock=lambda: clock[0])
@@ -123,7 +127,9 @@ def _plan(request: Request, budget: int, setup: Setup) -> None:
 def _step(
     waiting: deque[Request], running: list[Request], setup: Setup, held: int
 ) -> tuple[list[tuple[Request, int]], float, int]:
-    """What the engine runs next, how long that takes, and the KV tokens then held: decoding first, then prefill."""
+    """What the engine runs next, how long that takes, and the KV tokens then held: decoding first,
+    then prefill.
+    """
     times, left = setup.times, setup.step_tokens
     batch = [(request, 1) for request in running if not request.to_prefill]
     left -= len(batch)
@@ -141,5 +147,7 @@ def _step(
         batch.append((request, min(left, request.to_prefill)))
         left -= batch[-1][1]
         seconds += times.encode
-    seconds += times.prefill_per_token * sum(tokens for request, tokens in batch if request.to_prefill)
+    seconds += times.prefill_per_token * sum(
+        tokens for request, tokens in batch if request.to_prefill
+    )
     return batch, seconds, held

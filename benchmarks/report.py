@@ -16,7 +16,18 @@ import torch
 import fsr_vllm
 from fsr_vllm.methods import methods
 
-from .cells import COSINES, FSR, FSR_RANDOM, GEMM, KERNELS, LITERAL, STEPS, Bench, Result, kernel_name
+from .cells import (
+    COSINES,
+    FSR,
+    FSR_RANDOM,
+    GEMM,
+    KERNELS,
+    LITERAL,
+    STEPS,
+    Bench,
+    Result,
+    kernel_name,
+)
 from .inputs import Cell
 from .targets import judged
 
@@ -61,7 +72,9 @@ def write(run: Run, folder: Path) -> list[Path]:
 def _cpu_model() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+            return next(
+                line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -73,9 +86,14 @@ def _data(run: Run) -> dict[str, Any]:
         "machine": run.machine,
         "seconds": round(run.seconds, 1),
         "unit": "ms per image",
-        "targets": [{**asdict(verdict), "verdict": verdict.word} for verdict in judged(run.device, run.bench.results)],
+        "targets": [
+            {**asdict(verdict), "verdict": verdict.word}
+            for verdict in judged(run.device, run.bench.results)
+        ],
         "results": [asdict(result) for result in run.bench.results],
-        "failed": [{"cell": asdict(cell), "what": what, "why": why} for cell, what, why in run.bench.failed],
+        "failed": [
+            {"cell": asdict(cell), "what": what, "why": why} for cell, what, why in run.bench.failed
+        ],
         "skipped": [{"cell": asdict(cell), "what": what} for cell, what in run.bench.skipped],
     }
 
@@ -106,11 +124,19 @@ sizes in the same run; the rows they are made of, FSR and CDPruner were run in t
     parts += ["## FSR beside its baselines, ms per image", _overview(results, cells)]
     parts.append("## Methods")
     for cell in cells:
-        rows = sorted((row for row in results if row.cell == cell and row.kind != "kernel"), key=_place)
-        parts += [f"### {cell}", _timings(rows, (GEMM, LITERAL, STEPS)), _left_out(skipped, cell, kernels=False)]
+        rows = sorted(
+            (row for row in results if row.cell == cell and row.kind != "kernel"), key=_place
+        )
+        parts += [
+            f"### {cell}",
+            _timings(rows, (GEMM, LITERAL, STEPS)),
+            _left_out(skipped, cell, kernels=False),
+        ]
     loops = [result for result in results if result.kind == "kernel"]
     if loops:
-        parts.append("## Kernels\n\nOver a similarity matrix that is there already, nothing chosen beforehand.")
+        parts.append(
+            "## Kernels\n\nOver a similarity matrix that is there already, nothing chosen beforehand."
+        )
     for cell in dict.fromkeys(result.cell for result in loops):
         rows = [result for result in loops if result.cell == cell]
         title = f"### {cell.n} -> {cell.k}, batch {cell.batch}"
@@ -140,7 +166,10 @@ def _overview(results: Sequence[Result], cells: Iterable[Cell]) -> str:
 
 def _timings(rows: Sequence[Result], bases: Sequence[str]) -> str:
     head = ("", "ms", "quartiles", "runs", *(f"/ {base}" for base in bases), "")
-    return _table(head, ((*_row(row), *(f"{row.ratios[base]:.2f}" for base in bases), row.note) for row in rows))
+    return _table(
+        head,
+        ((*_row(row), *(f"{row.ratios[base]:.2f}" for base in bases), row.note) for row in rows),
+    )
 
 
 def _kernels(rows: Sequence[Result]) -> str:
@@ -150,21 +179,34 @@ def _kernels(rows: Sequence[Result]) -> str:
         base = times.get(kernel_name(row.name.partition(",")[0], "reference"))
         to_reference = f"{row.timing.median / base:.3f}" if base else "-"
         lines.append((*_row(row), f"{row.ratios[GEMM]:.2f}", to_reference))
-    return _table(("", "ms", "quartiles", "runs", f"/ {GEMM} (D = {rows[0].cell.d})", "/ reference"), lines)
+    return _table(
+        ("", "ms", "quartiles", "runs", f"/ {GEMM} (D = {rows[0].cell.d})", "/ reference"), lines
+    )
 
 
 def _place(row: Result) -> int:
-    """Baselines first, then methods as they are registered: they were measured in another order in each cell."""
+    """Baselines first, then methods as they are registered: they were measured in another order in
+    each cell.
+    """
     return -1 if row.kind == "baseline" else list(methods()).index(row.name.partition(",")[0])
 
 
 def _row(row: Result) -> tuple[str, str, str, str]:
     timing = row.timing
-    return row.name, f"{timing.median:.3f}", f"{timing.low:.3f} - {timing.high:.3f}", str(timing.runs)
+    return (
+        row.name,
+        f"{timing.median:.3f}",
+        f"{timing.low:.3f} - {timing.high:.3f}",
+        str(timing.runs),
+    )
 
 
 def _left_out(skipped: Sequence[tuple[Cell, str]], cell: Cell, kernels: bool) -> str:
-    loops = [what for at, what in skipped if at == cell and (what.partition(",")[0] in KERNELS) == kernels]
+    loops = [
+        what
+        for at, what in skipped
+        if at == cell and (what.partition(",")[0] in KERNELS) == kernels
+    ]
     return f"Not measured for want of time: {'; '.join(loops)}." if loops else ""
 
 

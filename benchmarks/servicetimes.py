@@ -1,10 +1,11 @@
-"""What a request costs on this machine, part by part: the service times that the simulation of budgets under load uses.
+"""What a request costs on this machine, part by part: the service times that the simulation of
+budgets under load uses.
 
     python -m benchmarks.servicetimes
 
-Starts one offline engine on the generated LLaVA (random weights, with a language model wide enough that prefill
-matters), runs single requests at several budgets and batches of several sizes, fits straight lines, and writes
-service-times-cpu.json into --out. Takes a few minutes on one core.
+Starts one offline engine on the generated LLaVA (random weights, with a language model wide enough
+that prefill matters), runs single requests at several budgets and batches of several sizes, fits
+straight lines, and writes service-times-cpu.json into --out. Takes a few minutes on one core.
 """
 
 from __future__ import annotations
@@ -80,22 +81,32 @@ class Engine:
 
 
 def measured(engine: Engine, repeats: int) -> dict[str, Any]:
-    """Medians of single requests, the lines through them, and seconds of a decode step by batch size."""
+    """Medians of single requests, the lines through them, and seconds of a decode step by batch
+    size.
+    """
     stock = pictures(len(BUDGETS) * repeats + 8)
     number = iter(range(10**6))
 
     def image_prompt(budget: int) -> dict[str, Any]:
         fields = {"fsr_budget": budget, "fsr_question": QUESTION}
         text = f"USER: <image>\n{next(number)} {QUESTION} ASSISTANT:"
-        return {"prompt": text, "multi_modal_data": {"image": next(stock)}, "mm_processor_kwargs": fields}
+        return {
+            "prompt": text,
+            "multi_modal_data": {"image": next(stock)},
+            "mm_processor_kwargs": fields,
+        }
 
     def text_prompt(words: int) -> dict[str, Any]:
         return {"prompt": f"{next(number)} " + "red " * words}
 
     for _ in range(4):
         engine.run([image_prompt(288)])
-    by_image, preparing = _medians(lambda budget: engine.run([image_prompt(budget)]), BUDGETS, repeats)
-    by_text, _ = _medians(lambda words: engine.run([text_prompt(words)]), (32, 128, 288, 432), repeats)
+    by_image, preparing = _medians(
+        lambda budget: engine.run([image_prompt(budget)]), BUDGETS, repeats
+    )
+    by_text, _ = _medians(
+        lambda words: engine.run([text_prompt(words)]), (32, 128, 288, 432), repeats
+    )
     base, per_text_token = line(by_text)
     image_base, per_token = line(by_image)
     steps = {}
@@ -124,27 +135,44 @@ def measured(engine: Engine, repeats: int) -> dict[str, Any]:
 def _medians(
     run: Callable[[int], tuple[float, float, int]], sizes: Sequence[int], repeats: int
 ) -> tuple[list[tuple[float, float]], list[float]]:
-    """(prompt tokens, median seconds) per size, and all times of preparing; sizes in turns, so that all share noise."""
+    """(prompt tokens, median seconds) per size, and all times of preparing; sizes in turns, so that
+    all share noise.
+    """
     found: dict[int, list[tuple[float, float, int]]] = {size: [] for size in sizes}
     for _ in range(repeats):
         for size in sizes:
             found[size].append(run(size))
-    lines = [(float(runs[0][2]), statistics.median(seconds for _, seconds, _ in runs)) for runs in found.values()]
+    lines = [
+        (float(runs[0][2]), statistics.median(seconds for _, seconds, _ in runs))
+        for runs in found.values()
+    ]
     return lines, [prepared for runs in found.values() for prepared, _, _ in runs]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, and write service-times-cpu.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
+    )
     about = machine("cpu")
     with tempfile.TemporaryDirectory(prefix="fsr-times-") as folder:
         found = measured(Engine(str(build_checkpoint(folder, **MODEL))), args.repeats)
-    command = " ".join(["python -m benchmarks.servicetimes", *(sys.argv[1:] if argv is None else argv)])
-    text = {"command": command, "machine": about, "model": MODEL, "repeats": args.repeats, "seconds": found}
+    command = " ".join(
+        ["python -m benchmarks.servicetimes", *(sys.argv[1:] if argv is None else argv)]
+    )
+    text = {
+        "command": command,
+        "machine": about,
+        "model": MODEL,
+        "repeats": args.repeats,
+        "seconds": found,
+    }
     (args.out / "service-times-cpu.json").write_text(json.dumps(text, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     return 0

@@ -11,7 +11,9 @@ from .inputs import Cell
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target; `met` is None where it was not measured, and where the figure is only to be reported."""
+    """One target; `met` is None where it was not measured, and where the figure is only to be
+    reported.
+    """
 
     device: str
     target: str
@@ -57,12 +59,21 @@ def _at_most(results: Sequence[Result], n: int, k: int, batch: int, limit: float
 def _never_slower(results: Sequence[Result], other: str) -> Verdict:
     target = f"FSR (K_F = K/4) never slower than the {other if other == STEPS else 'method cdpruner of this package'}"
     times = {row.cell: row.timing.median for row in results if row.name == other}
-    pairs = [(row.timing.median / times[row.cell], row.cell) for row in _of(results, FSR) if row.cell in times]
+    pairs = [
+        (row.timing.median / times[row.cell], row.cell)
+        for row in _of(results, FSR)
+        if row.cell in times
+    ]
     if not pairs:
         return Verdict("cuda", target)
     worst, cell = max(pairs, key=lambda pair: pair[0])
     slower = sum(ratio > 1 for ratio, _ in pairs)
-    return Verdict("cuda", target, f"slower in {slower} of {len(pairs)}; most {worst:.2f} times at {cell}", not slower)
+    return Verdict(
+        "cuda",
+        target,
+        f"slower in {slower} of {len(pairs)}; most {worst:.2f} times at {cell}",
+        not slower,
+    )
 
 
 def _near_gemm(results: Sequence[Result]) -> Verdict:
@@ -85,5 +96,7 @@ def _to_literal(results: Sequence[Result], device: str) -> Verdict:
     return Verdict(device, target, found, report_only=True)
 
 
-def _of(results: Sequence[Result], name: str, wanted: Callable[[Cell], bool] = lambda cell: True) -> list[Result]:
+def _of(
+    results: Sequence[Result], name: str, wanted: Callable[[Cell], bool] = lambda cell: True
+) -> list[Result]:
     return [row for row in results if row.name == name and wanted(row.cell)]

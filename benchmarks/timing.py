@@ -25,11 +25,15 @@ class Timing:
 
     def per(self, count: int) -> Timing:
         """The same for one of `count` images."""
-        return Timing(self.least / count, self.low / count, self.median / count, self.high / count, self.runs)
+        return Timing(
+            self.least / count, self.low / count, self.median / count, self.high / count, self.runs
+        )
 
 
 def once(call: Call, device: str) -> float:
-    """Milliseconds of one call. On a GPU from the first to the last of its work there, waits for the host included."""
+    """Milliseconds of one call. On a GPU from the first to the last of its work there, waits for
+    the host included.
+    """
     if device != "cuda":
         start = time.perf_counter()
         call()
@@ -44,10 +48,12 @@ def once(call: Call, device: str) -> float:
 
 
 def measure(calls: dict[str, Call], device: str, repeats: int, seconds: float) -> dict[str, Timing]:
-    """Run all calls in turn, again and again, so that what slows the machine meets each of them; medians per call.
+    """Run all calls in turn, again and again, so that what slows the machine meets each of them;
+    medians per call.
 
-    Each has up to `repeats` runs after warming up, fewer if they would take longer than `seconds`, never fewer than 3:
-    where time is short the warm-up, which matters little to long calls, is the first of these.
+    Each has up to `repeats` runs after warming up, fewer if they would take longer than `seconds`,
+    never fewer than 3: where time is short the warm-up, which matters little to long calls, is the
+    first of these.
     """
     first = {name: _warm(call, device) for name, call in calls.items()}
     possible = int((seconds * 1e3 - sum(first.values())) / max(1e-6, sum(first.values())))
@@ -59,7 +65,9 @@ def measure(calls: dict[str, Call], device: str, repeats: int, seconds: float) -
 
 
 def _warm(call: Call, device: str) -> float:
-    """Milliseconds of the first call that is no longer cold: compilers and allocators have been at work before."""
+    """Milliseconds of the first call that is no longer cold: compilers and allocators have been at
+    work before.
+    """
     taken = once(call, device)
     if device == "cuda":
         once(call, device)

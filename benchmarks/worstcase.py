@@ -1,12 +1,14 @@
-"""What the most expensive request costs: every method and option at 2,880 and 9,000 tokens, in units of served FSR's.
+"""What the most expensive request costs: every method and option at 2,880 and 9,000 tokens, in
+units of served FSR's.
 
     python -m benchmarks.worstcase        # about 20 minutes on one core
 
-A request chooses method, options and budget, and selection runs inside the engine's step, where everybody waits. So
-each option is set to its ends (or each of its choices), at budgets of 64, half and all but one of the tokens. At the
-first size all are run; at the others each case has the budget that was its worst there. An option is served where its
-worst case is at most LIMIT times that of FSR as served, over budgets, at the largest size. Writes worst-case-cpu.md and
-.json. Times are those of the process on one thread, which what else runs on the machine disturbs least. Inputs are
+A request chooses method, options and budget, and selection runs inside the engine's step, where
+everybody waits. So each option is set to its ends (or each of its choices), at budgets of 64, half
+and all but one of the tokens. At the first size all are run; at the others each case has the budget
+that was its worst there. An option is served where its worst case is at most LIMIT times that of
+FSR as served, over budgets, at the largest size. Writes worst-case-cpu.md and .json. Times are
+those of the process on one thread, which what else runs on the machine disturbs least. Inputs are
 random: an image made for the purpose may cost coverage (`scope`, scan="coverage") more.
 """
 
@@ -37,7 +39,10 @@ BUDGETS = ("64", "N / 2", "N - 1")
 _LARGE = 1e6  # for an end that an option leaves open
 _HEADS, _WIDTH = 16, 1024  # of the tower whose attention is formed again
 _REFERENCE = "fsr"
-_LAYERS = {"hiprune": {"received": 2}, "vflowopt": {"attention": 1}}  # signals that cost more than one row of queries
+_LAYERS = {
+    "hiprune": {"received": 2},
+    "vflowopt": {"attention": 1},
+}  # signals that cost more than one row of queries
 # Options that do nothing beside the defaults: what goes with them.
 _BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("fsr", "coverage_weight"): {"scan": "coverage"},
@@ -65,7 +70,10 @@ class Case:
 
     def worst(self, n: int) -> tuple[str, float]:
         """The budget that takes longest, and its median."""
-        return max(((k, statistics.median(runs)) for k, runs in self.seconds[n].items()), key=lambda found: found[1])
+        return max(
+            ((k, statistics.median(runs)) for k, runs in self.seconds[n].items()),
+            key=lambda found: found[1],
+        )
 
 
 def cases(n: int) -> Iterator[Case]:
@@ -99,9 +107,16 @@ def _budget(name: str, n: int) -> int:
 def run(found: list[Case], n: int, first: int, repeats: int, seconds: float) -> None:
     """Time all cases at n, in turns; each stops once it has had `seconds`."""
     images = Images.draw(Cell(n, 64, 1024, 1), "cpu", torch.float32)
-    inputs = {name: images.tokens(get_method(name)) for name in dict.fromkeys(case.method for case in found)}
+    inputs = {
+        name: images.tokens(get_method(name))
+        for name in dict.fromkeys(case.method for case in found)
+    }
     for turn in range(repeats):
-        print(f"N = {n}, turn {turn + 1} of {repeats}, {len(found)} cases", file=sys.stderr, flush=True)
+        print(
+            f"N = {n}, turn {turn + 1} of {repeats}, {len(found)} cases",
+            file=sys.stderr,
+            flush=True,
+        )
         for case in found:
             reference = case.method == _REFERENCE and not case.options
             names = BUDGETS if n == first or reference else (case.worst(first)[0],)
@@ -152,22 +167,40 @@ def worst_of_reference(report: dict[str, Any]) -> float:
 def markdown(report: dict[str, Any]) -> str:
     sizes = report["sizes"]
     lines = ["# Worst cases of methods and options", ""]
-    lines += [f"`{report['command']}`, {report['seconds']} s; D = 1024, one image, float32, one thread. Medians of CPU"]
+    lines += [
+        f"`{report['command']}`, {report['seconds']} s; D = 1024, one image, float32, one thread. Medians of CPU"
+    ]
     lines += ["time, run in turns."]
-    lines += ["Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the multiple of the"]
+    lines += [
+        "Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the multiple of the"
+    ]
     lines += [
         f"worst case of FSR as served at the same size, in the same run. Served up to x {LIMIT:g} at {sizes[-1]:,}."
     ]
     lines += ["", ", ".join(f"{key}: {value}" for key, value in report["machine"].items()), ""]
-    head = ["method", "options", *(f"{n:,}: K, s" for n in sizes), *(f"{n:,}: x FSR" for n in sizes), "requests"]
+    head = [
+        "method",
+        "options",
+        *(f"{n:,}: K, s" for n in sizes),
+        *(f"{n:,}: x FSR" for n in sizes),
+        "requests",
+    ]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in report["rows"]:
         about = "~" if row["estimated"] else ""
         times = [
-            f"{at['budget']}, {about if n == str(sizes[-1]) else ''}{at['seconds']:.3g}" for n, at in row["at"].items()
+            f"{at['budget']}, {about if n == str(sizes[-1]) else ''}{at['seconds']:.3g}"
+            for n, at in row["at"].items()
         ]
-        shares = [f"{about if n == str(sizes[-1]) else ''}{at['share']:.2g}" for n, at in row["at"].items()]
-        lines.append("| " + " | ".join([f"`{row['method']}`", row["options"], *times, *shares, row["requests"]]) + " |")
+        shares = [
+            f"{about if n == str(sizes[-1]) else ''}{at['share']:.2g}"
+            for n, at in row["at"].items()
+        ]
+        lines.append(
+            "| "
+            + " | ".join([f"`{row['method']}`", row["options"], *times, *shares, row["requests"]])
+            + " |"
+        )
     lines += ["", "`~`: not run, from the smaller size by the cube of N.", "", "## Signals", ""]
     lines += [
         f"Seconds for one layer of {_HEADS} heads. They are formed once per image, beside a tower that computes the"
@@ -178,24 +211,37 @@ def markdown(report: dict[str, Any]) -> str:
         worst[row["method"]] = max(worst[row["method"]], row["at"][last]["seconds"])
     for name, layers in _LAYERS.items():
         if name in worst:
-            total = worst[name] + sum(number * report["signals"][last][signal] for signal, number in layers.items())
+            total = worst[name] + sum(
+                number * report["signals"][last][signal] for signal, number in layers.items()
+            )
             lines += [
                 f"With what it needs, `{name}` costs x {total / worst_of_reference(report):.2g} at {sizes[-1]:,}."
             ]
     lines += [""]
-    lines += ["| signal | " + " | ".join(f"{n:,}" for n in sizes) + " |", "|" + "---|" * (1 + len(sizes))]
+    lines += [
+        "| signal | " + " | ".join(f"{n:,}" for n in sizes) + " |",
+        "|" + "---|" * (1 + len(sizes)),
+    ]
     for name in report["signals"][str(sizes[0])]:
-        lines.append(f"| `{name}` | " + " | ".join(f"{report['signals'][str(n)][name]:.3g}" for n in sizes) + " |")
+        lines.append(
+            f"| `{name}` | "
+            + " | ".join(f"{report['signals'][str(n)][name]:.3g}" for n in sizes)
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; 1 if something is served that costs more than the limit."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.worstcase", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.worstcase", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2880, 9000])
     parser.add_argument("--methods", nargs="+", default=list(methods()), choices=list(methods()))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of one case at one size, after which it rests")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="of one case at one size, after which it rests"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -204,8 +250,16 @@ def main(argv: list[str] | None = None) -> int:
     found = [case for case in cases(sizes[-1]) if case.method in {_REFERENCE, *args.methods}]
     with torch.inference_mode():
         for n in sizes:
-            dear = [case for case in found if n != sizes[0] and beyond_serving(case.made, n) is not None]
-            run([case for case in found if case not in dear], n, sizes[0], args.repeats, args.seconds)
+            dear = [
+                case for case in found if n != sizes[0] and beyond_serving(case.made, n) is not None
+            ]
+            run(
+                [case for case in found if case not in dear],
+                n,
+                sizes[0],
+                args.repeats,
+                args.seconds,
+            )
             for case in dear:  # minutes each, and refused anyway
                 name, seconds = case.worst(sizes[0])
                 case.seconds[n], case.estimated = {name: [seconds * (n / sizes[0]) ** 3]}, True
@@ -226,7 +280,13 @@ def main(argv: list[str] | None = None) -> int:
             at[str(n)] = {"budget": name, "seconds": seconds, "share": seconds / reference[n]}
         word = verdict(case, sizes, LIMIT * reference[sizes[-1]])
         report["rows"].append(
-            {"method": case.method, "options": case.label, "at": at, "estimated": case.estimated, "requests": word}
+            {
+                "method": case.method,
+                "options": case.label,
+                "at": at,
+                "estimated": case.estimated,
+                "requests": word,
+            }
         )
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "worst-case-cpu.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Focus-Scan-Refine visual token pruning for vLLM.
 
-Names are loaded when first used: vLLM imports this package in every process to find its plugin, torch can wait.
+Names are loaded when first used: vLLM imports this package in every process to find its plugin,
+torch can wait.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ def stats(llm: Any) -> dict[str, Any]:
 
 
 def visual_tokens(output: Any) -> tuple[int, int] | None:
-    """Visual tokens kept and total of one request output of LLM, LLMEngine or AsyncLLM; (0, 0) if it had no images.
+    """Visual tokens kept and total of one request output of LLM, LLMEngine or AsyncLLM; (0, 0) if
+    it had no images.
 
-    None where they are not known: the output was made in a process without the active plugin, or by hand.
+    None where they are not known: the output was made in a process without the active plugin, or by
+    hand.
     """
     return getattr(output, "fsr_visual_tokens", None)
 

@@ -1,7 +1,8 @@
-"""From what a user asked to what is in force: settings on their way into the model config, and refusals at start.
+"""From what a user asked to what is in force: settings on their way into the model config, and
+refusals at start.
 
-A server is inactive (as installed), active, or ignoring (`--fsr-ignore`): then everything is vLLM's own but for the
-hooks that drop requests' fsr fields.
+A server is inactive (as installed), active, or ignoring (`--fsr-ignore`): then everything is vLLM's
+own but for the hooks that drop requests' fsr fields.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ logger = logging.getLogger("vllm.fsr_vllm")
 
 
 def put_settings(engine_args: Any) -> None:
-    """Before the model config is made: validated settings into hf_overrides, and our worker extension."""
+    """Before the model config is made: validated settings into hf_overrides, and our worker
+    extension.
+    """
     from fsr_vllm import params
 
-    given = params.given_settings(engine_args.additional_config, compat.PLUGIN in compat.named_plugins())
+    given = params.given_settings(
+        engine_args.additional_config, compat.PLUGIN in compat.named_plugins()
+    )
     if params.ignoring(given):
         _leave_aside(engine_args)
         return
@@ -48,7 +53,9 @@ def put_settings(engine_args: Any) -> None:
 
 
 def _settings(given: dict[str, Any] | None) -> Any:
-    """Validated settings; None where the plugin is not active, or steps aside for a budget of vLLM's own."""
+    """Validated settings; None where the plugin is not active, or steps aside for a budget of
+    vLLM's own.
+    """
     from fsr_vllm import params
 
     if given is None:
@@ -62,7 +69,9 @@ def _settings(given: dict[str, Any] | None) -> Any:
     reason = compat_version.why_inactive(params.HOW_TO_ACTIVATE)
     if settings.prunes_by_default:
         raise ValueError(f"{reason}; without it, the default budget could not be kept")
-    logger.warning("fsr_vllm: %s; requests are left alone, those with fsr fields are refused", reason)
+    logger.warning(
+        "fsr_vllm: %s; requests are left alone, those with fsr fields are refused", reason
+    )
     return None
 
 
@@ -113,12 +122,16 @@ def _follow_load(engine_args: Any, settings: Any) -> None:
             "load to follow; set fsr.budget instead"
         )
     if getattr(engine_args, "disable_log_stats", False):
-        raise ValueError("fsr.adaptive reads vLLM's statistics: leave out --disable-log-stats, or set fsr.budget")
+        raise ValueError(
+            "fsr.adaptive reads vLLM's statistics: leave out --disable-log-stats, or set fsr.budget"
+        )
     compat.watch_load(adaptive.start(*settings.adaptive_range))
 
 
 def finish_settings(engine_args: Any, model_config: Any) -> None:
-    """After the model config is made: find the text encoder, refuse what cannot work, say what is in force."""
+    """After the model config is made: find the text encoder, refuse what cannot work, say what is
+    in force.
+    """
     from fsr_vllm import params
 
     given = params.given_settings(engine_args.additional_config, named=False)
@@ -129,9 +142,14 @@ def finish_settings(engine_args: Any, model_config: Any) -> None:
         return
     if getattr(model_config.hf_config, params.SETTINGS_KEY, None) is None:
         return  # not active, or stepped aside
-    settings = params.ServerSettings.model_validate_json(getattr(model_config.hf_config, params.SETTINGS_KEY))
-    if getattr(engine_args, "enable_lora", False) and getattr(engine_args, "enable_tower_connector_lora", False):
-        # vLLM would warn once, in a worker, and then leave out what an adapter changes in the tower.
+    settings = params.ServerSettings.model_validate_json(
+        getattr(model_config.hf_config, params.SETTINGS_KEY)
+    )
+    if getattr(engine_args, "enable_lora", False) and getattr(
+        engine_args, "enable_tower_connector_lora", False
+    ):
+        # vLLM would warn once, in a worker, and then leave out what an adapter changes in the
+        # tower.
         raise ValueError(
             "plugin fsr: --enable-tower-connector-lora does not work together with the plugin, whose rows vLLM would "
             "take for the tower's; start without it (adapters of the language model work)"
@@ -140,13 +158,22 @@ def finish_settings(engine_args: Any, model_config: Any) -> None:
     if reason:
         if settings.prunes_by_default:
             raise ValueError(f"plugin fsr: a default budget is set, but {reason}")
-        logger.warning("fsr_vllm: %s; requests are served unpruned, and requests with fsr fields are refused", reason)
+        logger.warning(
+            "fsr_vllm: %s; requests are served unpruned, and requests with fsr fields are refused",
+            reason,
+        )
         return
     from fsr_vllm.engine import text_tower
 
-    encoder, sign = text_tower.find_encoder(model_config, settings.text_encoder, settings.relevance_sign)
+    encoder, sign = text_tower.find_encoder(
+        model_config, settings.text_encoder, settings.relevance_sign
+    )
     name, family = _family(model_config)
-    found = {"text_encoder": encoder, "relevance_sign": sign, "tokens_per_image": family.most_tokens(model_config)}
+    found = {
+        "text_encoder": encoder,
+        "relevance_sign": sign,
+        "tokens_per_image": family.most_tokens(model_config),
+    }
     settings = settings.model_copy(update=found)
     for option, budget in _defaults(settings):
         settings.check_bounds(budget, f"fsr.{option}", settings.tokens_per_image)
@@ -157,7 +184,9 @@ def finish_settings(engine_args: Any, model_config: Any) -> None:
 
 
 def limits_encoder(vllm_config: Any) -> bool:
-    """Whether a step's encoder work is counted in unpruned tokens; asked in the engine core, for every new prompt."""
+    """Whether a step's encoder work is counted in unpruned tokens; asked in the engine core, for
+    every new prompt.
+    """
     from fsr_vllm import params
 
     text = getattr(vllm_config.model_config.hf_config, params.SETTINGS_KEY, None)
@@ -167,7 +196,9 @@ def limits_encoder(vllm_config: Any) -> bool:
 
 
 def _defaults(settings: Any) -> list[tuple[str, Any]]:
-    """What requests that do not say may get, by option: shares can be judged once an image's tokens are known."""
+    """What requests that do not say may get, by option: shares can be judged once an image's tokens
+    are known.
+    """
     given = [] if settings.budget is None else [("budget", settings.budget)]
     return [*given, *(("detail_budgets", budget) for budget in settings.detail_budgets.values())]
 
@@ -189,9 +220,17 @@ def in_force(architecture: str, settings: Any) -> str:
     if settings.adaptive_range is not None:
         low_load, at_rest = settings.adaptive_range
         default = f"by default {at_rest} to {low_load} of {total} visual tokens per image, by load"
-    limits = f"requests may ask for {low or 1} to {high}" if high else f"requests may ask for {low or 1} or more"
-    details = ", ".join(f"{detail}: {tokens(budget)}" for detail, budget in settings.detail_budgets.items())
-    encoder = {"llm": "the language model's embeddings"}.get(settings.text_encoder, settings.text_encoder)
+    limits = (
+        f"requests may ask for {low or 1} to {high}"
+        if high
+        else f"requests may ask for {low or 1} or more"
+    )
+    details = ", ".join(
+        f"{detail}: {tokens(budget)}" for detail, budget in settings.detail_budgets.items()
+    )
+    encoder = {"llm": "the language model's embeddings"}.get(
+        settings.text_encoder, settings.text_encoder
+    )
     name, commit = split_revision(encoder)
     parts = [
         f"{__version__} is active for {architecture}: {default}",

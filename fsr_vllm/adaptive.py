@@ -1,7 +1,8 @@
 """The default budget under load: a range, a few levels in it, and the rule that moves between them.
 
-Nothing here knows HTTP or vLLM. `AdaptiveBudget` is deterministic: the same readings at the same times give the same
-budgets. `LoadMonitor` holds one for a process, with what that process knows of the load.
+Nothing here knows HTTP or vLLM. `AdaptiveBudget` is deterministic: the same readings at the same
+times give the same budgets. `LoadMonitor` holds one for a process, with what that process knows of
+the load.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# Few, so that an image seen again under load often finds its cached rows: at each level it has an entry of its own.
+# Few, so that an image seen again under load often finds its cached rows: at each level it has an
+# entry of its own.
 LEVELS = 4
-# An older reading says nothing about queues any more: of several API servers only one gets each reading.
+# An older reading says nothing about queues any more: of several API servers only one gets each
+# reading.
 STALE_SECONDS = 10.0
 
 
 def budget_levels(low: int, high: int, count: int = LEVELS) -> tuple[int, ...]:
-    """At most `count` budgets from `high` down to `low`, each about the same share of the one before it."""
+    """At most `count` budgets from `high` down to `low`, each about the same share of the one
+    before it.
+    """
     between = (round(high * (low / high) ** (step / (count - 1))) for step in range(1, count - 1))
     return tuple(sorted({high, *between, low}, reverse=True))
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that run, requests that wait, and the share of KV cache blocks that running requests hold."""
+    """Requests that run, requests that wait, and the share of KV cache blocks that running requests
+    hold.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -37,10 +44,11 @@ class Load:
 class Rule:
     """When to move between levels; the values were chosen by simulation (docs/adaptive.md).
 
-    Pressure i is `queue[i]` waiting requests per running one, or `kv[i]` of the KV cache in use, whichever is more;
-    between these points it is linear. Level i is entered at pressure i and left, one level at a time, when pressure has
-    been below i - `margin` for `hold_seconds`. Pressure is smoothed over `smooth_seconds`. `spare` is added to the
-    running requests: on a server that hardly does anything, two requests that just came are no queue.
+    Pressure i is `queue[i]` waiting requests per running one, or `kv[i]` of the KV cache in use,
+    whichever is more; between these points it is linear. Level i is entered at pressure i and left,
+    one level at a time, when pressure has been below i - `margin` for `hold_seconds`. Pressure is
+    smoothed over `smooth_seconds`. `spare` is added to the running requests: on a server that
+    hardly does anything, two requests that just came are no queue.
     """
 
     queue: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -51,7 +59,9 @@ class Rule:
     hold_seconds: float = 20.0
 
     def pressure(self, load: Load) -> float:
-        """From 0 to the number of points less one; never falls when more requests wait or more cache is in use."""
+        """From 0 to the number of points less one; never falls when more requests wait or more
+        cache is in use.
+        """
         waiting = load.waiting / (load.running + self.spare)
         return max(_position(waiting, self.queue), _position(load.kv_usage, self.kv))
 
@@ -65,7 +75,9 @@ def _position(value: float, points: Sequence[float]) -> float:
 
 
 class AdaptiveBudget:
-    """The budget of requests that name none: HIGH at rest, fewer tokens at once under load, more again slowly."""
+    """The budget of requests that name none: HIGH at rest, fewer tokens at once under load, more
+    again slowly.
+    """
 
     def __init__(self, low: int, high: int, rule: Rule | None = None) -> None:
         self.levels = budget_levels(low, high)
@@ -83,9 +95,14 @@ class AdaptiveBudget:
     def update(self, load: Load, now: float) -> int:
         """The budget from `now` (seconds, never going back) on, given the load that was just read."""
         now = max(now, self._time)
-        # What was read last held until now: a first-order filter, which keeps order, so more load never means more
-        # tokens. Rising and falling alike wait for it; a blip of a step or two changes nothing.
-        share = -math.expm1((self._time - now) / self.rule.smooth_seconds) if self._time > -math.inf else 0.0
+        # What was read last held until now: a first-order filter, which keeps order, so more load
+        # never means more tokens. Rising and falling alike wait for it; a blip of a step or two
+        # changes nothing.
+        share = (
+            -math.expm1((self._time - now) / self.rule.smooth_seconds)
+            if self._time > -math.inf
+            else 0.0
+        )
         self.smoothed += (self._pressure - self.smoothed) * share
         self._pressure, self._time = self.rule.pressure(load), now
         deeper = min(int(self.smoothed), len(self.levels) - 1)
@@ -101,9 +118,17 @@ class AdaptiveBudget:
 
 
 class LoadMonitor:
-    """What one process knows of its engines' load, and the budget that follows from it; safe to use from threads."""
+    """What one process knows of its engines' load, and the budget that follows from it; safe to use
+    from threads.
+    """
 
-    def __init__(self, low: int, high: int, rule: Rule | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        low: int,
+        high: int,
+        rule: Rule | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.policy = AdaptiveBudget(low, high, rule)
         self.changed: Callable[[int, int], None] = lambda before, after: None
         self._clock = clock
@@ -134,11 +159,14 @@ class LoadMonitor:
             return self._update()
 
     def load(self) -> Load:
-        """The engines' figures together; requests that came here and do not run yet wait, wherever they are."""
+        """The engines' figures together; requests that came here and do not run yet wait, wherever
+        they are.
+        """
         now = self._clock()
         fresh = [load for read, load in self._readings.values() if now - read <= STALE_SECONDS]
         running = sum(load.running for _, load in self._readings.values())
-        # The engines' count is behind by a step, and knows nothing of what this process is still preparing.
+        # The engines' count is behind by a step, and knows nothing of what this process is still
+        # preparing.
         waiting = max(sum(load.waiting for load in fresh), self._here - running, 0)
         return Load(running, waiting, max((load.kv_usage for load in fresh), default=0.0))
 
@@ -159,7 +187,9 @@ def start(low: int, high: int) -> Callable[[int, int, int, float], None]:
     if _active is None or (_active.policy.levels[-1], _active.policy.levels[0]) != (low, high):
         _active = LoadMonitor(low, high)
     monitor = _active
-    return lambda engine, running, waiting, kv_usage: monitor.read(engine, Load(running, waiting, kv_usage))
+    return lambda engine, running, waiting, kv_usage: monitor.read(
+        engine, Load(running, waiting, kv_usage)
+    )
 
 
 def active() -> LoadMonitor | None:
@@ -168,9 +198,14 @@ def active() -> LoadMonitor | None:
 
 
 def default_budget(bounds: tuple[int, int] | None) -> int | None:
-    """The budget now for a request that names none, within `bounds`; None where those are None: it is fixed."""
+    """The budget now for a request that names none, within `bounds`; None where those are None: it
+    is fixed.
+    """
     if bounds is None:
         return None
     if _active is None:
-        return bounds[1]  # a process that serves nothing, such as the engine's, where inputs are made for profiling
+        return bounds[
+            1
+            # a process that serves nothing, such as the engine's, where inputs are made for profiling
+        ]
     return _active.budget()

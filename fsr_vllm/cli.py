@@ -24,11 +24,15 @@ def main(argv: list[str] | None = None) -> int:
     import fsr_vllm
     from fsr_vllm import cli_methods
 
-    parser = argparse.ArgumentParser(prog="fsr-vllm", description="Visual-token pruning for vLLM, per request.")
+    parser = argparse.ArgumentParser(
+        prog="fsr-vllm", description="Visual-token pruning for vLLM, per request."
+    )
     parser.add_argument("--version", action="version", version=fsr_vllm.__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
     cli_methods.add_parser(commands)
-    demo = commands.add_parser("demo", help="serve the bundled model with the plugin and ask it at several budgets")
+    demo = commands.add_parser(
+        "demo", help="serve the bundled model with the plugin and ask it at several budgets"
+    )
     demo.add_argument("--model", help="a LLaVA checkpoint instead of the bundled one")
     demo.add_argument("--log", help="keep the server's log in this file")
     demo.set_defaults(run=_demo)

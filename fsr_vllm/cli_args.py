@@ -1,4 +1,5 @@
-"""The options of `vllm serve`: `--plugin`, and one `--fsr-*` for each of ServerSettings, judged before anything starts.
+"""The options of `vllm serve`: `--plugin`, and one `--fsr-*` for each of ServerSettings, judged
+before anything starts.
 
 Values are judged when all are parsed, not one by one: with --fsr-ignore none of them is.
 """
@@ -32,20 +33,24 @@ _TEXTS = (
     "relevance_sign",
     "encoder_limit",
 )  # taken as they are; other values are JSON, or a word
-# argparse's formatter of vLLM appends the default, None for all of ours, to a help text that does not mention it.
+# argparse's formatter of vLLM appends the default, None for all of ours, to a help text that does
+# not mention it.
 _NO_DEFAULT = "%(default).0s"
 
 
 class PluginAction(argparse.Action):
     """`--plugin NAME[,NAME]`: names installed plugins before any child process starts."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         names = [name.strip() for name in str(values).split(",") if name.strip()]
         installed = compat.installed_plugins()
         for name in names:
             if name not in installed:
                 raise argparse.ArgumentError(
-                    self, f"no vLLM plugin named {name!r} is installed (installed: {', '.join(installed)})"
+                    self,
+                    f"no vLLM plugin named {name!r} is installed (installed: {', '.join(installed)})",
                 )
         compat.enable_plugins(names)
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), *names])
@@ -92,7 +97,9 @@ def _reader(name: str) -> Any:
 
 
 def add_cli_args(parser: Any) -> None:
-    """Add `--plugin` and the `--fsr-*` options; another package may already have brought `--plugin`."""
+    """Add `--plugin` and the `--fsr-*` options; another package may already have brought
+    `--plugin`.
+    """
     from fsr_vllm.params import ServerSettings
 
     group = parser.add_argument_group("Plugins", "Options of installed vLLM plugins (fsr-vllm).")
@@ -111,22 +118,36 @@ def add_cli_args(parser: Any) -> None:
         dest = f"fsr_{name}"
         no_option, hidden = _no(option(name)), argparse.SUPPRESS  # how a YAML file says `off`
         if isinstance(field.default, bool):
-            group.add_argument(option(name), action="store_true", default=None, help=f"{text}{_NO_DEFAULT}")
-            group.add_argument(no_option, action="store_false", dest=dest, default=None, help=hidden)
+            group.add_argument(
+                option(name), action="store_true", default=None, help=f"{text}{_NO_DEFAULT}"
+            )
+            group.add_argument(
+                no_option, action="store_false", dest=dest, default=None, help=hidden
+            )
             continue
         if field.default not in (None, {}):
             text = f"{text.removesuffix('.')} (default: {field.default})."
-        # The value of --fsr-adaptive is optional to argparse alone: without it, the message is ours.
-        more: dict[str, Any] = {"nargs": "?", "const": _reader(name)("")} if name == "adaptive" else {}
-        group.add_argument(
-            option(name), type=_reader(name), metavar=_METAVARS[name], help=f"{text}{_NO_DEFAULT}", **more
+        # The value of --fsr-adaptive is optional to argparse alone: without it, the message is
+        # ours.
+        more: dict[str, Any] = (
+            {"nargs": "?", "const": _reader(name)("")} if name == "adaptive" else {}
         )
-        group.add_argument(no_option, action="store_const", const=_off(name), dest=dest, default=None, help=hidden)
+        group.add_argument(
+            option(name),
+            type=_reader(name),
+            metavar=_METAVARS[name],
+            help=f"{text}{_NO_DEFAULT}",
+            **more,
+        )
+        group.add_argument(
+            no_option, action="store_const", const=_off(name), dest=dest, default=None, help=hidden
+        )
     compat_start.wrap_config_files(no_options)
     parse = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:
-        # Some front ends fail in their own way before they build engine arguments; ours is the clearer message.
+        # Some front ends fail in their own way before they build engine arguments; ours is the
+        # clearer message.
         namespace, rest = parse(*args, **kwargs)
         reason = misspelt(rest) or conflict(namespace)
         if reason:
@@ -147,7 +168,9 @@ def no_options(content: Mapping[str, Any]) -> list[str]:
 
 
 def _off(name: str) -> Any:
-    """What `off` means as a setting's value: False to ServerSettings, or an Unfit where there is no such thing."""
+    """What `off` means as a setting's value: False to ServerSettings, or an Unfit where there is no
+    such thing.
+    """
     from fsr_vllm.params import FieldError, ServerSettings
 
     try:
@@ -157,18 +180,22 @@ def _off(name: str) -> Any:
     return False
 
 
-# --- judging --------------------------------------------------------------------------------------------------------
+# --- judging --------------------------------------------------------------------------------------
 
 
 def misspelt(rest: Iterable[str]) -> str | None:
-    """The first unknown option that begins like ours, with the nearest that exists; None if there is none."""
+    """The first unknown option that begins like ours, with the nearest that exists; None if there
+    is none.
+    """
     from fsr_vllm.params import ServerSettings, cut, did_you_mean
 
     for word in rest:
         name = str(word).partition("=")[0].replace("_", "-").replace("--no-fsr-", "--fsr-")
         if name.startswith("--fsr-"):
             near = did_you_mean(name, map(option, ServerSettings.options()))
-            return f"unrecognized arguments: {cut(name)}{near or '; --help=Plugins lists the options'}"
+            return (
+                f"unrecognized arguments: {cut(name)}{near or '; --help=Plugins lists the options'}"
+            )
     return None
 
 
@@ -181,7 +208,9 @@ def given_options(args: Any) -> dict[str, Any]:
 
 
 def is_ignoring(args: Any) -> bool:
-    """Whether these parsed options leave the plugin aside. Errors: FieldError if they are no settings at all."""
+    """Whether these parsed options leave the plugin aside. Errors: FieldError if they are no
+    settings at all.
+    """
     from fsr_vllm.params import given_settings, ignoring
 
     in_config = given_settings(getattr(args, "additional_config", None), named=False)
@@ -197,10 +226,14 @@ def conflict(args: Any) -> str | None:
     try:
         if is_ignoring(args):
             return None
-        unfit = next(((name, value) for name, value in given.items() if isinstance(value, Unfit)), None)
+        unfit = next(
+            ((name, value) for name, value in given.items() if isinstance(value, Unfit)), None
+        )
         if unfit is not None:
             return f"argument {option(unfit[0])}: {in_options(unfit[1].reason, given)}"
-        settings = given_settings(getattr(args, "additional_config", None), compat.PLUGIN in compat.named_plugins())
+        settings = given_settings(
+            getattr(args, "additional_config", None), compat.PLUGIN in compat.named_plugins()
+        )
         reason = misplaced_fields(getattr(args, "mm_processor_kwargs", None))
         if reason:
             return f"argument --mm-processor-kwargs: {reason}"
@@ -219,7 +252,9 @@ def bypass(args: Any) -> str | None:
     front_end = compat.python_front_end_bypassed(args)
     if front_end is None:
         return None
-    return f"{front_end} answers requests outside the Python front end, where plugin fsr cannot work"
+    return (
+        f"{front_end} answers requests outside the Python front end, where plugin fsr cannot work"
+    )
 
 
 def in_options(message: str, given: Iterable[str]) -> str:
@@ -232,7 +267,9 @@ def in_options(message: str, given: Iterable[str]) -> str:
 
 
 def misplaced_fields(mm_processor_kwargs: Any) -> str | None:
-    """Why start-time processor options must not hold fields of ours, by the option that is meant; None if none does."""
+    """Why start-time processor options must not hold fields of ours, by the option that is meant;
+    None if none does.
+    """
     if not isinstance(mm_processor_kwargs, Mapping):
         return None
     from fsr_vllm.params import ServerSettings, cut
@@ -255,7 +292,11 @@ def oversized(settings: Any, given: Iterable[str] = ()) -> str | None:
     """Which cache is larger than the memory it would lie in; None if they fit."""
     device, host = compat_start.device_memory(), host_memory()
     for name, memory, where in (
-        ("feature_cache_bytes", device if device is not None else host, "the device" if device else "this machine"),
+        (
+            "feature_cache_bytes",
+            device if device is not None else host,
+            "the device" if device else "this machine",
+        ),
         ("pixel_cache_bytes", host, "this machine"),
     ):
         size = getattr(settings, name)
@@ -266,7 +307,9 @@ def oversized(settings: Any, given: Iterable[str] = ()) -> str | None:
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that this machine, or the container around this process, has; None where nothing says so."""
+    """Bytes of memory that this machine, or the container around this process, has; None where
+    nothing says so.
+    """
     found = []
     with contextlib.suppress(OSError, ValueError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -275,21 +318,28 @@ def host_memory() -> int | None:
     return min(found, default=None)
 
 
-# --- to additional_config -------------------------------------------------------------------------------------------
+# --- to additional_config -------------------------------------------------------------------------
 
 
 def merge_cli_args(args: Any) -> None:
-    """Move `--fsr-*` values into additional_config, vLLM's own channel, which child processes get with their args."""
+    """Move `--fsr-*` values into additional_config, vLLM's own channel, which child processes get
+    with their args.
+    """
     reason = conflict(args)  # again: a namespace need not come from our parser
     if reason:
         raise SystemExit(f"vllm: error: {reason}")
     additional = dict(getattr(args, "additional_config", None) or {})
     if is_ignoring(args):
-        args.additional_config = {**additional, "fsr": {**(additional.get("fsr") or {}), "ignore": True}}
+        args.additional_config = {
+            **additional,
+            "fsr": {**(additional.get("fsr") or {}), "ignore": True},
+        }
         return
     given = given_options(args)
     if "fsr" in additional:
-        compat.enable_plugins([compat.PLUGIN])  # of a server: additional_config alone must also open the HTTP face
+        compat.enable_plugins(
+            [compat.PLUGIN]
+        )  # of a server: additional_config alone must also open the HTTP face
     elif compat.PLUGIN not in compat.named_plugins():
         return  # all that was given is `off`
     if given:

@@ -18,7 +18,9 @@ WIDTH = 100  # columns; fewer on a narrower terminal
 def add_parser(commands: Any) -> None:
     """The subcommand, beside those of cli.py."""
     parser = commands.add_parser("methods", help="list the pruning methods, or tell all about one")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a method: its options, inputs and source")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="a method: its options, inputs and source"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=run)
 
@@ -35,7 +37,12 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if args.json:
         print(
-            json.dumps(asdict(known[args.name]) if args.name else [asdict(info) for info in known.values()], indent=2)
+            json.dumps(
+                asdict(known[args.name])
+                if args.name
+                else [asdict(info) for info in known.values()],
+                indent=2,
+            )
         )
     elif args.name:
         _print_one(known[args.name])
@@ -69,7 +76,13 @@ def _print_all(known: list[MethodInfo]) -> None:
         needs = ", ".join(info.needs) or "-"
         uses = f" ({', '.join(info.uses)})" if info.uses else ""
         paper = re.search(r"\d{4}\.\d{5}", info.paper)
-        row = (info.name, _yes(info.servable), _yes(info.query_aware), info.fidelity, paper[0] if paper else "-")
+        row = (
+            info.name,
+            _yes(info.servable),
+            _yes(info.query_aware),
+            info.fidelity,
+            paper[0] if paper else "-",
+        )
         table.add_row(*row, needs + uses)
     console = _console()
     console.print(table)
@@ -102,5 +115,7 @@ def _print_one(info: MethodInfo) -> None:
         return
     options = _table("option", "default", "in requests", "meaning")
     for name, default in info.options.items():
-        options.add_row(name, json.dumps(default), info.option_bounds.get(name, "any"), info.option_docs[name])
+        options.add_row(
+            name, json.dumps(default), info.option_bounds.get(name, "any"), info.option_docs[name]
+        )
     console.print(options)

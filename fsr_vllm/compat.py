@@ -1,7 +1,7 @@
 """The only place that touches names vLLM does not promise to keep.
 
-Each entry says why it is needed, in which versions it was read or run, and when it can go. `tests/compat` fails when
-one of them moves. Supported window: see `dependencies` in pyproject.toml.
+Each entry says why it is needed, in which versions it was read or run, and when it can go.
+`tests/compat` fails when one of them moves. Supported window: see `dependencies` in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 PLUGIN = "fsr"
 
-# Groups that vLLM loads by itself while VLLM_PLUGINS is unset; endpoint plugins always wait to be named.
+# Groups that vLLM loads by itself while VLLM_PLUGINS is unset; endpoint plugins always wait to be
+# named.
 AUTO_GROUPS = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
@@ -28,12 +29,18 @@ AUTO_GROUPS = (
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 
 
-# --- plugin selection: documented variable, undocumented side effect -------------------------------------------------
+# --- plugin selection: documented variable, undocumented side effect ------------------------------
 
 
 def installed_plugins() -> list[str]:
     """Names of all installed vLLM plugins, of every group."""
-    return sorted({entry.name for group in (*AUTO_GROUPS, ENDPOINT_GROUP) for entry in entry_points(group=group)})
+    return sorted(
+        {
+            entry.name
+            for group in (*AUTO_GROUPS, ENDPOINT_GROUP)
+            for entry in entry_points(group=group)
+        }
+    )
 
 
 def named_plugins() -> list[str]:
@@ -45,9 +52,10 @@ def named_plugins() -> list[str]:
 def enable_plugins(names: Iterable[str]) -> None:
     """Add to VLLM_PLUGINS, which child processes and Ray inherit.
 
-    Why: setting it to our name alone would switch off every other plugin (LoRA resolvers, platforms), since the
-    variable filters all groups. Unset means "all but endpoint plugins", so that is spelled out first.
-    Read in 0.26-0.33. Can go when vLLM has an additive option of its own.
+    Why: setting it to our name alone would switch off every other plugin (LoRA resolvers,
+    platforms), since the variable filters all groups. Unset means "all but endpoint plugins", so
+    that is spelled out first. Read in 0.26-0.33. Can go when vLLM has an additive option of its
+    own.
     """
     names = list(names)
     current = named_plugins()
@@ -58,7 +66,7 @@ def enable_plugins(names: Iterable[str]) -> None:
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*current, *names]))
 
 
-# --- command line and engine arguments ------------------------------------------------------------------------------
+# --- command line and engine arguments ------------------------------------------------------------
 
 
 def wrap_engine_args(
@@ -67,10 +75,12 @@ def wrap_engine_args(
     before_model_config: Callable[[Any], None],
     after_model_config: Callable[[Any, Any], None],
 ) -> None:
-    """Run our steps around EngineArgs.add_cli_args, from_cli_args and create_model_config; safe to call twice.
+    """Run our steps around EngineArgs.add_cli_args, from_cli_args and create_model_config; safe to
+    call twice.
 
-    Why: there is no hook for a plugin's own options, and these three are what `vllm serve`, `LLM()`, run-batch and
-    Ray all pass. Same signatures in 0.26-0.33. Can go when vLLM offers plugin options.
+    Why: there is no hook for a plugin's own options, and these three are what `vllm serve`,
+    `LLM()`, run-batch and Ray all pass. Same signatures in 0.26-0.33. Can go when vLLM offers
+    plugin options.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -107,7 +117,9 @@ def wrap_engine_args(
 
 
 class ComposedOverride:
-    """A callable `hf_overrides` of the user, followed by our keys; a class so that it can be pickled."""
+    """A callable `hf_overrides` of the user, followed by our keys; a class so that it can be
+    pickled.
+    """
 
     def __init__(self, user: Callable[[Any], Any], keys: dict[str, Any]) -> None:
         self.user, self.keys = user, keys
@@ -119,7 +131,9 @@ class ComposedOverride:
 
 
 def with_overrides(hf_overrides: Any, keys: dict[str, Any]) -> Any:
-    """`hf_overrides` with our keys added: the way settings reach processors, which see only the model config."""
+    """`hf_overrides` with our keys added: the way settings reach processors, which see only the
+    model config.
+    """
     if isinstance(hf_overrides, ComposedOverride):
         hf_overrides = hf_overrides.user
     if callable(hf_overrides):
@@ -128,14 +142,18 @@ def with_overrides(hf_overrides: Any, keys: dict[str, Any]) -> Any:
 
 
 def is_online(engine_args: Any) -> bool:
-    """Whether these arguments belong to an API server (also run-batch and Ray) rather than to `LLM()`."""
+    """Whether these arguments belong to an API server (also run-batch and Ray) rather than to
+    `LLM()`.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     return isinstance(engine_args, AsyncEngineArgs)
 
 
 def python_front_end_bypassed(args: Any) -> str | None:
-    """The option that would answer requests outside Python, and so outside our hooks; None if there is none."""
+    """The option that would answer requests outside Python, and so outside our hooks; None if there
+    is none.
+    """
     from fsr_vllm.compat_surfaces import grpc_launcher_runs
 
     if getattr(args, "grpc", False):
@@ -147,12 +165,14 @@ def python_front_end_bypassed(args: Any) -> str | None:
     return None
 
 
-# --- requests -------------------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 @functools.cache
 def request_error_class() -> type[Exception]:
-    """The class of `request_error`: made when first needed, since importing vllm here would cost every process."""
+    """The class of `request_error`: made when first needed, since importing vllm here would cost
+    every process.
+    """
     from vllm.exceptions import VLLMValidationError
 
     # Also a ValueError, which VLLMValidationError was until 0.30: offline callers catch that.
@@ -166,22 +186,26 @@ def __getattr__(name: str) -> Any:
 
 
 def request_error(message: str, field: str) -> Exception:
-    """A client error: HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline; a long name is cut."""
+    """A client error: HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline; a long
+    name is cut.
+    """
     message, field = message.replace(field, field[:80]), field[:80]
     return request_error_class()(message, parameter=field)  # type: ignore[call-arg]
 
 
-# --- load -----------------------------------------------------------------------------------------------------------
+# --- load -----------------------------------------------------------------------------------------
 
 _load_readers: list[Callable[[int, int, int, float], None]] = []
 
 
 def watch_load(read: Callable[[int, int, int, float], None]) -> None:
-    """Call `read(engine, running, waiting, kv_usage)` with what each engine reports after its steps; last call counts.
+    """Call `read(engine, running, waiting, kv_usage)` with what each engine reports after its
+    steps; last call counts.
 
-    Why: StatLoggerManager.record is where every front end (HTTP, run-batch, Ray) gets its engines' scheduler figures.
-    vLLM's stat-logger plugins see the same, but one that is installed turns statistics on in servers that do not use
-    it. Read in 0.32; num_skipped_waiting_reqs is newer than the window. Can go when vLLM offers its load to plugins.
+    Why: StatLoggerManager.record is where every front end (HTTP, run-batch, Ray) gets its engines'
+    scheduler figures. vLLM's stat-logger plugins see the same, but one that is installed turns
+    statistics on in servers that do not use it. Read in 0.32; num_skipped_waiting_reqs is newer
+    than the window. Can go when vLLM offers its load to plugins.
     """
     from vllm.v1.metrics.loggers import StatLoggerManager
 
@@ -198,29 +222,39 @@ def watch_load(read: Callable[[int, int, int, float], None]) -> None:
             return
         waiting = stats.num_waiting_reqs + getattr(stats, "num_skipped_waiting_reqs", 0)
         for reader in _load_readers:
-            reader(kwargs.get("engine_idx") or 0, stats.num_running_reqs, waiting, stats.kv_cache_usage)
+            reader(
+                kwargs.get("engine_idx") or 0, stats.num_running_reqs, waiting, stats.kv_cache_usage
+            )
 
     StatLoggerManager.record = record
     StatLoggerManager._fsr_wrapped = True
 
 
-# --- processor ------------------------------------------------------------------------------------------------------
+# --- processor ------------------------------------------------------------------------------------
 
 
 def stock_factories(model_class: type) -> Any:
-    """The (info, processor, dummy_inputs) factories a vLLM model class was registered with. Attribute in 0.26-0.33."""
+    """The (info, processor, dummy_inputs) factories a vLLM model class was registered with.
+    Attribute in 0.26-0.33.
+    """
     return model_class._processor_factory  # type: ignore[attr-defined]
 
 
 def mm_items_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The MultiModalDataItems among the arguments of `_apply_hf_processor_main`, whose signature changed twice."""
+    """The MultiModalDataItems among the arguments of `_apply_hf_processor_main`, whose signature
+    changed twice.
+    """
     from vllm.multimodal.parse import MultiModalDataItems
 
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, MultiModalDataItems))
+    return next(
+        value for value in (*args, *kwargs.values()) if isinstance(value, MultiModalDataItems)
+    )
 
 
 def processed_data_of(result: Any) -> Any:
-    """The BatchFeature in what `_apply_hf_processor_main` returns: a tuple until 0.28, the data itself since 0.30."""
+    """The BatchFeature in what `_apply_hf_processor_main` returns: a tuple until 0.28, the data
+    itself since 0.30.
+    """
     if not isinstance(result, tuple):
         return result
     from transformers import BatchFeature
@@ -228,27 +262,32 @@ def processed_data_of(result: Any) -> Any:
     return next(value for value in result if isinstance(value, BatchFeature))
 
 
-# --- model ----------------------------------------------------------------------------------------------------------
+# --- model ----------------------------------------------------------------------------------------
 
 
 def tower_attentions(vision_tower: nn.Module) -> list[nn.Module]:
-    """The attention ops of a CLIP tower's computed blocks: called with (query, key, value), each (B, 1+N, heads*dim).
+    """The attention ops of a CLIP tower's computed blocks: called with (query, key, value), each
+    (B, 1+N, heads*dim).
 
-    Why: it sees the q and k vLLM computed anyway, behind LoRA wrappers and quantisation. Attributes num_heads,
-    head_size and scale are the local ones under tensor parallelism. Read in 0.26-0.33.
+    Why: it sees the q and k vLLM computed anyway, behind LoRA wrappers and quantisation. Attributes
+    num_heads, head_size and scale are the local ones under tensor parallelism. Read in 0.26-0.33.
     """
     return [block.self_attn.attn for block in vision_tower.vision_model.encoder.layers]  # type: ignore[union-attr]
 
 
 def weight_source(path: str, revision: str | None, prefix: str) -> Any:
-    """A second checkpoint that the default loader reads after the model's own (as vLLM's ultravox does)."""
+    """A second checkpoint that the default loader reads after the model's own (as vLLM's ultravox
+    does).
+    """
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     return DefaultModelLoader.Source(path, revision=revision, prefix=prefix)
 
 
 def load_parameter(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Fill a parameter by its loader: while weights are reloaded vLLM puts one there, and a copy would be lost."""
+    """Fill a parameter by its loader: while weights are reloaded vLLM puts one there, and a copy
+    would be lost.
+    """
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
     getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)

@@ -1,6 +1,8 @@
-"""The part of `compat` that concerns caches: identities of images, what becomes of them, and vLLM's own resets.
+"""The part of `compat` that concerns caches: identities of images, what becomes of them, and vLLM's
+own resets.
 
-Same rules as there: each entry says why it is needed, in which versions it was read or run, and when it can go.
+Same rules as there: each entry says why it is needed, in which versions it was read or run, and
+when it can go.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ _forget: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def image_hashes(inputs: Any, info: Any) -> tuple[dict[str, list[str]], list[str]]:
-    """vLLM's identities of all media of a request, and the images' own, which say the same image alike.
+    """vLLM's identities of all media of a request, and the images' own, which say the same image
+    alike.
 
-    Why: `ProcessorInputs.get_mm_hashes` gained an argument in 0.28. And with both of vLLM's caches off the renderer
-    names media after the request instead of hashing them (BaseRenderer._process_mm_uuids); for those images the second
-    list hashes the content. Read in 0.26-0.33, run in 0.32. Can go when a processor is told the content hash.
+    Why: `ProcessorInputs.get_mm_hashes` gained an argument in 0.28. And with both of vLLM's caches
+    off the renderer names media after the request instead of hashing them
+    (BaseRenderer._process_mm_uuids); for those images the second list hashes the content. Read in
+    0.26-0.33, run in 0.32. Can go when a processor is told the content hash.
     """
     from dataclasses import replace
 
@@ -43,11 +47,17 @@ def image_hashes(inputs: Any, info: Any) -> tuple[dict[str, list[str]], list[str
     if not any(uuid and _INTERNAL_UUID.fullmatch(uuid) for uuid in uuids):
         return found, found["image"]
     own = [None if uuid and _INTERNAL_UUID.fullmatch(uuid) else uuid for uuid in uuids]
-    return found, hashes(replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, "image": own}))["image"]
+    return found, hashes(replace(inputs, mm_uuid_items={**inputs.mm_uuid_items, "image": own}))[
+        "image"
+    ]
 
 
-def with_items(args: tuple[Any, ...], kwargs: dict[str, Any], items: Any) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of `_apply_hf_processor_main` for other items; its signature changed in 0.30 and 0.31."""
+def with_items(
+    args: tuple[Any, ...], kwargs: dict[str, Any], items: Any
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of `_apply_hf_processor_main` for other items; its signature changed in 0.30
+    and 0.31.
+    """
     from vllm.multimodal.parse import MultiModalDataItems
 
     def swap(value: Any) -> Any:
@@ -61,18 +71,24 @@ def hf_kwargs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, 
     from vllm.multimodal.parse import MultiModalDataItems
 
     values = [*args, *kwargs.values()]
-    place = next(index for index, value in enumerate(values) if isinstance(value, MultiModalDataItems))
+    place = next(
+        index for index, value in enumerate(values) if isinstance(value, MultiModalDataItems)
+    )
     return values[place + 1]
 
 
 def some_images(info: Any, items: Any, places: Sequence[int]) -> Any:
-    """Items with only the images at `places`, made as vLLM's own processor cache makes them. Run in 0.32."""
+    """Items with only the images at `places`, made as vLLM's own processor cache makes them. Run in
+    0.32.
+    """
     data = {"image": [items["image"][place] for place in places]} if places else {}
     return info.parse_mm_data(data, validate=False)
 
 
 def split_images(processed: Any, fields: Mapping[str, Any]) -> list[Any]:
-    """One item per image of what the Hugging Face processor returned. Read in 0.26-0.33, run in 0.32."""
+    """One item per image of what the Hugging Face processor returned. Read in 0.26-0.33, run in
+    0.32.
+    """
     from vllm.multimodal.inputs import MultiModalKwargsItems
 
     return list(MultiModalKwargsItems.from_hf_inputs(processed, fields).get("image", []))
@@ -86,7 +102,9 @@ def join_images(items: Sequence[Any]) -> dict[str, Any]:
 
 
 def owned(item: Any) -> tuple[Any, int] | None:
-    """An image's item with tensors of its own, not views of a batch, and its bytes; None if it cannot be kept."""
+    """An image's item with tensors of its own, not views of a batch, and its bytes; None if it
+    cannot be kept.
+    """
     from dataclasses import replace
 
     kept, size = {}, 0
@@ -104,24 +122,26 @@ def owned(item: Any) -> tuple[Any, int] | None:
 def wrap_dummy_inputs(processor: Any, plan: Callable[[Any], Any]) -> None:
     """Let `plan` have the profiling inputs of a processor that is not asked for them itself.
 
-    Why: until 0.30 vLLM asks the processor's `dummy_inputs`; since 0.31 `get_dummy_inputs` is the processor's own. Run
-    in 0.26, 0.30 and 0.32. Can go when the window begins at 0.31.
+    Why: until 0.30 vLLM asks the processor's `dummy_inputs`; since 0.31 `get_dummy_inputs` is the
+    processor's own. Run in 0.26, 0.30 and 0.32. Can go when the window begins at 0.31.
     """
     from vllm.multimodal.processing import BaseMultiModalProcessor
 
     if hasattr(BaseMultiModalProcessor, "get_dummy_inputs"):
         return
     stock = processor.dummy_inputs.get_dummy_processor_inputs
-    processor.dummy_inputs.get_dummy_processor_inputs = lambda *args, **kwargs: plan(stock(*args, **kwargs))
+    processor.dummy_inputs.get_dummy_processor_inputs = lambda *args, **kwargs: plan(
+        stock(*args, **kwargs)
+    )
 
 
 def wrap_mm_cache_reset(clear: Callable[[Any], None]) -> None:
     """Call `clear(processor)` whenever a front end clears its multimodal cache; safe to call twice.
 
-    Why: `BaseRenderer.clear_mm_cache` is where /reset_mm_cache, sleep and pause end in the front end, whichever
-    processor cache is in use, none included. To be called before a renderer is made, which binds the method. Run in
-    0.32; where the method does not exist (it was elsewhere in older versions) nothing is wrapped. Can go when a
-    processor is told of resets.
+    Why: `BaseRenderer.clear_mm_cache` is where /reset_mm_cache, sleep and pause end in the front
+    end, whichever processor cache is in use, none included. To be called before a renderer is made,
+    which binds the method. Run in 0.32; where the method does not exist (it was elsewhere in older
+    versions) nothing is wrapped. Can go when a processor is told of resets.
     """
     from vllm.renderers import base
 
@@ -141,11 +161,13 @@ def wrap_mm_cache_reset(clear: Callable[[Any], None]) -> None:
 
 
 def on_runner_reset(model: Any) -> None:
-    """Have `model.fsr_forget()` called whenever this worker's runner drops encoder outputs or multimodal caches.
+    """Have `model.fsr_forget()` called whenever this worker's runner drops encoder outputs or
+    multimodal caches.
 
-    Why: `reset_encoder_cache` and `reset_mm_cache` of the model runner are where vLLM's resets, sleep, pause and
-    reload_weights end in a worker, and none reaches the model. Wrapped on the classes of both runners, of which one
-    is already imported when a model is made. Run in 0.32. Can go when a model is told of resets.
+    Why: `reset_encoder_cache` and `reset_mm_cache` of the model runner are where vLLM's resets,
+    sleep, pause and reload_weights end in a worker, and none reaches the model. Wrapped on the
+    classes of both runners, of which one is already imported when a model is made. Run in 0.32. Can
+    go when a model is told of resets.
     """
     _forget.add(model)
     for module in _RUNNERS:
@@ -176,10 +198,12 @@ def has_vision_tower() -> bool:
 
 
 def front_end(app: Any) -> tuple[Any, Any]:
-    """The model config of an API server and its multimodal processor, None where the model has none.
+    """The model config of an API server and its multimodal processor, None where the model has
+    none.
 
-    Why: the app's `state` holds what its routes work with; a server that only renders has no `engine_client`, but an
-    `online_renderer`. Read and run in 0.32. Can go when vLLM hands both to endpoint plugins.
+    Why: the app's `state` holds what its routes work with; a server that only renders has no
+    `engine_client`, but an `online_renderer`. Read and run in 0.32. Can go when vLLM hands both to
+    endpoint plugins.
     """
     client = getattr(app.state, "engine_client", None)
     renderer = client.renderer if client is not None else app.state.online_renderer.renderer
@@ -189,8 +213,9 @@ def front_end(app: Any) -> tuple[Any, Any]:
 def engine_has_died(client: Any) -> bool:
     """Whether nothing that is sent to the engine will be answered any more.
 
-    Why: a call that is sent to a dead engine is waited for without end, and keeps the process from exiting. `errored`
-    is what vLLM's own /health and watchdog read. Run in 0.32. Can go when such calls fail.
+    Why: a call that is sent to a dead engine is waited for without end, and keeps the process from
+    exiting. `errored` is what vLLM's own /health and watchdog read. Run in 0.32. Can go when such
+    calls fail.
     """
     return bool(client.errored)
 
@@ -198,12 +223,16 @@ def engine_has_died(client: Any) -> bool:
 async def ask_workers(client: Any, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
     """A method of every worker of every data-parallel engine.
 
-    Why: `collective_rpc` asks all engines and returns the first one's answer alone. The client's `core_engines` and
-    `_call_utility_async` were read in 0.27, 0.30 and 0.32, run in 0.32. Can go when it returns all answers.
+    Why: `collective_rpc` asks all engines and returns the first one's answer alone. The client's
+    `core_engines` and `_call_utility_async` were read in 0.27, 0.30 and 0.32, run in 0.32. Can go
+    when it returns all answers.
     """
     core = client.engine_core
     engines = getattr(core, "core_engines", None) or []
     if len(engines) < 2:
         return await client.collective_rpc(method, args=args)
-    calls = (core._call_utility_async("collective_rpc", method, None, args, None, engine=each) for each in engines)
+    calls = (
+        core._call_utility_async("collective_rpc", method, None, args, None, engine=each)
+        for each in engines
+    )
     return [worker for workers in await asyncio.gather(*calls) for worker in workers]

@@ -1,7 +1,8 @@
-"""The part of `compat` that concerns prompts below any surface: where every input passes, offline ones included.
+"""The part of `compat` that concerns prompts below any surface: where every input passes, offline
+ones included.
 
-The same rules hold: each entry says why it is needed and when it can go; `tests/compat/test_inputs.py` fails when one
-of them moves.
+The same rules hold: each entry says why it is needed and when it can go;
+`tests/compat/test_inputs.py` fails when one of them moves.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ _PARTS = ("encoder_prompt", "decoder_prompt")
 
 
 def wrap_prompts(judge: Callable[[Any, Mapping[str, Any], bool], Mapping[str, Any]]) -> None:
-    """Let judge(model_config, mm_processor_kwargs, has_media) say what each prompt is processed with; call it often.
+    """Let judge(model_config, mm_processor_kwargs, has_media) say what each prompt is processed
+    with; call it often.
 
-    Why: BaseRenderer.process_for_engine and its async twin are where prompts of every kind end up before they are
-    processed: LLM.generate and LLM.chat, AsyncLLM, raw prompts given to an engine, HTTP; of every architecture, with
-    or without images. Prompts without mm_processor_kwargs are not touched. Read and run in 0.32; where a version lacks
-    one of the two, prompts are judged by our own processors alone. Can go when a renderer takes a plugin's hook.
+    Why: BaseRenderer.process_for_engine and its async twin are where prompts of every kind end up
+    before they are processed: LLM.generate and LLM.chat, AsyncLLM, raw prompts given to an engine,
+    HTTP; of every architecture, with or without images. Prompts without mm_processor_kwargs are not
+    touched. Read and run in 0.32; where a version lacks one of the two, prompts are judged by our
+    own processors alone. Can go when a renderer takes a plugin's hook.
     """
     from vllm.renderers.base import BaseRenderer
 
@@ -30,7 +33,9 @@ def wrap_prompts(judge: Callable[[Any, Mapping[str, Any], bool], Mapping[str, An
         for part in parts:
             given = part.get("mm_processor_kwargs")
             if given:
-                part["mm_processor_kwargs"] = judge(renderer.model_config, given, bool(part.get("multi_modal_data")))
+                part["mm_processor_kwargs"] = judge(
+                    renderer.model_config, given, bool(part.get("multi_modal_data"))
+                )
         return prompt
 
     def sync(stock: Any) -> Any:
@@ -40,7 +45,9 @@ def wrap_prompts(judge: Callable[[Any, Mapping[str, Any], bool], Mapping[str, An
         return process_for_engine
 
     def asynchronous(stock: Any) -> Any:
-        async def process_for_engine_async(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        async def process_for_engine_async(
+            self: Any, prompt: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             return await stock(self, judged(self, prompt), *args, **kwargs)
 
         return process_for_engine_async
@@ -50,12 +57,14 @@ def wrap_prompts(judge: Callable[[Any, Mapping[str, Any], bool], Mapping[str, An
 
 
 def wrap_offline_parameters(judge: Callable[[Any, Mapping[str, Any]], None]) -> None:
-    """Call judge(model_config, extra_args) for the sampling parameters of every offline request; call it often.
+    """Call judge(model_config, extra_args) for the sampling parameters of every offline request;
+    call it often.
 
-    Why: behind HTTP `vllm_xargs` becomes `SamplingParams.extra_args`, and our fields in it are read there; offline
-    nobody reads them. `LLM._add_request` is what all of `LLM`'s calls end in; raw prompts that reach
-    InputProcessor.process_inputs come from users of LLMEngine and AsyncLLM, since servers render theirs first. Read and
-    run in 0.32; a name that a version lacks is passed over. Can go when vLLM refuses extra_args that nothing reads.
+    Why: behind HTTP `vllm_xargs` becomes `SamplingParams.extra_args`, and our fields in it are read
+    there; offline nobody reads them. `LLM._add_request` is what all of `LLM`'s calls end in; raw
+    prompts that reach InputProcessor.process_inputs come from users of LLMEngine and AsyncLLM,
+    since servers render theirs first. Read and run in 0.32; a name that a version lacks is passed
+    over. Can go when vLLM refuses extra_args that nothing reads.
     """
     from vllm.entrypoints.llm import LLM
     from vllm.v1.engine.input_processor import InputProcessor
@@ -73,7 +82,9 @@ def wrap_offline_parameters(judge: Callable[[Any, Mapping[str, Any]], None]) -> 
         return _add_request
 
     def of_engines(stock: Any) -> Any:
-        def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        def process_inputs(
+            self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             if not (isinstance(prompt, dict) and "type" in prompt):
                 checked(self.model_config, params)
             return stock(self, request_id, prompt, params, *args, **kwargs)

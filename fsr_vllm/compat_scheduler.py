@@ -1,6 +1,8 @@
-"""The part of `compat` that concerns the scheduler: an image costs a step what the vision tower spends on it.
+"""The part of `compat` that concerns the scheduler: an image costs a step what the vision tower
+spends on it.
 
-Same rules as there: each entry says why it is needed, in which versions it was read or run, and when it can go.
+Same rules as there: each entry says why it is needed, in which versions it was read or run, and
+when it can go.
 """
 
 from __future__ import annotations
@@ -17,14 +19,16 @@ METHOD = "_try_schedule_encoder_inputs"
 
 
 def wrap_scheduler(limited: Callable[[Any], bool]) -> bool:
-    """Limit the tower's work of a step where limited(vllm_config) holds; False where this vLLM has no such step.
+    """Limit the tower's work of a step where limited(vllm_config) holds; False where this vLLM has
+    no such step.
 
-    Why: the scheduler counts an image by its placeholders, so a budget of 1 lets hundreds of images into one step, and
-    all other requests wait for the tower. Here an image counts as what it would without pruning, so that no step gives
-    the tower more than an unpruned server's would. The engine core makes its scheduler after plugins are loaded and
-    asks `SchedulerConfig.get_scheduler_cls` for the class. The method's arguments and the place of the budget in its
-    result were read in 0.26-0.33, run in 0.27, 0.28 and 0.30-0.32. Can go when vLLM counts encoder work apart from
-    embeddings.
+    Why: the scheduler counts an image by its placeholders, so a budget of 1 lets hundreds of images
+    into one step, and all other requests wait for the tower. Here an image counts as what it would
+    without pruning, so that no step gives the tower more than an unpruned server's would. The
+    engine core makes its scheduler after plugins are loaded and asks
+    `SchedulerConfig.get_scheduler_cls` for the class. The method's arguments and the place of the
+    budget in its result were read in 0.26-0.33, run in 0.27, 0.28 and 0.30-0.32. Can go when vLLM
+    counts encoder work apart from embeddings.
     """
     from vllm.config.scheduler import SchedulerConfig
 
@@ -41,7 +45,9 @@ def wrap_scheduler(limited: Callable[[Any], bool]) -> bool:
 
 
 def limit(cls: type, limited: Callable[[Any], bool]) -> bool:
-    """Wrap the step of the scheduler class (or of the one it inherits it from) that picks images; once."""
+    """Wrap the step of the scheduler class (or of the one it inherits it from) that picks images;
+    once.
+    """
 
     def make(stock: Any) -> Any:
         def schedule_encoder_inputs(
@@ -53,7 +59,9 @@ def limit(cls: type, limited: Callable[[Any], bool]) -> bool:
                 return stock(self, request, computed, new, budget, *args, **kwargs)
             gate = EncoderGate(self, request, budget)
             if not self.scheduler_config.enable_chunked_prefill:
-                return gate.whole_or_not_yet(stock(self, request, computed, new, budget, *args, **kwargs), new)
+                return gate.whole_or_not_yet(
+                    stock(self, request, computed, new, budget, *args, **kwargs), new
+                )
             with gate.over(self.encoder_cache_manager):
                 result = stock(self, request, computed, new, budget, *args, **kwargs)
             return gate.charged(result)
@@ -71,17 +79,20 @@ def _end(feature: Any) -> int:
 class EncoderGate:
     """What one request may still give the tower in this step, counted in unpruned tokens.
 
-    It stands before the encoder cache manager's `can_allocate`, which stock asks for every image before it charges the
-    image's placeholders. An image costs max(K, min(N, step)): what is larger than a whole step's budget goes alone, as
-    stock lets its largest item. Beyond its first image a pruned request takes at most half of what is left while other
-    requests have images to encode, or one with hundreds of images would keep them all waiting.
+    It stands before the encoder cache manager's `can_allocate`, which stock asks for every image
+    before it charges the image's placeholders. An image costs max(K, min(N, step)): what is larger
+    than a whole step's budget goes alone, as stock lets its largest item. Beyond its first image a
+    pruned request takes at most half of what is left while other requests have images to encode, or
+    one with hundreds of images would keep them all waiting.
     """
 
     def __init__(self, scheduler: Any, request: Any, budget: int) -> None:
         self.scheduler, self.request, self.budget = scheduler, request, budget
         self.whole = scheduler.max_num_encoder_input_tokens
         self.spent = 0
-        self._allowed: tuple[int, int] | None = None  # what stock had left when it was last allowed an image, its cost
+        self._allowed: tuple[int, int] | None = (
+            None  # what stock had left when it was last allowed an image, its cost
+        )
         self._others: bool | None = None
 
     def cost(self, place: int) -> int:
@@ -95,7 +106,9 @@ class EncoderGate:
         before, stock = manager.__dict__.get("can_allocate"), manager.can_allocate
 
         def can_allocate(request: Any, place: int, left: int, scheduled: int) -> bool:
-            return self.admits(place, left) and self._note(stock(request, place, left, scheduled), place, left)
+            return self.admits(place, left) and self._note(
+                stock(request, place, left, scheduled), place, left
+            )
 
         manager.can_allocate = can_allocate
         try:
@@ -107,8 +120,11 @@ class EncoderGate:
                 manager.can_allocate = before
 
     def admits(self, place: int, left: int) -> bool:
-        """Whether the image fits beside what stock has charged by now; `left` is what stock has left."""
-        # An image that was allowed but loaded from elsewhere was not charged, and costs the tower nothing.
+        """Whether the image fits beside what stock has charged by now; `left` is what stock has
+        left.
+        """
+        # An image that was allowed but loaded from elsewhere was not charged, and costs the tower
+        # nothing.
         if self._allowed is not None and left < self._allowed[0]:
             self.spent += self._allowed[1]
         self._allowed = None
@@ -123,10 +139,12 @@ class EncoderGate:
         return allowed
 
     def whole_or_not_yet(self, result: tuple[Any, ...], new: int) -> tuple[Any, ...]:
-        """Stock's result for a prompt that must not be split, or one that leaves it to a later step.
+        """Stock's result for a prompt that must not be split, or one that leaves it to a later
+        step.
 
-        Poolers such as MEAN need a prompt in one piece. So it is scheduled whole if its images fit beside what this
-        step encodes already, or if it is the first with images: then, as in stock, its size is what the step costs.
+        Poolers such as MEAN need a prompt in one piece. So it is scheduled whole if its images fit
+        beside what this step encodes already, or if it is the first with images: then, as in stock,
+        its size is what the step costs.
         """
         cost = sum(map(self.cost, result[0]))
         if self.budget < self.whole and (cost > self.budget or result[1] < new):
@@ -136,7 +154,8 @@ class EncoderGate:
     def charged(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         """Stock's result with what these images leave of the step's budget, in unpruned tokens.
 
-        The caller takes the third element for what is left, but only if it schedules the request: nothing to undo.
+        The caller takes the third element for what is left, but only if it schedules the request:
+        nothing to undo.
         """
         if not result[0]:
             return result
@@ -145,13 +164,18 @@ class EncoderGate:
     def others_wait(self) -> bool:
         """Whether another running request, or the first that waits, has images to encode."""
         if self._others is None:
-            self._others = any(each is not self.request and _to_encode(each) for each in _contenders(self.scheduler))
+            self._others = any(
+                each is not self.request and _to_encode(each)
+                for each in _contenders(self.scheduler)
+            )
         return self._others
 
 
 def _contenders(scheduler: Any) -> Iterator[Any]:
     yield from scheduler.running
-    if scheduler.waiting:  # its head: a prompt that begins with an image holds up all that waits behind it
+    if (
+        scheduler.waiting
+    ):  # its head: a prompt that begins with an image holds up all that waits behind it
         yield scheduler.waiting.peek_request()
 
 

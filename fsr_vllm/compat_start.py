@@ -1,8 +1,8 @@
-"""The part of `compat` that concerns the start of a server: the model registry, the device's memory, and YAML files
-of options.
+"""The part of `compat` that concerns the start of a server: the model registry, the device's
+memory, and YAML files of options.
 
-The same rules hold: each entry says why it is needed and when it can go; `tests/compat/test_start.py` fails when one of
-them moves.
+The same rules hold: each entry says why it is needed and when it can go;
+`tests/compat/test_start.py` fails when one of them moves.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from fsr_vllm.compat_patching import wrap_method
 
-# Set by a front end that leaves the plugin aside, for its child processes, which register models before they know any
-# configuration.
+# Set by a front end that leaves the plugin aside, for its child processes, which register models
+# before they know any configuration.
 IGNORING = "FSR_IGNORING"
 
 _stock_models: dict[str, Any] = {}
@@ -24,8 +24,9 @@ _stock_models: dict[str, Any] = {}
 def put_models(families: Mapping[str, str]) -> None:
     """Register our model classes ("module:class" by architecture) over vLLM's own; safe to repeat.
 
-    Why: `ModelRegistry.models` is where the entries lie that registering replaces, and the only way back to them. A
-    mapping from architecture to entry in 0.27-0.32. Can go when models can be registered for one engine alone.
+    Why: `ModelRegistry.models` is where the entries lie that registering replaces, and the only way
+    back to them. A mapping from architecture to entry in 0.27-0.32. Can go when models can be
+    registered for one engine alone.
     """
     from vllm import ModelRegistry
 
@@ -50,7 +51,9 @@ def put_stock_models() -> None:
 
 
 def _forget_resolved() -> None:
-    """Why: `_MODEL_ARCH_BY_HASH` keeps the class that an architecture had for an earlier engine. In 0.27-0.32."""
+    """Why: `_MODEL_ARCH_BY_HASH` keeps the class that an architecture had for an earlier engine. In
+    0.27-0.32.
+    """
     loader = sys.modules.get("vllm.model_executor.model_loader.utils")
     getattr(loader, "_MODEL_ARCH_BY_HASH", {}).clear()
 
@@ -77,8 +80,9 @@ def take_up(families: Mapping[str, str]) -> None:
 def device_memory() -> int | None:
     """Bytes of memory of one accelerator; None on a CPU, or where the platform does not say.
 
-    Why: `current_platform.get_device_total_memory` asks without initialising the device, as vLLM does itself before it
-    starts its workers. In 0.27-0.32. Can go when vLLM checks what a model allocates beside its weights.
+    Why: `current_platform.get_device_total_memory` asks without initialising the device, as vLLM
+    does itself before it starts its workers. In 0.27-0.32. Can go when vLLM checks what a model
+    allocates beside its weights.
     """
     from vllm.platforms import current_platform
 
@@ -93,9 +97,10 @@ def device_memory() -> int | None:
 def wrap_config_files(no_options: Callable[[Mapping[str, Any]], list[str]]) -> None:
     """Let no_options(content) add arguments to those vLLM makes of a YAML file; safe to call twice.
 
-    Why: vLLM turns `off` into `--no-NAME`, but only where the parser that reads the file has that option; `vllm serve`
-    reads it with the parser above the subcommand's, which has none, and leaves the line out unsaid. A method
-    `load_config_file(path) -> list of arguments` in 0.27-0.32. Can go when vLLM asks the subcommand's parser.
+    Why: vLLM turns `off` into `--no-NAME`, but only where the parser that reads the file has that
+    option; `vllm serve` reads it with the parser above the subcommand's, which has none, and leaves
+    the line out unsaid. A method `load_config_file(path) -> list of arguments` in 0.27-0.32. Can go
+    when vLLM asks the subcommand's parser.
     """
     import yaml
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -1,4 +1,5 @@
-"""Which vLLM this is: outside the supported window the plugin refuses, beside a budget of vLLM's own it steps aside.
+"""Which vLLM this is: outside the supported window the plugin refuses, beside a budget of vLLM's
+own it steps aside.
 
 FSR_ALLOW_ANY_VLLM=1 lifts both. Part of `compat`; the same rules hold.
 """
@@ -12,7 +13,8 @@ from importlib import metadata
 
 ALLOW = "FSR_ALLOW_ANY_VLLM"
 DISTRIBUTION = "fsr-vllm"
-# How a request field would be called that sets the number of an image's tokens, or the share that is kept.
+# How a request field would be called that sets the number of an image's tokens, or the share that
+# is kept.
 _MEDIA = r"(image|visual|vision|mm|multimodal)"
 _NATIVE = re.compile(
     rf"(max|num)_{_MEDIA}_tokens(_per_image)?"
@@ -33,7 +35,9 @@ def vllm_version() -> str:
 
 @functools.cache
 def window() -> str | None:
-    """The releases of vLLM that this package requires, as its own metadata says; None where it is not installed."""
+    """The releases of vLLM that this package requires, as its own metadata says; None where it is
+    not installed.
+    """
     from packaging.requirements import Requirement
 
     try:
@@ -44,7 +48,9 @@ def window() -> str | None:
 
 
 def outside_window() -> str | None:
-    """Why the plugin must not start beside this vLLM, or None. pip enforces the window, but not for `--no-deps`."""
+    """Why the plugin must not start beside this vLLM, or None. pip enforces the window, but not for
+    `--no-deps`.
+    """
     supported = window()
     if supported is None or allowed_anyway():
         return None
@@ -64,17 +70,21 @@ def outside_window() -> str | None:
 
 
 def native_field() -> str | None:
-    """The request field with which vLLM itself sets how many tokens an image gets; None while it has none.
+    """The request field with which vLLM itself sets how many tokens an image gets; None while it
+    has none.
 
-    Why: two features that shorten the same placeholders would disagree. No release up to 0.33 has one; the fields of a
-    chat request are where every OpenAI-style feature arrives. Can go, with the plugin, when such a release is out.
+    Why: two features that shorten the same placeholders would disagree. No release up to 0.33 has
+    one; the fields of a chat request are where every OpenAI-style feature arrives. Can go, with the
+    plugin, when such a release is out.
     """
     if allowed_anyway():
         return None
     from fsr_vllm.compat_surfaces import owner
 
     request = owner("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
-    return next((name for name in getattr(request, "model_fields", ()) if _NATIVE.fullmatch(name)), None)
+    return next(
+        (name for name in getattr(request, "model_fields", ()) if _NATIVE.fullmatch(name)), None
+    )
 
 
 def why_inactive(how_to_activate: str) -> str:

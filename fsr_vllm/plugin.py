@@ -1,7 +1,8 @@
-"""The one entry point vLLM calls, in every process: registers models and wraps the three places settings pass.
+"""The one entry point vLLM calls, in every process: registers models and wraps the three places
+settings pass.
 
-Importing this module and calling `register()` must stay cheap and safe to repeat: the API server, the engine core,
-every worker and vLLM's model inspection load it before any configuration exists.
+Importing this module and calling `register()` must stay cheap and safe to repeat: the API server,
+the engine core, every worker and vLLM's model inspection load it before any configuration exists.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def register() -> None:
         compat_scheduler.wrap_scheduler(activation.limits_encoder)
     try:
         compat.wrap_engine_args(
-            cli_args.add_cli_args, cli_args.merge_cli_args, activation.put_settings, activation.finish_settings
+            cli_args.add_cli_args,
+            cli_args.merge_cli_args,
+            activation.put_settings,
+            activation.finish_settings,
         )
     except (ImportError, AttributeError) as error:
         if outside is None:

@@ -1,4 +1,6 @@
-"""The default budget that follows the load: its range, its levels, the rule, and what one process knows."""
+"""The default budget that follows the load: its range, its levels, the rule, and what one process
+knows.
+"""
 
 import asyncio
 import threading
@@ -8,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsr_vllm import adaptive
-from fsr_vllm.adaptive import LEVELS, STALE_SECONDS, AdaptiveBudget, Load, LoadMonitor, Rule, budget_levels
+from fsr_vllm.adaptive import (
+    LEVELS,
+    STALE_SECONDS,
+    AdaptiveBudget,
+    Load,
+    LoadMonitor,
+    Rule,
+    budget_levels,
+)
 from fsr_vllm.params import FieldError, ServerSettings, parse_range
 from fsr_vllm.server import FsrEndpointPlugin
 
@@ -20,7 +30,7 @@ SEARCH = settings(deadline=None, max_examples=60)
 HISTORY = st.lists(st.tuples(st.floats(0.0, 40.0), LOADS), min_size=1, max_size=40)
 
 
-# --- the option -----------------------------------------------------------------------------------------------------
+# --- the option -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["64:288", " 64 : 288 ", "1:1", "64:64", "1:1000000"])
@@ -59,11 +69,15 @@ def test_ranges_that_do_not_go_with_the_other_options(settings, words):
 def test_high_is_the_default_budget_and_the_range_travels_with_the_settings():
     settings = ServerSettings.parse({"adaptive": "64:288", "min_budget": 64, "max_budget": 288})
     settings = ServerSettings.from_json(settings.model_dump_json())
-    assert settings.default_budget == 288 and settings.prunes_by_default and settings.adaptive_range == (64, 288)
+    assert (
+        settings.default_budget == 288
+        and settings.prunes_by_default
+        and settings.adaptive_range == (64, 288)
+    )
     assert ServerSettings.parse({"max_budget": 288}).adaptive_range is None
 
 
-# --- levels and pressure --------------------------------------------------------------------------------------------
+# --- levels and pressure --------------------------------------------------------------------------
 
 
 @SEARCH
@@ -95,7 +109,7 @@ def test_a_full_server_without_a_queue_is_no_pressure_but_a_full_cache_is():
     assert RULE.pressure(Load(running=0, waiting=12)) == LEVELS
 
 
-# --- the rule over time ---------------------------------------------------------------------------------------------
+# --- the rule over time ---------------------------------------------------------------------------
 
 
 def follow(history, bounds=(64, 288), rule=RULE):
@@ -115,7 +129,13 @@ def test_the_budget_stays_in_its_range_and_on_its_levels(history, bounds):
 
 
 @SEARCH
-@given(st.lists(st.tuples(st.floats(0, 40), LOADS, st.integers(0, 200), st.floats(0, 1)), min_size=1, max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 40), LOADS, st.integers(0, 200), st.floats(0, 1)),
+        min_size=1,
+        max_size=40,
+    )
+)
 def test_more_load_at_every_moment_never_means_more_tokens(history):
     less = follow([(seconds, load) for seconds, load, _, _ in history])
     more = follow(
@@ -147,7 +167,9 @@ def test_it_rises_at_most_a_level_per_hold(history):
         if after > before:
             rises.append(now)
     # What was due since the reading before comes late, by as much as that is old.
-    assert all(b - a >= RULE.hold_seconds - 5.0 - 1e-9 for a, b in zip(rises, rises[1:], strict=False))
+    assert all(
+        b - a >= RULE.hold_seconds - 5.0 - 1e-9 for a, b in zip(rises, rises[1:], strict=False)
+    )
 
 
 def test_at_rest_it_is_high_and_a_queue_of_a_moment_changes_nothing():
@@ -167,7 +189,10 @@ def test_a_queue_lowers_it_within_seconds_and_its_end_raises_it_one_level_at_a_t
 
 
 def test_a_pause_without_readings_counts_as_what_was_read_last():
-    assert follow([*[(0.1, Load(8, 100))] * 50, (0.1, Load()), (10 * RULE.hold_seconds, Load())])[-1] == 288
+    assert (
+        follow([*[(0.1, Load(8, 100))] * 50, (0.1, Load()), (10 * RULE.hold_seconds, Load())])[-1]
+        == 288
+    )
 
 
 def test_time_that_goes_back_is_no_time():
@@ -177,7 +202,7 @@ def test_time_that_goes_back_is_no_time():
     assert policy.update(Load(0, 100), 20.0) == 64
 
 
-# --- one process ----------------------------------------------------------------------------------------------------
+# --- one process ----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""The benchmark of methods runs, and its baselines choose what the methods do; how fast anything is, is not tested."""
+"""The benchmark of methods runs, and its baselines choose what the methods do; how fast anything
+is, is not tested.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,21 @@ from benchmarks.timing import Timing, measure
 from fsr_vllm.methods import get_method, methods
 from fsr_vllm.methods.ops import cosine_similarity
 
-TINY = ["--device", "cpu", "--tokens", "48", "--keep", "8", "64", "--dims", "16", "24", "--batches", "1", "2"]
+TINY = [
+    "--device",
+    "cpu",
+    "--tokens",
+    "48",
+    "--keep",
+    "8",
+    "64",
+    "--dims",
+    "16",
+    "24",
+    "--batches",
+    "1",
+    "2",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +52,15 @@ def images():
 
 def test_quick_mode_writes_its_report(tmp_path, capsys):
     no_limits = ["--cell-seconds", "500", "--total-seconds", "500"]
-    assert benchmark.main(["--quick", "--repeats", "3", *TINY, *no_limits, "--out", str(tmp_path)]) == 0
+    assert (
+        benchmark.main(["--quick", "--repeats", "3", *TINY, *no_limits, "--out", str(tmp_path)])
+        == 0
+    )
     data = json.loads((tmp_path / "methods-cpu.json").read_text())
     assert data["command"].startswith("python -m benchmarks.methods --quick ")
-    assert {"date", "CPU", "cores", "torch threads", "torch", "dtype of the features"} <= set(data["machine"])
+    assert {"date", "CPU", "cores", "torch threads", "torch", "dtype of the features"} <= set(
+        data["machine"]
+    )
     assert not data["skipped"]
 
     rows = data["results"]
@@ -80,15 +101,31 @@ def test_a_method_that_cannot_run_is_reported_with_the_reason(tmp_path, monkeypa
 
     monkeypatch.setattr(type(get_method("uniform")), "select", refuse)
     sizes = ["--tokens", "48", "--keep", "8", "--dims", "16", "--batches", "1"]
-    options = ["--device", "cpu", "--repeats", "3", *sizes, "--methods", "uniform", "random", "--out", str(tmp_path)]
+    options = [
+        "--device",
+        "cpu",
+        "--repeats",
+        "3",
+        *sizes,
+        "--methods",
+        "uniform",
+        "random",
+        "--out",
+        str(tmp_path),
+    ]
     assert benchmark.main(options) == 0
-    assert "48 -> 8, D = 16, batch 1: uniform: not at this size" in (tmp_path / "methods-cpu.md").read_text()
+    assert (
+        "48 -> 8, D = 16, batch 1: uniform: not at this size"
+        in (tmp_path / "methods-cpu.md").read_text()
+    )
     data = json.loads((tmp_path / "methods-cpu.json").read_text())
     assert [entry["what"] for entry in data["failed"]] == ["uniform"]
     assert "random" in {row["name"] for row in data["results"]}
 
 
-@pytest.mark.parametrize("wrong", [["--methods", "nope"], ["--repeats", "0"], ["--keep", "0"], ["--threads", "0"]])
+@pytest.mark.parametrize(
+    "wrong", [["--methods", "nope"], ["--repeats", "0"], ["--keep", "0"], ["--threads", "0"]]
+)
 def test_wrong_arguments(wrong):
     with pytest.raises(SystemExit):
         benchmark.main(wrong)
@@ -115,7 +152,9 @@ def test_the_other_loop_is_cdpruner(images, k):
 
 
 def test_the_gemm_is_the_one_behind_the_cosines(images):
-    torch.testing.assert_close(similarity_gemm(unit_rows(images.features)), cosine_similarity(images.features))
+    torch.testing.assert_close(
+        similarity_gemm(unit_rows(images.features)), cosine_similarity(images.features)
+    )
 
 
 @pytest.mark.parametrize("n, k", [(576, 64), (576, 320), (2880, 64), (2880, 640), (13, 12)])
@@ -126,7 +165,12 @@ def test_focus_ends_at_a_quarter_at_every_size(n, k):
 
 def test_calls_are_repeated_in_turns():
     seen = []
-    timings = measure({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, "cpu", repeats=4, seconds=9.0)
+    timings = measure(
+        {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")},
+        "cpu",
+        repeats=4,
+        seconds=9.0,
+    )
     assert seen == ["a", "a", "b", "b"] + ["a", "b"] * 4  # warm first
     assert [timing.runs for timing in timings.values()] == [4, 4]
     assert measure({"a": lambda: None}, "cpu", repeats=9, seconds=0.0)["a"].runs == 3
@@ -137,10 +181,18 @@ def test_verdicts():
         return Result(cell, "method", name, Timing(ms, ms, ms, ms, 3), {LITERAL: literal})
 
     cell, larger = Cell(576, 64, 1024, 1), Cell(576, 64, 4096, 1)
-    results = [row(FSR, 0.2, cell, 0.1), row(FSR, 0.3, larger, 0.5), row(STEPS, 4, cell), row(STEPS, 5, larger)]
+    results = [
+        row(FSR, 0.2, cell, 0.1),
+        row(FSR, 0.3, larger, 0.5),
+        row(STEPS, 4, cell),
+        row(STEPS, 5, larger),
+    ]
     words = [verdict.word for verdict in judged("cuda", results)]
     assert (
-        words == ["missed", "not measured", "not measured", "met"] + ["not measured", "reported"] + ["not measured"] * 2
+        words
+        == ["missed", "not measured", "not measured", "met"]
+        + ["not measured", "reported"]
+        + ["not measured"] * 2
     )
     results = [row(FSR, 16.9, cell, 0.25), row(GEMM, 10.0, cell)]
     near, literal = judged("cpu", results)[-2:]
@@ -150,7 +202,18 @@ def test_verdicts():
 
 
 def test_worst_cases_cover_every_option_and_judge_it(tmp_path, capsys):
-    options = ["--tokens", "40", "160", "--methods", "fsr", "vispruner", "fastv", "random", "--repeats", "1"]
+    options = [
+        "--tokens",
+        "40",
+        "160",
+        "--methods",
+        "fsr",
+        "vispruner",
+        "fastv",
+        "random",
+        "--repeats",
+        "1",
+    ]
     status = worstcase.main([*options, "--out", str(tmp_path)])
     data = json.loads((tmp_path / "worst-case-cpu.json").read_text())
     rows = {(row["method"], row["options"]): row for row in data["rows"]}
@@ -158,7 +221,10 @@ def test_worst_cases_cover_every_option_and_judge_it(tmp_path, capsys):
     for name in ("fsr", "vispruner", "fastv", "random"):
         assert (name, "no options") in rows
         for item in methods()[name].options:
-            assert any(item + "=" in options for method, options in rows if method == name), (name, item)
+            assert any(item + "=" in options for method, options in rows if method == name), (
+                name,
+                item,
+            )
     assert rows["fastv", "no options"]["requests"] == "not served: inputs"
     bounded = rows["vispruner", "step=1"]
     assert bounded["requests"] == "refused to requests" and bounded["estimated"]

@@ -1,4 +1,6 @@
-"""`--fsr-*` on vLLM's own command line: values, combinations and slips are told apart before anything starts."""
+"""`--fsr-*` on vLLM's own command line: values, combinations and slips are told apart before
+anything starts.
+"""
 
 import argparse
 import json
@@ -82,7 +84,11 @@ def test_a_wrong_value_is_an_error_of_its_option(refused, name, text, words):
 
 
 def test_every_option_that_takes_a_value_has_a_wrong_one_above():
-    flags = {name for name in ServerSettings.options() if isinstance(ServerSettings.model_fields[name].default, bool)}
+    flags = {
+        name
+        for name in ServerSettings.options()
+        if isinstance(ServerSettings.model_fields[name].default, bool)
+    }
     assert {name for name, _, _ in VALUES} == set(ServerSettings.options()) - flags
 
 
@@ -138,25 +144,42 @@ def test_additional_config_is_judged_there_too(refused, config, words):
 
 def test_fields_in_the_options_of_the_processor_are_told_their_option(refused):
     message = refused("--plugin", "fsr", "--mm-processor-kwargs", '{"fsr_budget": 32}')
-    assert message.startswith("argument --mm-processor-kwargs: fsr_budget") and "--fsr-budget" in message
-    assert "--fsr-method" in refused("--mm-processor-kwargs", '{"images_kwargs": {"fsr-method": "random"}}')
+    assert (
+        message.startswith("argument --mm-processor-kwargs: fsr_budget")
+        and "--fsr-budget" in message
+    )
+    assert "--fsr-method" in refused(
+        "--mm-processor-kwargs", '{"images_kwargs": {"fsr-method": "random"}}'
+    )
     assert "the request says it" in refused("--mm-processor-kwargs", '{"fsr_question": "What?"}')
 
 
 def test_caches_beyond_the_memory_of_the_machine(refused, monkeypatch):
-    assert refused("--plugin", "fsr", "--fsr-pixel-cache-bytes", str(1 << 40)).startswith("--fsr-pixel-cache-bytes is ")
-    assert refused("--plugin", "fsr", "--fsr-feature-cache-bytes", "1e12").startswith("--fsr-feature-cache-bytes is ")
+    assert refused("--plugin", "fsr", "--fsr-pixel-cache-bytes", str(1 << 40)).startswith(
+        "--fsr-pixel-cache-bytes is "
+    )
+    assert refused("--plugin", "fsr", "--fsr-feature-cache-bytes", "1e12").startswith(
+        "--fsr-feature-cache-bytes is "
+    )
     monkeypatch.setattr(compat_start, "device_memory", lambda: 1000)
     message = refused("--plugin", "fsr", "--fsr-feature-cache-bytes", "1001")
     assert (
-        message == "--fsr-feature-cache-bytes is 1,001 bytes, more than the 1,000 bytes of memory that the device has"
+        message
+        == "--fsr-feature-cache-bytes is 1,001 bytes, more than the 1,000 bytes of memory that the device has"
     )
     assert cli_args.oversized(ServerSettings.parse({"feature_cache_bytes": 1000})) is None
 
 
 def test_values_arrive_as_settings_have_them(parse):
     given = parse(
-        "--plugin", "fsr", "--fsr-budget", "64.0", "--fsr-relevance-sign", "-1", "--fsr-detail-budgets.low", "off"
+        "--plugin",
+        "fsr",
+        "--fsr-budget",
+        "64.0",
+        "--fsr-relevance-sign",
+        "-1",
+        "--fsr-detail-budgets.low",
+        "off",
     )
     assert given == {"fsr": {"budget": 64, "relevance_sign": -1, "detail_budgets": {"low": "off"}}}
     assert ServerSettings.parse(given["fsr"]).budget == 64
@@ -179,7 +202,9 @@ def test_off_in_a_yaml_file_means_off(parse, tmp_path):
     assert settings.budget == "off" and settings.text_encoder == "none" and settings.model_alias
     assert settings.detail_budgets == {"low": 32, "high": "off", "original": "off"}
     assert settings.pixel_cache_bytes == 0 and settings.adaptive is None
-    (tmp_path / "flags.yaml").write_text("plugin: [fsr]\nfsr-budget: off\nfsr-model-alias: off\nfsr-ignore: off\n")
+    (tmp_path / "flags.yaml").write_text(
+        "plugin: [fsr]\nfsr-budget: off\nfsr-model-alias: off\nfsr-ignore: off\n"
+    )
     settings = ServerSettings.parse(parse("--config", str(tmp_path / "flags.yaml"))["fsr"])
     assert settings.budget == "off" and not settings.model_alias and not settings.ignore
     (tmp_path / "slip.yaml").write_text("plugin: [fsr]\nfsr-bugdet: off\n")
@@ -191,13 +216,22 @@ def test_off_in_a_yaml_file_means_off(parse, tmp_path):
 def test_off_on_the_command_line_undoes_what_additional_config_sets(parse, name):
     value = "32:64" if name == "adaptive" else 64
     given = parse(
-        "--plugin", "fsr", cli_args.option(name), "off", "--additional-config", json.dumps({"fsr": {name: value}})
+        "--plugin",
+        "fsr",
+        cli_args.option(name),
+        "off",
+        "--additional-config",
+        json.dumps({"fsr": {name: value}}),
     )
-    assert getattr(ServerSettings.parse(given["fsr"]), name) == (0 if name == "pixel_cache_bytes" else None)
+    assert getattr(ServerSettings.parse(given["fsr"]), name) == (
+        0 if name == "pixel_cache_bytes" else None
+    )
 
 
 def test_no_budget_is_off_although_the_file_says_another(parse):
-    assert parse("--plugin", "fsr", "--fsr-budget", "64", "--no-fsr-budget")["fsr"]["budget"] is False
+    assert (
+        parse("--plugin", "fsr", "--fsr-budget", "64", "--no-fsr-budget")["fsr"]["budget"] is False
+    )
     assert ServerSettings.parse({"budget": False}).budget == "off"
 
 
@@ -254,5 +288,10 @@ def test_the_engine_refuses_what_the_command_line_would(tmp_path):
 
 def test_methods_that_cannot_be_served_are_no_choices(refused):
     unserved = {name for name, info in fsr_vllm.methods().items() if not info.servable}
-    choices = refused("--plugin", "fsr", "--fsr-method", "zzz").partition("one of ")[2].partition(";")[0].split(", ")
+    choices = (
+        refused("--plugin", "fsr", "--fsr-method", "zzz")
+        .partition("one of ")[2]
+        .partition(";")[0]
+        .split(", ")
+    )
     assert unserved and set(choices) == set(fsr_vllm.methods()) - unserved

@@ -15,15 +15,29 @@ def test_the_table_fits_a_hundred_columns_one_line_a_method(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     head = next(line for line in lines if "method" in line)
-    assert head.split() == ["method", "served?", "question?", "fidelity", "arXiv", "needs", "(uses)"]
-    rows = {line.split()[0]: line.split() for line in lines if line.split()[:1] and line.split()[0] in methods()}
+    assert head.split() == [
+        "method",
+        "served?",
+        "question?",
+        "fidelity",
+        "arXiv",
+        "needs",
+        "(uses)",
+    ]
+    rows = {
+        line.split()[0]: line.split()
+        for line in lines
+        if line.split()[:1] and line.split()[0] in methods()
+    }
     assert list(rows) == list(methods())
     assert rows["fsr"][1:5] == ["yes", "yes", "exact", "2602.05809"] and rows["fastv"][1:4] == [
         "no",
         "yes",
         "input-probe",
     ]
-    assert rows["hiprune"][5:] == ["received,", "shallow_received", "(grid)"] and rows["none"][4:] == ["-", "-"]
+    assert rows["hiprune"][5:] == ["received,", "shallow_received", "(grid)"] and rows["none"][
+        4:
+    ] == ["-", "-"]
 
 
 def test_one_method_with_everything_about_it(capsys):
@@ -31,7 +45,11 @@ def test_one_method_with_everything_about_it(capsys):
     told = " ".join(capsys.readouterr().out.split())
     info = methods()["vispruner"]
     assert info.paper in told and info.licence in told and "saliency" in told and "metric" in told
-    assert "at least N / 72" in told and "share of K chosen by saliency" in told and "ratio 0.5 any" in told
+    assert (
+        "at least N / 72" in told
+        and "share of K chosen by saliency" in told
+        and "ratio 0.5 any" in told
+    )
     assert main(["methods", "none"]) == 0
     assert "No options." in capsys.readouterr().out
 

@@ -19,7 +19,9 @@ def plan(total, keep=64, **options):
 @pytest.mark.parametrize("total, least", [(576, 8), (577, 9), (2880, 40), (9000, 125)])
 def test_the_step_of_vispruner_is_bounded_by_the_image(total, least):
     for step in (1, least - 1):
-        with pytest.raises(FieldError, match=f"step must be at least {least} in a request .*; got {step}") as error:
+        with pytest.raises(
+            FieldError, match=f"step must be at least {least} in a request .*; got {step}"
+        ) as error:
             plan(total, step=step)
         assert error.value.field == "fsr_options" and f"{total:,} visual tokens" in str(error.value)
     assert f'"step":{least}' in plan(total, step=least).options
@@ -29,7 +31,9 @@ def test_the_step_of_vispruner_is_bounded_by_the_image(total, least):
 
 def test_each_image_of_a_request_has_its_own_bound():
     server = ServerSettings()
-    fields = RequestFields.parse({"fsr_budget": 64, "fsr_method": "vispruner", "fsr_options": {"step": 8}}, server)
+    fields = RequestFields.parse(
+        {"fsr_budget": 64, "fsr_method": "vispruner", "fsr_options": {"step": 8}}, server
+    )
     assert len(resolve(fields, server, [576, 144], TAP_SIGNALS)) == 2
     with pytest.raises(FieldError, match="an image of 1,152 visual tokens"):
         resolve(fields, server, [576, 1152], TAP_SIGNALS)
@@ -38,10 +42,16 @@ def test_each_image_of_a_request_has_its_own_bound():
 @pytest.mark.parametrize("n, step", [(144, 8), (576, 8), (720, 10)])
 def test_without_a_step_there_are_at_most_as_many_rounds_as_published(n, step):
     g = torch.Generator().manual_seed(0)
-    given = {"saliency": torch.rand(n, generator=g), "metric": torch.randn(n, 8, generator=g), "method": "vispruner"}
+    given = {
+        "saliency": torch.rand(n, generator=g),
+        "metric": torch.randn(n, 8, generator=g),
+        "method": "vispruner",
+    }
     automatic = prune(torch.ones(n, 2), budget=40, **given).indices
     assert torch.equal(automatic, prune(torch.ones(n, 2), budget=40, step=step, **given).indices)
-    assert not torch.equal(automatic, prune(torch.ones(n, 2), budget=40, step=1, **given).indices)  # offline it may be
+    assert not torch.equal(
+        automatic, prune(torch.ones(n, 2), budget=40, step=1, **given).indices
+    )  # offline it may be
 
 
 def test_servable_is_what_some_server_can_form():

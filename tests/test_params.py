@@ -32,7 +32,25 @@ def plans(fields, totals=(576,), signals=ALL, **settings):
 
 @pytest.mark.parametrize(
     "value",
-    [0, -1, 1.0, 1.5, 0.0, -2.0, 32.5, True, False, "many", "128", 10**12, 1_000_001, 1e7, 1e300, {}, b"off"],
+    [
+        0,
+        -1,
+        1.0,
+        1.5,
+        0.0,
+        -2.0,
+        32.5,
+        True,
+        False,
+        "many",
+        "128",
+        10**12,
+        1_000_001,
+        1e7,
+        1e300,
+        {},
+        b"off",
+    ],
 )
 def test_no_budget(value):
     with pytest.raises(FieldError, match="fsr_budget must be") as error:
@@ -40,7 +58,9 @@ def test_no_budget(value):
     assert error.value.field == "fsr_budget"
 
 
-@pytest.mark.parametrize(("value", "budget"), [(32.0, 32), (2.0, 2), (numpy.float64(576.0), 576), (1e6, 1_000_000)])
+@pytest.mark.parametrize(
+    ("value", "budget"), [(32.0, 32), (2.0, 2), (numpy.float64(576.0), 576), (1e6, 1_000_000)]
+)
 def test_a_whole_number_written_as_a_float_is_that_integer(value, budget):
     assert parse_budget(value) == budget and type(parse_budget(value)) is int
     assert parse_budgets([value, 0.5]) == [budget, 0.5]
@@ -53,17 +73,31 @@ def test_one_point_zero_says_why_it_is_no_budget():
 
 def test_equal_budgets():
     assert same_budget(64, 64.0) and same_budget([8.0, "off"], [8, "off"])
-    for left, right in ((1, True), (1, 1.0), (64, 65), ([64], 64), (0.5, "0.5"), ([8], [8, 8]), ([[8]], [8])):
+    for left, right in (
+        (1, True),
+        (1, 1.0),
+        (64, 65),
+        ([64], 64),
+        (0.5, "0.5"),
+        ([8], [8, 8]),
+        ([[8]], [8]),
+    ):
         assert not same_budget(left, right)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, [], [None], [64, 1.0], [[64]]])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, -math.inf, None, [], [None], [64, 1.0], [[64]]]
+)
 def test_no_budgets(value):
     with pytest.raises(FieldError):
         parse_budgets(value)
 
 
-@given(st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.lists(st.integers())))
+@given(
+    st.one_of(
+        st.integers(), st.floats(), st.text(), st.booleans(), st.none(), st.lists(st.integers())
+    )
+)
 def test_a_budget_is_valid_or_refused_by_name(value):
     try:
         budgets = parse_budgets(value)
@@ -96,7 +130,9 @@ def test_budget_as_text(text, value):
     assert parse_budget_text(text, "x-fsr-budget") == value
 
 
-@pytest.mark.parametrize("text", ["", "many", "1.0", "NaN", "true", "null", "64,65", "{}", "[]", "1e7"])
+@pytest.mark.parametrize(
+    "text", ["", "many", "1.0", "NaN", "true", "null", "64,65", "{}", "[]", "1e7"]
+)
 def test_no_budget_as_text(text):
     with pytest.raises(FieldError) as error:
         parse_budget_text(text, "x-fsr-budget")
@@ -128,19 +164,32 @@ def test_resolved_values_not_spellings_make_the_plan():
         {"fsr_budget": 0.2501},
         {"fsr_budget": 144, "fsr_options": {"rho": 0.9}},
     ]
-    spelled += [{"fsr_budget": 144, "fsr_options": {"alpha": 3}}, {"fsr_budget": 144, "fsr_options": None}]
+    spelled += [
+        {"fsr_budget": 144, "fsr_options": {"alpha": 3}},
+        {"fsr_budget": 144, "fsr_options": None},
+    ]
     assert len({plans({**fields, "fsr_question": " q "})[0] for fields in spelled}) == 1
-    different = [{"fsr_budget": 143}, {"fsr_question": "p"}, {"fsr_method": "random"}, {"fsr_options": {"rho": 0.8}}]
+    different = [
+        {"fsr_budget": 143},
+        {"fsr_question": "p"},
+        {"fsr_method": "random"},
+        {"fsr_options": {"rho": 0.8}},
+    ]
     base = {"fsr_budget": 144, "fsr_question": "q"}
     assert len({plans({**base, **fields})[0] for fields in [{}, *different]}) == 5
 
 
 def test_the_question_counts_only_where_it_can_matter():
     for fields, signals in (({"fsr_method": "fastervlm"}, ALL), ({}, ALL - {"relevance"})):
-        one, two = (plans({"fsr_budget": 64, "fsr_question": q, **fields}, signals=signals)[0] for q in ("p", "q"))
+        one, two = (
+            plans({"fsr_budget": 64, "fsr_question": q, **fields}, signals=signals)[0]
+            for q in ("p", "q")
+        )
         assert one == two
     text = {"fsr_budget": 64, "fsr_question": "p", "fsr_method": "zspaprune"}
-    assert plans(text, signals={"text"})[0].question == "p"  # read by the language model, whatever the text encoder
+    assert (
+        plans(text, signals={"text"})[0].question == "p"
+    )  # read by the language model, whatever the text encoder
     asked = plans({"fsr_budget": 64, "fsr_question": ["p", ""]}, totals=(576, 576))
     assert [plan.question for plan in asked] == ["p", ""]
 
@@ -179,38 +228,58 @@ def test_bounds_and_default():
     [
         (0.9, "fsr_budget 0.9 of 144 = 130, above this server's maximum 64 (allowed: 16 to 64)"),
         (0.05, "fsr_budget 0.05 of 144 = 7, below this server's minimum 16 (allowed: 16 to 64)"),
-        ("off", 'fsr_budget "off" of 144 = 144, above this server\'s maximum 64 (allowed: 16 to 64)'),
+        (
+            "off",
+            'fsr_budget "off" of 144 = 144, above this server\'s maximum 64 (allowed: 16 to 64)',
+        ),
         (200, "fsr_budget 200, above this server's maximum 64 (allowed: 16 to 64)"),
         (15, "fsr_budget 15, below this server's minimum 16 (allowed: 16 to 64)"),
     ],
 )
 def test_a_budget_out_of_bounds_states_both_numbers(asked, words):
-    settings = ServerSettings.parse({"min_budget": 16, "max_budget": 64}).model_copy(update={"tokens_per_image": 144})
+    settings = ServerSettings.parse({"min_budget": 16, "max_budget": 64}).model_copy(
+        update={"tokens_per_image": 144}
+    )
     with pytest.raises(FieldError) as error:
         resolve(RequestFields.parse({"fsr_budget": asked}, settings), settings, [144], ALL)
     assert str(error.value) == words
 
 
 def test_off_is_allowed_where_no_image_has_more_than_the_maximum():
-    settings = ServerSettings.parse({"max_budget": 600}).model_copy(update={"tokens_per_image": 576})
+    settings = ServerSettings.parse({"max_budget": 600}).model_copy(
+        update={"tokens_per_image": 576}
+    )
     (plan,) = resolve(RequestFields.parse({"fsr_budget": "off"}, settings), settings, [576], ALL)
     assert plan == ImagePlan(576, 576)
 
 
 def test_names_and_values_of_others_are_cut():
     long = "fsr_" + "x" * 10_000
-    for values in ({long: 1}, {"fsr_method": long}, {"fsr_budget": long}, {"fsr_options": {long: 1}}):
+    for values in (
+        {long: 1},
+        {"fsr_method": long},
+        {"fsr_budget": long},
+        {"fsr_options": {long: 1}},
+    ):
         with pytest.raises(FieldError) as error:
             RequestFields.parse(values, ServerSettings())
         assert len(error.value.field) <= 80 and len(str(error.value)) < 700
-    for values in ({long: 1}, {"method": long}, {"detail_budgets": {long: 1}}, {"max_budget": long}):
+    for values in (
+        {long: 1},
+        {"method": long},
+        {"detail_budgets": {long: 1}},
+        {"max_budget": long},
+    ):
         with pytest.raises(FieldError) as error:
             ServerSettings.parse(values)
         assert len(error.value.field) <= 80 and len(str(error.value)) < 700
 
 
 def test_near_words_are_suggested():
-    for values, meant in (({"fsr_bugdet": 1}, "fsr_budget"), ({"fsr_method": "divprun"}, "divprune")):
+    for values, meant in (
+        ({"fsr_bugdet": 1}, "fsr_budget"),
+        ({"fsr_method": "divprun"}, "divprune"),
+    ):
         with pytest.raises(FieldError, match=f"did you mean {meant}"):
             RequestFields.parse(values, ServerSettings())
     with pytest.raises(FieldError, match="did you mean max_budget"):
@@ -249,7 +318,11 @@ def test_details_are_those_of_openai():
     from fsr_vllm.params.server import DETAILS
 
     for kind in (ImageURL, ResponseInputImageParam):
-        assert set(DETAILS) >= set(literals(get_type_hints(kind)["detail"], get_args)) >= {"low", "high", "auto"}
+        assert (
+            set(DETAILS)
+            >= set(literals(get_type_hints(kind)["detail"], get_args))
+            >= {"low", "high", "auto"}
+        )
 
 
 def literals(hint, get_args):

@@ -1,4 +1,6 @@
-"""The simulated server of the benchmark: nothing gets lost in it, and the adaptive budget does in it what it is for."""
+"""The simulated server of the benchmark: nothing gets lost in it, and the adaptive budget does in
+it what it is for.
+"""
 
 import json
 
@@ -9,7 +11,12 @@ from benchmarks.adaptive import capacity, figures
 from benchmarks.queueing import Setup, Times, poisson, simulate
 
 TIMES = Times(
-    prepare=0.01, step=0.04, encode=0.08, prefill_per_token=0.004, decode_step=0.08, decode_per_sequence=0.004
+    prepare=0.01,
+    step=0.04,
+    encode=0.08,
+    prefill_per_token=0.004,
+    decode_step=0.08,
+    decode_per_sequence=0.004,
 )
 SETUP = Setup(TIMES)
 BOUNDS = (64, 288)
@@ -24,13 +31,17 @@ def test_one_request_alone_takes_the_sum_of_its_parts():
 
 
 @pytest.mark.parametrize(
-    "setup", [SETUP, Setup(TIMES, sequences=2), Setup(TIMES, kv_tokens=700), Setup(TIMES, step_tokens=100)]
+    "setup",
+    [SETUP, Setup(TIMES, sequences=2), Setup(TIMES, kv_tokens=700), Setup(TIMES, step_tokens=100)],
 )
 def test_every_request_is_served_once_and_in_order(setup):
     arrivals = poisson(((60.0, 1.0),), 3)
     requests = simulate(arrivals, setup, BOUNDS).requests
     assert [request.arrived for request in requests] == arrivals
-    assert all(r.arrived + 0.01 < r.first_token < r.done and r.to_prefill == r.to_decode == 0 for r in requests)
+    assert all(
+        r.arrived + 0.01 < r.first_token < r.done and r.to_prefill == r.to_decode == 0
+        for r in requests
+    )
     firsts = [request.first_token for request in requests]
     assert firsts == sorted(firsts)
 
@@ -50,7 +61,10 @@ def test_adaptive_is_high_at_rest_and_serves_sooner_under_load():
     rest = simulate(poisson(((300.0, 0.2 * rate),), 1), SETUP, BOUNDS)
     assert {request.budget for request in rest.requests} == {288} and not rest.changes
     arrivals = poisson(((100.0, 3 * rate),), 1)
-    fixed, adaptive = (figures(simulate(arrivals, SETUP, bounds), 100.0, 10.0, 288) for bounds in ((288, 288), BOUNDS))
+    fixed, adaptive = (
+        figures(simulate(arrivals, SETUP, bounds), 100.0, 10.0, 288)
+        for bounds in ((288, 288), BOUNDS)
+    )
     assert adaptive["ttft_p95"] < 0.5 * fixed["ttft_p95"] and adaptive["goodput"] > fixed["goodput"]
     assert adaptive["mean_budget"] < 120 and adaptive["switches_per_100_requests"] < 10
 
@@ -61,7 +75,11 @@ def test_the_report_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "RULES", {"in force": benchmark.Rule()})
     assert benchmark.main(["--low", "32", "--high", "256", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "adaptive-simulation.json").read_text())
-    assert set(data["machines"]["as measured"]["loads"]["0.5x"]) == {"fixed 256", "fixed 32", "adaptive, in force"}
+    assert set(data["machines"]["as measured"]["loads"]["0.5x"]) == {
+        "fixed 256",
+        "fixed 32",
+        "adaptive, in force",
+    }
     assert data["command"] == f"python -m benchmarks.adaptive --low 32 --high 256 --out {tmp_path}"
     text = (tmp_path / "adaptive-simulation.md").read_text()
     assert "| adaptive, in force |" in text and text.strip() == capsys.readouterr().out.strip()

@@ -1,1 +1,3 @@
-"""The vLLM side: placeholders and cache identity (processor), selection (adapter), model families, workers."""
+"""The vLLM side: placeholders and cache identity (processor), selection (adapter), model families,
+workers.
+"""

@@ -43,21 +43,24 @@ class FsrModelMixin:
             return
         settings = read_settings(config)
         assert settings is not None
-        # vLLM counts an image by its rows when it maps LoRA onto tower tokens, and ours are fewer than the tower's.
+        # vLLM counts an image by its rows when it maps LoRA onto tower tokens, and ours are fewer
+        # than the tower's.
         self.supports_tower_connector_lora = False
         shallow = frozenset().union(*map(shallow_keys, methods().values()))
         self.fsr_tap = AttentionTap(*self.fsr_attention(), shallow)
         self.fsr_clock = Clock()
         self.fsr_counts: dict[str, Any] = defaultdict(int)
-        # The scheduler packs images by the rows they leave. The tower must not be handed more at once than it would
-        # get unpruned: that is what memory was profiled for.
+        # The scheduler packs images by the rows they leave. The tower must not be handed more at
+        # once than it would get unpruned: that is what memory was profiled for.
         self._fsr_tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
         capacity = settings.feature_cache_bytes if compat_caches.has_vision_tower() else 0
         self.fsr_cache = FeatureCache(capacity) if capacity else None
         compat_caches.on_runner_reset(self)
         tokenizer = functools.partial(compat.tokenizer_of, vllm_config.model_config)
         self._fsr_words = LlmText(self.language_model, tokenizer, settings.relevance_sign)  # type: ignore[attr-defined]
-        self.fsr_text = self._fsr_text_side(settings, vllm_config.load_config.load_format == "dummy")
+        self.fsr_text = self._fsr_text_side(
+            settings, vllm_config.load_config.load_format == "dummy"
+        )
         codebook = prototype_file(vllm_config.model_config.model)
         self._fsr_prototypes = load_prototypes(codebook) if codebook else None
         width = config.text_config.hidden_size
@@ -71,10 +74,13 @@ class FsrModelMixin:
             return None
         if settings.text_encoder == "llm":
             return self._fsr_words
-        self.secondary_weights = [compat.weight_source(*split_revision(settings.text_encoder), WEIGHTS)]
+        self.secondary_weights = [
+            compat.weight_source(*split_revision(settings.text_encoder), WEIGHTS)
+        ]
         return ClipText(settings.text_encoder, settings.relevance_sign, dummy)
 
-    # What a family provides ---------------------------------------------------------------------------------------
+    # What a family provides
+    # ---------------------------------------------------------------------------------------
 
     @staticmethod
     def fsr_unsupported(hf_config: Any) -> str | None:
@@ -82,11 +88,15 @@ class FsrModelMixin:
         raise NotImplementedError
 
     def fsr_attention(self) -> tuple[Sequence[torch.nn.Module], int]:
-        """The attention ops of the tower's computed blocks, in order, and how many blocks the whole tower has."""
+        """The attention ops of the tower's computed blocks, in order, and how many blocks the whole
+        tower has.
+        """
         raise NotImplementedError
 
     def fsr_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the tower gives for each image, (B, ...): all that is kept of it besides tapped signals."""
+        """What the tower gives for each image, (B, ...): all that is kept of it besides tapped
+        signals.
+        """
         raise NotImplementedError
 
     def fsr_project(self, tower: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +107,8 @@ class FsrModelMixin:
         """The projected [CLS] row, (B, D)."""
         raise NotImplementedError
 
-    # vLLM's calls ---------------------------------------------------------------------------------------------------
+    # vLLM's calls
+    # ---------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         if self.fsr_active:
@@ -122,7 +133,9 @@ class FsrModelMixin:
         packed = kwargs.pop(PLAN_FIELD, None)
         known = [unpack_plan(plan) for plan in packed] if packed is not None else []
         keys, plans = [key for key, _ in known], [plan for _, plan in known]
-        if not any(plan.pruned for plan in plans) and not (self.fsr_active and self.fsr_cache and any(keys)):
+        if not any(plan.pruned for plan in plans) and not (
+            self.fsr_active and self.fsr_cache and any(keys)
+        ):
             if self.fsr_active:
                 self.fsr_counts["tower_images"] += len(plans)
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
@@ -142,42 +155,58 @@ class FsrModelMixin:
         if self.fsr_cache is not None:
             self.fsr_cache.clear()
 
-    # Vision tower ---------------------------------------------------------------------------------------------------
+    # Vision tower
+    # ---------------------------------------------------------------------------------------------------
 
     def _fsr_encode(
         self, pixel_values: torch.Tensor, keys: Sequence[bytes | None], wanted: frozenset[str]
     ) -> dict[str, torch.Tensor]:
-        """The tower's output and the wanted signals of distinct images, from the cache where it has them all."""
+        """The tower's output and the wanted signals of distinct images, from the cache where it has
+        them all.
+        """
         cache = self.fsr_cache
-        found = [cache.get(key, {"tower", *wanted}) if cache is not None and key else None for key in keys]
+        found = [
+            cache.get(key, {"tower", *wanted}) if cache is not None and key else None
+            for key in keys
+        ]
         missing = [place for place, entry in enumerate(found) if entry is None]
         fresh: dict[str, torch.Tensor] = {}
         if missing:
             self.fsr_tap.wanted = wanted
             if cache is not None:
-                # What was held of an image stays held, or two methods would displace each other's signals in turn.
+                # What was held of an image stays held, or two methods would displace each other's
+                # signals in turn.
                 held = frozenset().union(*(cache.names(keys[place]) for place in missing))
                 self.fsr_tap.wanted = tapped(wanted | held) | self.fsr_tap.cheap
             try:
                 some = len(missing) < len(keys)
-                pixels = pixel_values[_indices(missing, pixel_values.device)] if some else pixel_values
+                pixels = (
+                    pixel_values[_indices(missing, pixel_values.device)] if some else pixel_values
+                )
                 fresh = {"tower": self.fsr_tower(pixels)}
             finally:
                 self.fsr_tap.wanted = frozenset()
             fresh |= self.fsr_tap.take()
             self.fsr_counts["tower_images"] += len(missing)
-        new = {place: {name: value[row] for name, value in fresh.items()} for row, place in enumerate(missing)}
+        new = {
+            place: {name: value[row] for name, value in fresh.items()}
+            for row, place in enumerate(missing)
+        }
         result = fresh
         if len(missing) < len(keys):
             # Copies, and before the cache takes new entries: those may lie where these are.
             entries = [new.get(place) or entry for place, entry in enumerate(found)]
-            result = {name: torch.stack([entry[name] for entry in entries if entry]) for name in {"tower", *wanted}}
+            result = {
+                name: torch.stack([entry[name] for entry in entries if entry])
+                for name in {"tower", *wanted}
+            }
         for place, tensors in new.items():
             if cache is not None and (key := keys[place]):
                 cache.put(key, tensors)
         return dict(result)
 
-    # Selection ------------------------------------------------------------------------------------------------------
+    # Selection
+    # ------------------------------------------------------------------------------------------------------
 
     def _fsr_embed(
         self, pixel_values: torch.Tensor, keys: Sequence[bytes | None], plans: Sequence[ImagePlan]
@@ -185,12 +214,15 @@ class FsrModelMixin:
         groups: dict[tuple[str, str, int, str], list[int]] = defaultdict(list)
         for index, plan in enumerate(plans):
             if plan.pruned:
-                # The text of a question is one input for a whole call, where a method reads it at all.
+                # The text of a question is one input for a whole call, where a method reads it at
+                # all.
                 text = plan.question if "text" in _needs(_method(plan.method, plan.options)) else ""
                 groups[plan.method, plan.options, plan.keep, text].append(index)
         clock, device = self.fsr_clock, pixel_values.device
         started = clock.start(device)
-        wanted = frozenset().union(*(_wanted(_method(name, options)) for name, options, *_ in groups))
+        wanted = frozenset().union(
+            *(_wanted(_method(name, options)) for name, options, *_ in groups)
+        )
         numbers: dict[Any, int] = {}
         source = [numbers.setdefault(key or place, len(numbers)) for place, key in enumerate(keys)]
         again = len(numbers) < len(plans)  # the same image, asked about in several ways
@@ -207,18 +239,28 @@ class FsrModelMixin:
             signals["cls_row"] = self.fsr_cls_row(tower)
         if again:
             order = _indices(source, device)
-            projected, signals = projected[order], {name: value[order] for name, value in signals.items()}
+            projected, signals = (
+                projected[order],
+                {name: value[order] for name, value in signals.items()},
+            )
         clock.stop("tower", started)
         started = clock.start(device)
         # Copies: vLLM caches rows one by one, and a view would keep the whole batch's memory alive.
-        rows = [row if plan.pruned else row.clone() for row, plan in zip(projected, plans, strict=True)]
+        rows = [
+            row if plan.pruned else row.clone() for row, plan in zip(projected, plans, strict=True)
+        ]
         for (name, options, keep, _), places in groups.items():
             method = _method(name, options)
             questions = [plans[place].question for place in places]
-            pruned = method.prune(self._fsr_tokens(method, projected, signals, places, questions), keep, validate=False)
+            pruned = method.prune(
+                self._fsr_tokens(method, projected, signals, places, questions),
+                keep,
+                validate=False,
+            )
             tokens = pruned.tokens
             if compat.tensor_parallel_size() > 1:
-                # Ranks must not disagree about a near tie. Rank 0's rows settle its choice and what it merged.
+                # Ranks must not disagree about a near tie. Rank 0's rows settle its choice and what
+                # it merged.
                 tokens = compat.broadcast_from_first(tokens)
             for place, kept in zip(places, tokens, strict=True):
                 rows[place] = kept
@@ -245,7 +287,9 @@ class FsrModelMixin:
 
         needs = _needs(method)
         features = of_group(projected)
-        given: dict[str, Any] = {name: of_group(value) for name, value in signals.items() if name in needs}
+        given: dict[str, Any] = {
+            name: of_group(value) for name, value in signals.items() if name in needs
+        }
         for name in {*SHALLOW} & {*needs}:
             given[name] = of_group(signals[shallow_key(name, method.shallow_layer)])
         if "grid" in needs:
@@ -276,7 +320,9 @@ class FsrModelMixin:
         self.fsr_counts["kept"] += kept
         for name in ("k_focus", "num_scan", "num_merged"):
             value = getattr(pruned, name)
-            self.fsr_counts[name] = self.fsr_counts[name] + (value.sum() if isinstance(value, torch.Tensor) else value)
+            self.fsr_counts[name] = self.fsr_counts[name] + (
+                value.sum() if isinstance(value, torch.Tensor) else value
+            )
 
 
 def _needs(method: Any) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Byte-bounded caches keyed by the image alone: vision features in a worker, preprocessed pixels in a front end.
+"""Byte-bounded caches keyed by the image alone: vision features in a worker, preprocessed pixels in
+a front end.
 
-Budgets, methods and questions are not part of the key, so that a new one on a known image costs neither the image
-processor nor the vision tower. Both drop what was used longest ago.
+Budgets, methods and questions are not part of the key, so that a new one on a known image costs
+neither the image processor nor the vision tower. Both drop what was used longest ago.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ _ALIGNMENT = 256  # bytes; any dtype may start there, and copies run at full spe
 
 
 def image_key(identity: str) -> bytes:
-    """The key of an image from vLLM's own identity of it, made of its content (or `uuid`) and processor options."""
+    """The key of an image from vLLM's own identity of it, made of its content (or `uuid`) and
+    processor options.
+    """
     return hashlib.sha256(identity.encode()).digest()[:KEY_BYTES]
 
 
 def pack_plan(key: bytes | None, plan: ImagePlan) -> torch.Tensor:
-    """An image's key and plan as the one byte tensor that travels to the model; no key: never cached."""
+    """An image's key and plan as the one byte tensor that travels to the model; no key: never
+    cached.
+    """
     return torch.frombuffer(bytearray((key or bytes(KEY_BYTES)) + plan.encode()), dtype=torch.uint8)
 
 
@@ -91,15 +96,17 @@ class _Entry:
 
 
 class FeatureCache:
-    """What the vision tower gave for each image, in one block of `capacity` bytes allocated here and never grown.
+    """What the vision tower gave for each image, in one block of `capacity` bytes allocated here
+    and never grown.
 
-    Made with the model, the block counts as memory of the model when vLLM sizes its KV cache. Which entries it holds
-    follows from the sequence of calls alone, so that tensor-parallel ranks, which all see the same images in the same
-    order and sizes, hit and miss together.
+    Made with the model, the block counts as memory of the model when vLLM sizes its KV cache. Which
+    entries it holds follows from the sequence of calls alone, so that tensor-parallel ranks, which
+    all see the same images in the same order and sizes, hit and miss together.
     """
 
     def __init__(self, capacity: int, device: torch.device | None = None) -> None:
-        # Written to at once: a CPU worker counts the memory it has touched, not what it was promised.
+        # Written to at once: a CPU worker counts the memory it has touched, not what it was
+        # promised.
         self._block = torch.empty(capacity, dtype=torch.uint8, device=device).zero_()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._holes = [(0, capacity)]  # (start, size), ascending, never adjacent
@@ -122,7 +129,9 @@ class FeatureCache:
         return frozenset(entry.tensors) if entry else frozenset()
 
     def put(self, key: bytes, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy an image's tensors in, instead of what was held of it; one that is larger than the block stays out."""
+        """Copy an image's tensors in, instead of what was held of it; one that is larger than the
+        block stays out.
+        """
         if key in self._entries:
             self._free(self._entries.pop(key))
         places, size = {}, 0
@@ -158,7 +167,9 @@ class FeatureCache:
     def _take(self, size: int) -> int | None:
         for index, (start, free) in enumerate(self._holes):
             if free >= size:
-                self._holes[index : index + 1] = [(start + size, free - size)] if free > size else []
+                self._holes[index : index + 1] = (
+                    [(start + size, free - size)] if free > size else []
+                )
                 return start
         return None
 

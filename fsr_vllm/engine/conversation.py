@@ -1,7 +1,8 @@
-"""What a conversation says about its images' budgets and questions, on every surface that has messages.
+"""What a conversation says about its images' budgets and questions, on every surface that has
+messages.
 
-Settled where the messages are rendered, below HTTP: /v1/chat/completions, /v1/responses, /v1/messages, /tokenize,
-pooling endpoints, run-batch and offline `LLM.chat` all come through here.
+Settled where the messages are rendered, below HTTP: /v1/chat/completions, /v1/responses,
+/v1/messages, /tokenize, pooling endpoints, run-batch and offline `LLM.chat` all come through here.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ DERIVED_KEY = PREFIX + "derived"  # of mm_processor_kwargs, beside the client's 
 
 @dataclass(frozen=True)
 class Derived:
-    """What the conversation says of its images, one entry per image in prompt order; empty: nothing.
+    """What the conversation says of its images, one entry per image in prompt order; empty:
+    nothing.
 
-    It travels apart from what the client asked for, and is never judged, or named in an error, as if it were that. A
-    client cannot send one: what comes as JSON under this key is an unknown field.
+    It travels apart from what the client asked for, and is never judged, or named in an error, as
+    if it were that. A client cannot send one: what comes as JSON under this key is an unknown
+    field.
     """
 
     questions: tuple[str, ...] = ()
@@ -67,17 +70,20 @@ def settled(
     given: Mapping[str, Any] | None,
     unsupported: Callable[[Any], str | None],
 ) -> list[Any]:
-    """mm_processor_kwargs of each conversation: `given` with what its images' questions and details are, or `given`.
+    """mm_processor_kwargs of each conversation: `given` with what its images' questions and details
+    are, or `given`.
 
-    Detail counts only where no budget is given. Errors: FieldError for fields that this model, or this number of
-    images, cannot have.
+    Detail counts only where no budget is given. Errors: FieldError for fields that this model, or
+    this number of images, cannot have.
     """
     unchanged = [given] * len(conversations)
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return unchanged  # what is ours in it is dropped where all inputs pass
     fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
     most = compat_surfaces.image_limit(model_config)
-    wrong = misspelt(given) or next(filter(None, (in_messages(messages, most) for messages in conversations)), None)
+    wrong = misspelt(given) or next(
+        filter(None, (in_messages(messages, most) for messages in conversations)), None
+    )
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
     reason = unsupported(model_config) if text is not None else None
     if text is None or reason:
@@ -97,7 +103,9 @@ def settled(
     return [_settle_one(settings, messages, given, fields, most) for messages in conversations]
 
 
-def _settle_one(settings: ServerSettings, messages: Any, given: Any, fields: Mapping[str, Any], most: int) -> Any:
+def _settle_one(
+    settings: ServerSettings, messages: Any, given: Any, fields: Mapping[str, Any], most: int
+) -> Any:
     instruction.materialise(messages)
     count = instruction.count_images(messages, most)
     if count > most:
@@ -105,7 +113,10 @@ def _settle_one(settings: ServerSettings, messages: Any, given: Any, fields: Map
     others = {k: v for k, v in (given or {}).items() if not k.startswith(PREFIX)}
     if not count:
         return others if fields else given  # text only: nothing to prune
-    for name in ("fsr_budget", "fsr_question"):  # said here, where the images are counted, rather than at the first one
+    for name in (
+        "fsr_budget",
+        "fsr_question",
+    ):  # said here, where the images are counted, rather than at the first one
         per_image(fields.get(name), count, name)
     questions: list[str] = []
     if "fsr_question" not in fields:
@@ -118,18 +129,26 @@ def _settle_one(settings: ServerSettings, messages: Any, given: Any, fields: Map
 
 
 def check_lengths(model_config: Any, fields: Mapping[str, Any]) -> None:
-    """FieldError for a list with more entries than a prompt may hold images, before any entry is looked at."""
-    most = compat_surfaces.image_limit(model_config) or MAX_IMAGES  # embeddings are let in beyond a limit of 0
+    """FieldError for a list with more entries than a prompt may hold images, before any entry is
+    looked at.
+    """
+    most = (
+        compat_surfaces.image_limit(model_config) or MAX_IMAGES
+    )  # embeddings are let in beyond a limit of 0
     for name in ("fsr_budget", "fsr_question"):
         value = fields.get(name)
         if isinstance(value, (list, tuple)) and len(value) > most:
-            raise FieldError(name, f"{name} has {len(value)} entries; a prompt may hold {most} images")
+            raise FieldError(
+                name, f"{name} has {len(value)} entries; a prompt may hold {most} images"
+            )
 
 
 def budgets_by_detail(settings: ServerSettings, messages: Any) -> tuple[Budget | None, ...]:
-    """Per image: the budget its `image_url.detail` maps to; empty where no image's detail maps to one.
+    """Per image: the budget its `image_url.detail` maps to; empty where no image's detail maps to
+    one.
 
-    Where only some do, the default of the others is left to the processor, which knows the load later and reports it.
+    Where only some do, the default of the others is left to the processor, which knows the load
+    later and reports it.
     """
     if not settings.detail_budgets:
         return ()
@@ -142,8 +161,8 @@ def budgets_by_detail(settings: ServerSettings, messages: Any) -> tuple[Budget |
 def completed(
     settings: ServerSettings, fields: RequestFields, derived: Derived, totals: Sequence[int]
 ) -> tuple[RequestFields, int | None]:
-    """The client's fields with what was derived, and the default budget, where it says nothing; and that default where
-    it follows the load and was used.
+    """The client's fields with what was derived, and the default budget, where it says nothing; and
+    that default where it follows the load and was used.
 
     What the client did not ask for is brought within the server's range rather than refused.
     """
@@ -158,7 +177,10 @@ def completed(
         default = by_load or settings.default_budget
         low, high = settings.min_budget or 1, settings.max_budget
         update["fsr_budget"] = [
-            min(max(resolve_budget(default if budget is None else budget, total), low), high or total)
+            min(
+                max(resolve_budget(default if budget is None else budget, total), low),
+                high or total,
+            )
             for budget, total in zip(budgets, totals, strict=True)
         ]
     return fields.model_copy(update=update), by_load

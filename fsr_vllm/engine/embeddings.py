@@ -10,18 +10,22 @@ from fsr_vllm.params import FieldError, ImagePlan, RequestFields, ServerSettings
 EMBEDDINGS = "image_embeds"  # the part of a message that carries them
 
 
-def plan_embeddings(values: Mapping[str, Any], settings: ServerSettings, rows: Sequence[int | None]) -> list[ImagePlan]:
-    """A plan that keeps all rows of each image; `rows` are None where these items do not say how many they have.
+def plan_embeddings(
+    values: Mapping[str, Any], settings: ServerSettings, rows: Sequence[int | None]
+) -> list[ImagePlan]:
+    """A plan that keeps all rows of each image; `rows` are None where these items do not say how
+    many they have.
 
-    Errors: FieldError where the request asks for a budget, or an image has more rows than the server's maximum, which
-    is what vLLM planned its memory with.
+    Errors: FieldError where the request asks for a budget, or an image has more rows than the
+    server's maximum, which is what vLLM planned its memory with.
     """
     fields = RequestFields.parse(values, settings)
     budgets = per_image(fields.fsr_budget, len(rows), "fsr_budget")
     per_image(fields.fsr_question, len(rows), "fsr_question")
     if any(budget not in (None, "off") for budget in budgets):
         raise FieldError(
-            "fsr_budget", f'fsr_budget: {EMBEDDINGS} cannot be pruned; leave the budget out, or "off" for these images'
+            "fsr_budget",
+            f'fsr_budget: {EMBEDDINGS} cannot be pruned; leave the budget out, or "off" for these images',
         )
     if settings.max_budget is not None and None in rows:
         raise FieldError(

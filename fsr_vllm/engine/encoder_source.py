@@ -1,4 +1,6 @@
-"""Where a text encoder comes from: a folder, or a name with the revision that was resolved at start."""
+"""Where a text encoder comes from: a folder, or a name with the revision that was resolved at
+start.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from typing import Any
 
 
 def split_revision(encoder: str) -> tuple[str, str | None]:
-    """(folder or name, revision) of a text encoder as the settings have it; a folder has no revision."""
+    """(folder or name, revision) of a text encoder as the settings have it; a folder has no
+    revision.
+    """
     if os.path.isdir(encoder):
         return encoder, None
     name, at, revision = encoder.rpartition("@")
@@ -15,7 +19,9 @@ def split_revision(encoder: str) -> tuple[str, str | None]:
 
 
 def read_config(encoder: str) -> Any:
-    """The encoder's CLIPConfig. Errors: as transformers has them, ValueError for a revision behind a folder."""
+    """The encoder's CLIPConfig. Errors: as transformers has them, ValueError for a revision behind
+    a folder.
+    """
     from transformers import CLIPConfig
 
     name, revision = split_revision(encoder)
@@ -25,8 +31,8 @@ def read_config(encoder: str) -> Any:
 
 
 def resolved(encoder: str) -> str:
-    """NAME@COMMIT for an encoder by name whose configuration was read, so that every worker loads the same; a folder
-    as it is."""
+    """NAME@COMMIT for an encoder by name whose configuration was read, so that every worker loads
+    the same; a folder as it is."""
     from transformers.utils import cached_file, extract_commit_hash
 
     name, revision = split_revision(encoder)

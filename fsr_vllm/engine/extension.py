@@ -1,6 +1,8 @@
-"""A user's own worker extension beside ours: vLLM mixes one class into its workers, so the two become one.
+"""A user's own worker extension beside ours: vLLM mixes one class into its workers, so the two
+become one.
 
-The combined class is named, not stored: workers, on other machines too, get a dotted name and look it up here.
+The combined class is named, not stored: workers, on other machines too, get a dotted name and look
+it up here.
 """
 
 from __future__ import annotations
@@ -15,23 +17,33 @@ COMBINED = f"{__name__}.With_"
 
 
 def with_ours(given: str) -> str:
-    """The dotted name of a worker extension that has ours in it: ours alone if `given` is empty; safe to repeat."""
+    """The dotted name of a worker extension that has ours in it: ours alone if `given` is empty;
+    safe to repeat.
+    """
     if given in ("", OURS):
         return OURS
     return given if given.startswith(COMBINED) else COMBINED + given.encode().hex()
 
 
 def __getattr__(name: str) -> Any:
-    """`With_<hex of a dotted name>`: that class, combined with ours unless it inherits ours already."""
+    """`With_<hex of a dotted name>`: that class, combined with ours unless it inherits ours
+    already.
+    """
     marker = COMBINED.rpartition(".")[2]
     if not name.startswith(marker):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     dotted = bytes.fromhex(name.removeprefix(marker)).decode()
     module, _, attribute = dotted.rpartition(".")
     if not module:
-        raise ValueError(f"--worker-extension-cls must be a dotted name such as package.module.Class; got {dotted!r}")
+        raise ValueError(
+            f"--worker-extension-cls must be a dotted name such as package.module.Class; got {dotted!r}"
+        )
     theirs = getattr(importlib.import_module(module), attribute)
     if not issubclass(theirs, FsrWorkerExtension):
-        theirs = type(theirs.__name__, (theirs, FsrWorkerExtension), {"__module__": __name__, "__qualname__": name})
+        theirs = type(
+            theirs.__name__,
+            (theirs, FsrWorkerExtension),
+            {"__module__": __name__, "__qualname__": name},
+        )
     globals()[name] = theirs  # vLLM compares it with the worker's bases: the same object every time
     return theirs

@@ -1,6 +1,8 @@
-"""Fields of ours on prompts that no surface has judged: refused where they cannot be honoured, never ignored.
+"""Fields of ours on prompts that no surface has judged: refused where they cannot be honoured,
+never ignored.
 
-A prompt with images for one of our own processors is left to that processor, which judges it with the images in hand.
+A prompt with images for one of our own processors is left to that processor, which judges it with
+the images in hand.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ def without_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def install(unsupported: Callable[[Any], str | None]) -> None:
-    """Hook the places where all inputs pass, once per process; `unsupported` is activation.unsupported."""
+    """Hook the places where all inputs pass, once per process; `unsupported` is
+    activation.unsupported.
+    """
 
     def prompt(model_config: Any, given: Mapping[str, Any], has_media: bool) -> Mapping[str, Any]:
         return judged(model_config, given, has_media, unsupported)
@@ -32,16 +36,25 @@ def install(unsupported: Callable[[Any], str | None]) -> None:
 
 
 def judged(
-    model_config: Any, given: Mapping[str, Any], has_media: bool, unsupported: Callable[[Any], str | None]
+    model_config: Any,
+    given: Mapping[str, Any],
+    has_media: bool,
+    unsupported: Callable[[Any], str | None],
 ) -> Mapping[str, Any]:
-    """mm_processor_kwargs of one prompt, as it is to be processed. Errors: as of `compat.request_error`."""
+    """mm_processor_kwargs of one prompt, as it is to be processed. Errors: as of
+    `compat.request_error`.
+    """
     if not any(map(is_ours, given)):
         return given
-    fields = {key: value for key, value in given.items() if is_ours(key) and value is not None}  # null is absent
+    fields = {
+        key: value for key, value in given.items() if is_ours(key) and value is not None
+    }  # null is absent
     if not fields or getattr(model_config.hf_config, IGNORED_KEY, False):
         return without_fields(given)
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
-    reason = compat_version.why_inactive(HOW_TO_ACTIVATE) if text is None else unsupported(model_config)
+    reason = (
+        compat_version.why_inactive(HOW_TO_ACTIVATE) if text is None else unsupported(model_config)
+    )
     first = min(fields)
     if reason:
         raise compat.request_error(f"{first}: {reason}", first)
@@ -57,10 +70,14 @@ def judged(
 
 
 def refuse_extra_args(model_config: Any, extra: Mapping[str, Any]) -> None:
-    """Fields in SamplingParams.extra_args, which nobody reads offline; where the plugin is left aside they may stay."""
+    """Fields in SamplingParams.extra_args, which nobody reads offline; where the plugin is left
+    aside they may stay.
+    """
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return
-    name = min((key for key, value in extra.items() if is_ours(key) and value is not None), default=None)
+    name = min(
+        (key for key, value in extra.items() if is_ours(key) and value is not None), default=None
+    )
     if name is not None:
         raise compat.request_error(
             f"{name} is not read in SamplingParams.extra_args: offline it belongs in mm_processor_kwargs, "

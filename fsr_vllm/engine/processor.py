@@ -1,7 +1,9 @@
-"""Exactly K placeholders per image, cache identities that say what was kept, and the plan on its way to the model.
+"""Exactly K placeholders per image, cache identities that say what was kept, and the plan on its
+way to the model.
 
-A plan rides on the item list it belongs to (`MultiModalDataItems.fsr_plans`, beside the images' cache keys in
-`fsr_keys`), so that the processor itself stays stateless: several renderer threads may be inside it.
+A plan rides on the item list it belongs to (`MultiModalDataItems.fsr_plans`, beside the images'
+cache keys in `fsr_keys`), so that the processor itself stays stateless: several renderer threads
+may be inside it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from fsr_vllm.params import (
 from fsr_vllm.params.misplaced import misspelt
 
 PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
-# What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the text encoder.
+# What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the
+# text encoder.
 TAP_SIGNALS = frozenset(
     "saliency shallow_saliency received shallow_received attention keys last_query last_key metric".split()
     + "cls_row grid text".split()
@@ -47,15 +50,26 @@ TAP_SIGNALS = frozenset(
 class FsrProcessorMixin(BaseMultiModalProcessor):
     """Before a model family's stock processor; without settings every path is the stock one."""
 
-    fsr_unsupported: str | None = None  # why this model's images cannot be pruned; also read by the HTTP side
-    fsr_signals: frozenset[str] = frozenset()  # VisualTokens fields the family's model side can fill
+    fsr_unsupported: str | None = (
+        None  # why this model's images cannot be pruned; also read by the HTTP side
+    )
+    fsr_signals: frozenset[str] = (
+        frozenset()
+    )  # VisualTokens fields the family's model side can fill
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fsr_settings = read_settings(self.info.get_hf_config())
         compat_caches.wrap_dummy_inputs(self, self._profiled)
-        self.fsr_counts = {"images": 0, "pruned_images": 0, "visual_tokens_kept": 0, "visual_tokens_total": 0}
-        self.fsr_counts["preprocessed_images"] = 0  # by the Hugging Face processor; warm-up left out
+        self.fsr_counts = {
+            "images": 0,
+            "pruned_images": 0,
+            "visual_tokens_kept": 0,
+            "visual_tokens_total": 0,
+        }
+        self.fsr_counts["preprocessed_images"] = (
+            0  # by the Hugging Face processor; warm-up left out
+        )
         capacity = self.fsr_settings.pixel_cache_bytes if self.fsr_settings is not None else 0
         self.fsr_pixels = PixelCache(capacity) if capacity else None
         self._fsr_lock = threading.Lock()
@@ -63,18 +77,28 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         if self.fsr_settings is not None and self.fsr_settings.text_encoder != "none":
             self._fsr_given.add("relevance")
         self._fsr_codebook = ""
-        codebook = prototype_file(self.info.ctx.model_config.model) if self.fsr_settings is not None else None
+        codebook = (
+            prototype_file(self.info.ctx.model_config.model)
+            if self.fsr_settings is not None
+            else None
+        )
         if codebook:
             self._fsr_given.add("prototypes")
             self._fsr_codebook = hashlib.sha256(Path(codebook).read_bytes()).hexdigest()
 
     def fsr_check_defaults(self) -> None:
-        """ValueError, at start, if what the server gives requests that do not say could not be served."""
+        """ValueError, at start, if what the server gives requests that do not say could not be
+        served.
+        """
         settings = self.fsr_settings
         if settings is None or self.fsr_unsupported:
             return
         total = self.fsr_total(None, 0)
-        for budget in (settings.default_budget, *settings.detail_budgets.values(), settings.min_budget or 1):
+        for budget in (
+            settings.default_budget,
+            *settings.detail_budgets.values(),
+            settings.min_budget or 1,
+        ):
             try:
                 resolve(RequestFields(fsr_budget=budget), settings, [total], self._fsr_given)
             except FieldError as error:
@@ -82,10 +106,12 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
                     f"plugin fsr: requests that rely on the server's defaults would fail: {error}"
                 ) from None
 
-    # What a family may have to override --------------------------------------------------------------------------
+    # What a family may have to override
+    # --------------------------------------------------------------------------
 
     def fsr_total(self, items: Any, index: int) -> int:
-        """Visual tokens of an image without pruning; must not need pixels, which a cached image comes without.
+        """Visual tokens of an image without pruning; must not need pixels, which a cached image
+        comes without.
 
         At start `items` is None: the largest number any image can have.
         """
@@ -95,11 +121,18 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """The placeholder sequence of a pruned image, cut from the stock one."""
         return placeholder[: plan.keep]
 
-    # Steps of vLLM's processor, in order -------------------------------------------------------------------------
+    # Steps of vLLM's processor, in order
+    # -------------------------------------------------------------------------
 
     def _hf_processor_applies_updates(self, *args: Any, **kwargs: Any) -> bool:
-        """Asked until 0.28: Hugging Face's processor would write the unpruned number of placeholders."""
-        return super()._hf_processor_applies_updates(*args, **kwargs) if self.fsr_settings is None else False
+        """Asked until 0.28: Hugging Face's processor would write the unpruned number of
+        placeholders.
+        """
+        return (
+            super()._hf_processor_applies_updates(*args, **kwargs)
+            if self.fsr_settings is None
+            else False
+        )
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         return self._profiled(super().get_dummy_inputs(*args, **kwargs))
@@ -108,10 +141,15 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """Profiling inputs, planned at the largest budget any request can have."""
         if self.fsr_settings is None or self.fsr_unsupported:
             return inputs
-        return self._planned(inputs, {"fsr_budget": self.fsr_settings.max_budget or "off"}, dummy=True)
+        return self._planned(
+            inputs, {"fsr_budget": self.fsr_settings.max_budget or "off"}, dummy=True
+        )
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
-        if self.fsr_settings is not None and (uuid := compat_identity.reserved_uuid(inputs)) is not None:
+        if (
+            self.fsr_settings is not None
+            and (uuid := compat_identity.reserved_uuid(inputs)) is not None
+        ):
             # It would be another image's identity, of another number of rows.
             raise compat.request_error(
                 f"uuid must not begin with {compat_identity.RESERVED!r}, as the server's own identities do; "
@@ -120,9 +158,15 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             )
         if not isinstance(inputs, PlannedInputs):
             if (wrong := misspelt(inputs.hf_processor_mm_kwargs)) is not None:
-                inactive = compat_version.why_inactive(HOW_TO_ACTIVATE) if self.fsr_settings is None else None
+                inactive = (
+                    compat_version.why_inactive(HOW_TO_ACTIVATE)
+                    if self.fsr_settings is None
+                    else None
+                )
                 why = inactive or self.fsr_unsupported
-                raise compat.request_error(f"{wrong.field}: {why}" if why else str(wrong), wrong.field)
+                raise compat.request_error(
+                    f"{wrong.field}: {why}" if why else str(wrong), wrong.field
+                )
             inputs = self._plan_request(inputs)
         result = super().apply(inputs, *args, **kwargs)
         if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
@@ -152,16 +196,24 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return result
 
     def _preprocess(self, items: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The stock step for images whose pixels are not in the cache, and all images in their order as its result."""
+        """The stock step for images whose pixels are not in the cache, and all images in their
+        order as its result.
+        """
         keys, cache = items.fsr_keys, self.fsr_pixels
         by_us = cache is not None and all(keys) and set(items) == {"image"}
         found = dict.fromkeys(keys) if by_us else {}
         for key in found:
             found[key] = cache.get(key)  # type: ignore[union-attr]
         # An image that stands twice in a prompt is preprocessed once.
-        places = [i for i, key in enumerate(keys) if not by_us or (found[key] is None and key not in keys[:i])]
+        places = [
+            i
+            for i, key in enumerate(keys)
+            if not by_us or (found[key] is None and key not in keys[:i])
+        ]
         if by_us and len(places) < len(keys):
-            some = compat_caches.with_items(args, kwargs, compat_caches.some_images(self.info, items, places))
+            some = compat_caches.with_items(
+                args, kwargs, compat_caches.some_images(self.info, items, places)
+            )
             result = super()._apply_hf_processor_main(*some[0], **some[1])
         else:
             result = super()._apply_hf_processor_main(*args, **kwargs)
@@ -216,13 +268,21 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             raise compat.request_error(str(error), error.field) from None
 
     def _without(self, inputs: ProcessorInputs, **more: Any) -> PlannedInputs:
-        """The same inputs without our fields, which are neither the Hugging Face processor's nor hash factors."""
-        values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(ProcessorInputs)}
+        """The same inputs without our fields, which are neither the Hugging Face processor's nor
+        hash factors.
+        """
+        values = {
+            field.name: getattr(inputs, field.name) for field in dataclasses.fields(ProcessorInputs)
+        }
         rest = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if not k.startswith(PREFIX)}
         return PlannedInputs(**{**values, "hf_processor_mm_kwargs": rest}, **more)
 
     def _planned(
-        self, inputs: ProcessorInputs, values: Mapping[str, Any], derived: Derived | None = None, dummy: bool = False
+        self,
+        inputs: ProcessorInputs,
+        values: Mapping[str, Any],
+        derived: Derived | None = None,
+        dummy: bool = False,
     ) -> PlannedInputs:
         """Inputs with a plan per image; FieldError if what the client asked for cannot be."""
         settings = self.fsr_settings
@@ -235,7 +295,11 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         fields, by_load = completed(settings, fields, derived or Derived(), totals)
         plans = resolve(fields, settings, totals, self._fsr_given)
         planned = self._without(
-            inputs, fsr_plans=plans, fsr_settings=settings, fsr_codebook=self._fsr_codebook, fsr_dummy=dummy
+            inputs,
+            fsr_plans=plans,
+            fsr_settings=settings,
+            fsr_codebook=self._fsr_codebook,
+            fsr_dummy=dummy,
         )
         planned.fsr_adaptive = by_load
         items.fsr_plans, items.fsr_keys, items.fsr_dummy = plans, [None] * count, dummy
@@ -251,17 +315,25 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
 
         def replacement(index: int) -> Any:
             placeholder = stock(index) if callable(stock) else stock
-            return self.fsr_shorten(placeholder, plans[index]) if plans[index].pruned else placeholder
+            return (
+                self.fsr_shorten(placeholder, plans[index]) if plans[index].pruned else placeholder
+            )
 
         return dataclasses.replace(update, replacement=replacement)
 
     def fsr_stats(self) -> dict[str, int]:
-        """What this front end was asked for and what it preprocessed, with the pixel cache's pixel_*."""
+        """What this front end was asked for and what it preprocessed, with the pixel cache's
+        pixel_*.
+        """
         with self._fsr_lock:
-            return self.fsr_counts | (self.fsr_pixels.stats() if self.fsr_pixels is not None else {})
+            return self.fsr_counts | (
+                self.fsr_pixels.stats() if self.fsr_pixels is not None else {}
+            )
 
     def fsr_methods(self) -> list[str]:
-        """The methods a request may name here: those that can be served, and have their inputs in this model."""
+        """The methods a request may name here: those that can be served, and have their inputs in
+        this model.
+        """
         known = methods()
         return [name for name in served_methods() if self._fsr_given.issuperset(known[name].needs)]
 
@@ -275,8 +347,12 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return kept, total
 
 
-def processor_factory(stock: Callable[..., Any], mixin: type, unsupported: Callable[[Any], str | None]) -> Any:
-    """A factory for vLLM's registry: the stock processor of this checkpoint with the family's mixin before it."""
+def processor_factory(
+    stock: Callable[..., Any], mixin: type, unsupported: Callable[[Any], str | None]
+) -> Any:
+    """A factory for vLLM's registry: the stock processor of this checkpoint with the family's mixin
+    before it.
+    """
 
     def build(info: Any, dummy_inputs: Any, **more: Any) -> Any:  # until 0.30 also `cache`
         kind = type(stock(info, dummy_inputs, **more))

@@ -17,33 +17,49 @@ SHALLOW = ("shallow_saliency", "shallow_received")  # read at a block that the m
 
 
 def shallow_key(name: str, layer: int) -> str:
-    """What the tap calls a shallow signal of one block, counted from 0 in a tower of PUBLISHED_DEPTH."""
+    """What the tap calls a shallow signal of one block, counted from 0 in a tower of
+    PUBLISHED_DEPTH.
+    """
     return f"{name}@{layer}"
 
 
 def shallow_keys(method: Any) -> frozenset[str]:
     """The shallow signals of a method, or of what is known of one."""
-    return frozenset(shallow_key(name, method.shallow_layer) for name in SHALLOW if name in method.needs)
+    return frozenset(
+        shallow_key(name, method.shallow_layer) for name in SHALLOW if name in method.needs
+    )
 
 
 def tapped(names: Collection[str]) -> frozenset[str]:
     """Of the inputs that methods need, those that the tap forms while the tower runs."""
-    formed = {name for name in names if name in ("saliency", "received", "attention", "keys") or "@" in name}
-    return frozenset(formed | ({"last_query", "last_key"} if {"last_query", "last_key"} & set(names) else set()))
+    formed = {
+        name
+        for name in names
+        if name in ("saliency", "received", "attention", "keys") or "@" in name
+    }
+    return frozenset(
+        formed | ({"last_query", "last_key"} if {"last_query", "last_key"} & set(names) else set())
+    )
 
 
 class AttentionTap:
-    """Forms signals from the queries and keys of attention layers; a layer nobody asks about runs untouched.
+    """Forms signals from the queries and keys of attention layers; a layer nobody asks about runs
+    untouched.
 
-    Everything is summed over the local heads and reduced over the tensor-parallel group, so that all ranks hold the
-    same values. `layers` are the tower's computed attention ops in order, `depth` its full number of blocks, and
-    `shallow` the `shallow_key`s that can be asked for.
+    Everything is summed over the local heads and reduced over the tensor-parallel group, so that
+    all ranks hold the same values. `layers` are the tower's computed attention ops in order,
+    `depth` its full number of blocks, and `shallow` the `shallow_key`s that can be asked for.
     """
 
-    def __init__(self, layers: Sequence[torch.nn.Module], depth: int, shallow: Collection[str]) -> None:
+    def __init__(
+        self, layers: Sequence[torch.nn.Module], depth: int, shallow: Collection[str]
+    ) -> None:
         self.wanted: frozenset[str] = frozenset()
-        # One row of queries each: so cheap that whoever keeps signals can have them formed for all images.
-        self.cheap = frozenset({"saliency", *(key for key in shallow if key.startswith("shallow_saliency@"))})
+        # One row of queries each: so cheap that whoever keeps signals can have them formed for all
+        # images.
+        self.cheap = frozenset(
+            {"saliency", *(key for key in shallow if key.startswith("shallow_saliency@"))}
+        )
         self.signals: dict[str, torch.Tensor] = {}
         layers[-1].register_forward_pre_hook(self._read_last, with_kwargs=True)
         for signal in sorted(shallow):
@@ -62,7 +78,9 @@ class AttentionTap:
         def read(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in self.wanted:
                 query, key = _query_key(args, kwargs)
-                self.signals[name] = _over_heads(layer, form(query, key, layer.num_heads, layer.scale))
+                self.signals[name] = _over_heads(
+                    layer, form(query, key, layer.num_heads, layer.scale)
+                )
 
         return read
 
@@ -78,7 +96,9 @@ class AttentionTap:
         if "attention" in wanted:
             self.signals["attention"] = _over_heads(layer, attention_map(query, key, heads, scale))
         if "keys" in wanted:
-            self.signals["keys"] = _over_heads(layer, key[:, 1:].float().unflatten(2, (heads, -1)).sum(2))
+            self.signals["keys"] = _over_heads(
+                layer, key[:, 1:].float().unflatten(2, (heads, -1)).sum(2)
+            )
         if {"last_query", "last_key"} & wanted:
             self.signals["last_query"] = _all_heads(query[:, 0])
             self.signals["last_key"] = _all_heads(key)
@@ -103,7 +123,9 @@ def _all_heads(value: torch.Tensor) -> torch.Tensor:
 
 
 class Clock:
-    """Seconds spent in named parts: wall time on the CPU, CUDA events read when asked (never in the hot path)."""
+    """Seconds spent in named parts: wall time on the CPU, CUDA events read when asked (never in the
+    hot path).
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)

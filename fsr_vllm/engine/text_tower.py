@@ -1,4 +1,6 @@
-"""The question's side of relevance: a CLIP text tower loaded beside the model, or the model's own embeddings."""
+"""The question's side of relevance: a CLIP text tower loaded beside the model, or the model's own
+embeddings.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,13 @@ from fsr_vllm.signals.relevance import (
     wrap_chunks,
 )
 
-WEIGHTS = "fsr_text."  # prefix of the text side's tensors in the loader's stream and in the model's modules
+# prefix of the text side's tensors in the loader's stream and in the model's modules
+WEIGHTS = "fsr_text."
 CACHED_QUESTIONS = 4096  # text embeddings kept per worker: 3 kB each for CLIP-L
 MAX_CHUNKS = 8  # of 75 tokens each: the end of a long text is what is read
-MAX_LLM_TOKENS = 256  # of a question, when the language model's embeddings stand in for a text tower
+MAX_LLM_TOKENS = (
+    256  # of a question, when the language model's embeddings stand in for a text tower
+)
 
 _WAYS_OUT = (
     "give its path or name with --fsr-text-encoder PATH, use the language model's embeddings with "
@@ -33,10 +38,12 @@ _WAYS_OUT = (
 
 
 def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str, int]:
-    """The text encoder to load (a path or NAME@COMMIT, "llm" or "none") and the sign of its patch-text cosine.
+    """The text encoder to load (a path or NAME@COMMIT, "llm" or "none") and the sign of its
+    patch-text cosine.
 
-    auto: MODEL/text_encoder if the model is a folder that has one, else the tower's known partner. There is no silent
-    fallback: ValueError names the ways out if no encoder is known or its configuration cannot be read.
+    auto: MODEL/text_encoder if the model is a folder that has one, else the tower's known partner.
+    There is no silent fallback: ValueError names the ways out if no encoder is known or its
+    configuration cannot be read.
     """
     if setting in ("llm", "none"):
         return setting, relevance_sign(sign, None, None)
@@ -46,11 +53,15 @@ def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str,
         if not os.path.isdir(path):
             path = known_partner(model_config.hf_config.vision_config) or ""
         if not path:
-            raise ValueError(f"plugin fsr knows no text encoder for this model's vision tower: {_WAYS_OUT}")
+            raise ValueError(
+                f"plugin fsr knows no text encoder for this model's vision tower: {_WAYS_OUT}"
+            )
     try:
         config = read_config(path)
     except Exception as error:
-        raise ValueError(f"plugin fsr cannot load the text encoder {path!r} ({error}): {_WAYS_OUT}") from error
+        raise ValueError(
+            f"plugin fsr cannot load the text encoder {path!r} ({error}): {_WAYS_OUT}"
+        ) from error
     width = model_config.hf_config.vision_config.hidden_size
     if config.vision_config.hidden_size != width:
         raise ValueError(
@@ -62,14 +73,20 @@ def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str,
 
 
 def plain_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """Token ids of a user's text without specials: a control token that the user wrote out is left out.
+    """Token ids of a user's text without specials: a control token that the user wrote out is left
+    out.
 
-    Otherwise `<|endoftext|>` in a message would be where CLIP pools, and `<image>` a word of the question. Left out
-    rather than split into pieces (`split_special_tokens` of transformers): the pieces are words that nobody meant, and
-    that option changes a tokenizer which vLLM uses at the same time and which has to read control tokens.
+    Otherwise `<|endoftext|>` in a message would be where CLIP pools, and `<image>` a word of the
+    question. Left out rather than split into pieces (`split_special_tokens` of transformers): the
+    pieces are words that nobody meant, and that option changes a tokenizer which vLLM uses at the
+    same time and which has to read control tokens.
     """
     specials = set(tokenizer.all_special_ids)
-    specials |= {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
+    specials |= {
+        number
+        for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if token.special
+    }
     ids = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
     return [number for number in ids if number not in specials]
 
@@ -94,7 +111,8 @@ class _QuestionCache:
 
 
 class ClipText(nn.Module):
-    """CLIP's text tower with the vision tower's post layernorm and projection: texts and patches in one space.
+    """CLIP's text tower with the vision tower's post layernorm and projection: texts and patches in
+    one space.
 
     The modules carry the names of a published CLIP checkpoint, so its tensors load as they are.
     """
@@ -107,17 +125,25 @@ class ClipText(nn.Module):
         self.path, self.sign = path, sign
         name, revision = split_revision(path)
         self.text = CLIPTextModelWithProjection(config.text_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.post_layernorm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
+        self.visual_projection = nn.Linear(
+            config.vision_config.hidden_size, config.projection_dim, bias=False
+        )
+        self.post_layernorm = nn.LayerNorm(
+            config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps
+        )
         self.requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         self._wanted = {name for name, _ in self.named_parameters()}
-        self._filled = set(self._wanted) if dummy else set()  # --load-format dummy fills all parameters itself
+        self._filled = (
+            set(self._wanted) if dummy else set()
+        )  # --load-format dummy fills all parameters itself
         self._max_length = config.text_config.max_position_embeddings
         self._cache = _QuestionCache(self._encode)
 
     def take(self, name: str, tensor: torch.Tensor) -> str | None:
-        """Load one tensor of a CLIP checkpoint if it is ours; returns the parameter's name, else None."""
+        """Load one tensor of a CLIP checkpoint if it is ours; returns the parameter's name, else
+        None.
+        """
         ours = name.removeprefix("vision_model.")
         if name.startswith(("text_model.", "text_projection.")):
             ours = f"text.{name}"
@@ -137,7 +163,9 @@ class ClipText(nn.Module):
         self._filled |= loaded
         missing = sorted(self._wanted - self._filled)
         if missing and not self._filled:
-            raise ValueError(f"this load format does not read the text encoder {self.path!r}: {_WAYS_OUT}")
+            raise ValueError(
+                f"this load format does not read the text encoder {self.path!r}: {_WAYS_OUT}"
+            )
         if missing:
             more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
             raise ValueError(f"text encoder {self.path!r} lacks {missing[0]}{more}: {_WAYS_OUT}")
@@ -145,25 +173,36 @@ class ClipText(nn.Module):
     @torch.inference_mode()
     def _encode(self, text: str) -> torch.Tensor:
         tokenizer = self._tokenizer
-        # CLIP was trained on lower-cased text; the slow tokenizer does that itself, saved fast ones need not.
+        # CLIP was trained on lower-cased text; the slow tokenizer does that itself, saved fast ones
+        # need not.
         ids = plain_ids(tokenizer, text.lower(), truncation=False, verbose=False)
         device = self.visual_projection.weight.device
         embeds = []
-        chunks = wrap_chunks(ids, tokenizer.bos_token_id, tokenizer.eos_token_id, self._max_length)[-MAX_CHUNKS:]
+        chunks = wrap_chunks(ids, tokenizer.bos_token_id, tokenizer.eos_token_id, self._max_length)[
+            -MAX_CHUNKS:
+        ]
         # All full chunks in one run, then the shorter last one: this happens inside an engine step.
         for equal in (chunks[:-1], chunks[-1:]):
             if equal:
                 embeds.append(self.text(input_ids=torch.tensor(equal, device=device)).text_embeds)
         return pool_chunks(torch.cat(embeds))
 
-    def relevance(self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
-        """(B, N) float32, higher = more relevant, from the tower's features (B, N, Dv); "" gives a constant map."""
+    def relevance(
+        self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]
+    ) -> torch.Tensor:
+        """(B, N) float32, higher = more relevant, from the tower's features (B, N, Dv); "" gives a
+        constant map.
+        """
         texts = torch.stack([self._cache.get(question) for question in questions])
-        return clip_relevance(features, texts, self.post_layernorm, self.visual_projection, self.sign)
+        return clip_relevance(
+            features, texts, self.post_layernorm, self.visual_projection, self.sign
+        )
 
 
 class LlmText:
-    """The language model's input embeddings of a question: relevance without a text tower, and `text` for methods."""
+    """The language model's input embeddings of a question: relevance without a text tower, and
+    `text` for methods.
+    """
 
     def __init__(self, language_model: nn.Module, tokenizer: Callable[[], Any], sign: int) -> None:
         # Not an nn.Module: it borrows the language model, which must not be registered twice.
@@ -175,7 +214,9 @@ class LlmText:
         """One row per token of the question, (T, D); T = 0 without a question."""
         ids = plain_ids(self._tokenizer(), text)[:MAX_LLM_TOKENS] if text else []
         device = next(self._language_model.parameters()).device
-        embeds = compat.embed_text_ids(self._language_model, torch.tensor(ids or [0], device=device))
+        embeds = compat.embed_text_ids(
+            self._language_model, torch.tensor(ids or [0], device=device)
+        )
         return embeds[: len(ids)]
 
     def _encode(self, text: str) -> torch.Tensor:
@@ -184,7 +225,9 @@ class LlmText:
     def clear(self) -> None:
         self._cache.clear()
 
-    def relevance(self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]) -> torch.Tensor:
+    def relevance(
+        self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]
+    ) -> torch.Tensor:
         """(B, N) float32 cosine of projected patches (B, N, D) and each image's question."""
         texts = torch.stack([self._cache.get(question) for question in questions])
         return embedding_relevance(projected, texts, self.sign)

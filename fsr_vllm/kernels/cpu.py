@@ -1,8 +1,9 @@
-"""The three greedy loops for CPU serving: numpy views of the same memory, one image after the other.
+"""The three greedy loops for CPU serving: numpy views of the same memory, one image after the
+other.
 
-A step touches a few vectors of N floats, so the cost of a call matters more than its arithmetic: numpy's is about a
-quarter of torch's. Nothing is allocated inside a loop except where a step gathers rows. Parameters as in
-`reference.py`, and the same indices.
+A step touches a few vectors of N floats, so the cost of a call matters more than its arithmetic:
+numpy's is about a quarter of torch's. Nothing is allocated inside a loop except where a step
+gathers rows. Parameters as in `reference.py`, and the same indices.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def farthest(
     width: int,
     emit_prefix: bool,
 ) -> torch.Tensor:
-    """Farthest-point rounds with a running minimum of distances: one row of `similarity` read per step."""
+    """Farthest-point rounds with a running minimum of distances: one row of `similarity` read per
+    step.
+    """
     batch, tokens, _ = similarity.shape
     picks = np.full((batch, width), -1, np.int64)
     weights = _view(weight)
@@ -38,11 +41,13 @@ def farthest(
     for b, (chosen, rounds) in enumerate(zip(count.tolist(), steps.tolist(), strict=True)):
         sim, start = rows[b], prefix[b, :chosen].numpy()
         if chosen:
-            # 1 - x rounds monotonically, so the smallest distance is exactly 1 - the largest similarity.
+            # 1 - x rounds monotonically, so the smallest distance is exactly 1 - the largest
+            # similarity.
             np.subtract(1.0, sim[start].max(0), out=nearest)
         else:
             nearest.fill(1.0)
-        # A chosen token stays at -inf under minimum; its weight becomes 1 because -inf * 0 would be NaN.
+        # A chosen token stays at -inf under minimum; its weight becomes 1 because -inf * 0 would be
+        # NaN.
         nearest[start] = -np.inf
         scale = None if weights is None else weights[b].copy()
         if scale is not None:
@@ -52,11 +57,16 @@ def farthest(
             out[:chosen] = start
             out = out[chosen:]
         for t in range(rounds):
-            j = int((nearest if scale is None else np.multiply(nearest, scale, out=distance)).argmax())
+            j = int(
+                (nearest if scale is None else np.multiply(nearest, scale, out=distance)).argmax()
+            )
             out[t] = j
             np.subtract(1.0, sim[j], out=distance)
             if t == 0 and not chosen:
-                nearest[:] = distance  # the stand-in distance 1 of an empty start must not cap the first real ones
+                nearest[:] = (
+                    # the stand-in distance 1 of an empty start must not cap the first real ones
+                    distance
+                )
             else:
                 np.minimum(nearest, distance, out=nearest)
             nearest[j] = -np.inf
@@ -72,8 +82,8 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
     rows = kernel.detach().numpy()
     factor = np.empty((steps, tokens), np.float32)
     block = np.empty((_BLOCK + 1, tokens), np.float32)
-    # Contiguous on purpose: numpy adds the rows of a C-ordered array one after the other, which is the order of the
-    # reference.
+    # Contiguous on purpose: numpy adds the rows of a C-ordered array one after the other, which is
+    # the order of the reference.
     explained = np.empty(tokens, np.float32)
     threshold, one = np.float32(eps), np.float32(1)
     for b in range(batch):
@@ -88,8 +98,12 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
             explained.fill(0.0)
             for s in range(0, t, _BLOCK):
                 size = min(_BLOCK, t - s)
-                block[0] = explained  # carries the sum over, so that its order is that of one long sum
-                np.multiply(factor[s : s + size], factor[s : s + size, j, None], out=block[1 : size + 1])
+                block[0] = (
+                    explained  # carries the sum over, so that its order is that of one long sum
+                )
+                np.multiply(
+                    factor[s : s + size], factor[s : s + size, j, None], out=block[1 : size + 1]
+                )
                 np.add.reduce(block[: size + 1], axis=0, out=explained)
             row = factor[t]
             np.subtract(rows[b, j], explained, out=row)
@@ -103,9 +117,10 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
 class _Gains:
     """Gain of every candidate, kept up to date from the tokens whose cover rose.
 
-    A token i whose cover rises from lo to hi lowers gain_j by w_i (clip(S_ij, lo, hi) - lo). As sums are exact
-    (`grid.py`), updating is recomputing, at about 5 N rows read in all instead of K N. Similarities and covers are kept
-    shifted by SHIFT, where adding rounds to the grid and differences are those of the unshifted values.
+    A token i whose cover rises from lo to hi lowers gain_j by w_i (clip(S_ij, lo, hi) - lo). As
+    sums are exact (`grid.py`), updating is recomputing, at about 5 N rows read in all instead of K
+    N. Similarities and covers are kept shifted by SHIFT, where adding rounds to the grid and
+    differences are those of the unshifted values.
     """
 
     def __init__(self, sim: np.ndarray, weight: np.ndarray | None, cover: np.ndarray):
@@ -131,7 +146,8 @@ class _Gains:
             np.add(x, SHIFT, out=x)
             np.maximum(x, lo, out=x)
             np.minimum(x, hi, out=x)
-            # Not a matrix product: its threads would fight with those of the server for these few thousand additions.
+            # Not a matrix product: its threads would fight with those of the server for these few
+            # thousand additions.
             if self.weight is None:
                 self.values -= x.sum(0, dtype=np.float64)
                 self.values += lo.sum(dtype=np.float64)
@@ -155,7 +171,11 @@ def coverage(
     """Coverage rounds; gains are updated from the tokens whose cover rose."""
     batch, tokens, _ = similarity.shape
     picks = np.full((batch, width), -1, np.int64)
-    sims, covers, row_weights = similarity.detach().numpy(), covered.detach().numpy(), _view(row_weight)
+    sims, covers, row_weights = (
+        similarity.detach().numpy(),
+        covered.detach().numpy(),
+        _view(row_weight),
+    )
     scales, bonuses = _view(candidate_weight), _view(candidate_bonus)
     score = np.empty(tokens)
     for b, (chosen, rounds) in enumerate(zip(count.tolist(), steps.tolist(), strict=True)):

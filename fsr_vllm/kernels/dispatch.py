@@ -29,9 +29,10 @@ def _has_triton() -> bool:
 def backend_for(device: torch.device, tokens: int, backend: str | None = None) -> str:
     """Name of the module that will run: "reference", "cpu", "masked" or "triton".
 
-    `backend` (else the environment variable FSR_KERNELS, else "auto"): "torch" is the loop that needs no compiler
-    (numpy views on the CPU, fixed masked steps on a GPU), "auto" the fastest for the device, the others force one
-    implementation. ValueError for an unknown name, and for "triton" on more than 4096 tokens.
+    `backend` (else the environment variable FSR_KERNELS, else "auto"): "torch" is the loop that
+    needs no compiler (numpy views on the CPU, fixed masked steps on a GPU), "auto" the fastest for
+    the device, the others force one implementation. ValueError for an unknown name, and for
+    "triton" on more than 4096 tokens.
     """
     name = backend or os.environ.get(ENVIRONMENT) or "auto"
     if name not in _BACKENDS:
@@ -41,7 +42,11 @@ def backend_for(device: torch.device, tokens: int, backend: str | None = None) -
             f"the triton backend holds at most {MAX_TRITON_TOKENS} tokens, not {tokens}: use 'auto' or 'torch'"
         )
     if name == "auto":
-        name = "triton" if device.type == "cuda" and tokens <= MAX_TRITON_TOKENS and _has_triton() else "torch"
+        name = (
+            "triton"
+            if device.type == "cuda" and tokens <= MAX_TRITON_TOKENS and _has_triton()
+            else "torch"
+        )
     if name == "torch":
         name = "cpu" if device.type == "cpu" else "masked"
     return name
@@ -50,7 +55,9 @@ def backend_for(device: torch.device, tokens: int, backend: str | None = None) -
 def _module(matrix: torch.Tensor, backend: str | None) -> ModuleType:
     name = backend_for(matrix.device, matrix.shape[-1], backend)
     # Imported on first use: importing this package must not import Triton.
-    return importlib.import_module("fsr_vllm.kernels." + ("triton_ops" if name == "triton" else name))
+    return importlib.import_module(
+        "fsr_vllm.kernels." + ("triton_ops" if name == "triton" else name)
+    )
 
 
 def _matrix(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -85,20 +92,32 @@ def _counts(name: str, value: int | torch.Tensor, matrix: torch.Tensor) -> torch
         if value < 0:
             raise ValueError(f"{name} must not be negative, is {value}")
         return torch.full(matrix.shape[:1], value, dtype=torch.int64, device=matrix.device)
-    if value.shape != matrix.shape[:1] or value.device != matrix.device or value.is_floating_point():
-        raise ValueError(f"{name} must be integers of shape {tuple(matrix.shape[:1])} on {matrix.device}")
+    if (
+        value.shape != matrix.shape[:1]
+        or value.device != matrix.device
+        or value.is_floating_point()
+    ):
+        raise ValueError(
+            f"{name} must be integers of shape {tuple(matrix.shape[:1])} on {matrix.device}"
+        )
     return value.detach().to(torch.int64)
 
 
 def _width(steps: int | torch.Tensor, max_steps: int | None) -> int:
     width = max_steps if isinstance(steps, torch.Tensor) or max_steps is not None else steps
     if width is None or width < 0:
-        raise ValueError("max_steps, the number of columns of the answer, must be >= 0, and given if steps is a tensor")
+        raise ValueError(
+            "max_steps, the number of columns of the answer, must be >= 0, and given if steps is a tensor"
+        )
     return width
 
 
-def _as_prefix(selected: torch.Tensor | None, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen tokens (B, N) bool as indices at the front of (B, N) and their number (B,), all on the device."""
+def _as_prefix(
+    selected: torch.Tensor | None, matrix: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen tokens (B, N) bool as indices at the front of (B, N) and their number (B,), all on the
+    device.
+    """
     batch, tokens = matrix.shape[:2]
     if selected is None:
         none = torch.zeros(batch, dtype=torch.int64, device=matrix.device)
@@ -106,7 +125,9 @@ def _as_prefix(selected: torch.Tensor | None, matrix: torch.Tensor) -> tuple[tor
     place = torch.arange(tokens, device=matrix.device).expand(batch, tokens)
     # Tokens that are not chosen all write to a last column, which is cut off.
     slot = torch.where(selected, selected.cumsum(-1) - 1, tokens)
-    prefix = torch.zeros((batch, tokens + 1), dtype=torch.int64, device=matrix.device).scatter_(1, slot, place)
+    prefix = torch.zeros((batch, tokens + 1), dtype=torch.int64, device=matrix.device).scatter_(
+        1, slot, place
+    )
     return prefix[:, :tokens], selected.sum(-1)
 
 
@@ -119,25 +140,32 @@ def farthest_point(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Add, step by step, the token farthest from all chosen ones: (B, max_steps) int64 in pick order, -1 padded.
+    """Add, step by step, the token farthest from all chosen ones: (B, max_steps) int64 in pick
+    order, -1 padded.
 
-    Distance is 1 - similarity (float32), a token's distance to a set the smallest one; times `weight`, if given. Ties
-    go to the lower index. This is the scan of FSR (arXiv 2602.05809, eq. 5) and the max-min rule of DivPrune (arXiv
-    2503.02175, section 3); k-center greedy by Gonzalez, 1985.
+    Distance is 1 - similarity (float32), a token's distance to a set the smallest one; times
+    `weight`, if given. Ties go to the lower index. This is the scan of FSR (arXiv 2602.05809, eq.
+    5) and the max-min rule of DivPrune (arXiv 2503.02175, section 3); k-center greedy by Gonzalez,
+    1985.
 
-    similarity (B, N, N) float32, symmetric (row j is read for the distances to token j); selected (B, N) bool, chosen
-    beforehand; steps: how many to add, an int or one per row (B,), on the device and never read back: then `max_steps`
-    bounds it; weight (B, N) float32 >= 0. A row with nothing selected counts all distances as 1 for its first pick: the
-    largest weight, else token 0. A row that runs out of tokens stops. All backends return the same indices. Raises
-    ValueError for shapes, dtypes, devices or counts that do not fit; values are not looked at.
+    similarity (B, N, N) float32, symmetric (row j is read for the distances to token j); selected
+    (B, N) bool, chosen beforehand; steps: how many to add, an int or one per row (B,), on the
+    device and never read back: then `max_steps` bounds it; weight (B, N) float32 >= 0. A row with
+    nothing selected counts all distances as 1 for its first pick: the largest weight, else token 0.
+    A row that runs out of tokens stops. All backends return the same indices. Raises ValueError for
+    shapes, dtypes, devices or counts that do not fit; values are not looked at.
     """
     similarity = _matrix("similarity", similarity)
     chosen = _vector("selected", selected, similarity, torch.bool)
     weight = _vector("weight", weight, similarity)
     width = _width(steps, max_steps)
     prefix, count = _as_prefix(chosen, similarity)
-    rounds = torch.minimum(_counts("steps", steps, similarity).clamp(0, width), similarity.shape[1] - count)
-    return _module(similarity, backend).farthest(similarity, prefix, count, rounds, weight, width, False)
+    rounds = torch.minimum(
+        _counts("steps", steps, similarity).clamp(0, width), similarity.shape[1] - count
+    )
+    return _module(similarity, backend).farthest(
+        similarity, prefix, count, rounds, weight, width, False
+    )
 
 
 def farthest_from_prefix(
@@ -149,15 +177,17 @@ def farthest_from_prefix(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """The first `count` tokens of an order, then farthest points up to `budget`: (B, budget) int64, each row full.
+    """The first `count` tokens of an order, then farthest points up to `budget`: (B, budget) int64,
+    each row full.
 
-    FSR's Focus and Scan in one call (arXiv 2602.05809, eq. 4 and 5): `count` is data dependent, differs from row to row
-    and stays on the device.
+    FSR's Focus and Scan in one call (arXiv 2602.05809, eq. 4 and 5): `count` is data dependent,
+    differs from row to row and stays on the device.
 
-    similarity (B, N, N) float32, symmetric; order (B, M) int64, the best first, distinct within a row, M >= the largest
-    count; count: int or (B,), above `budget` it means `budget`; budget <= N; weight as in `farthest_point`, for the
-    scanned tokens only. Column t < count is order[:, t], the others are in pick order. Raises ValueError for shapes,
-    dtypes, devices or a budget that do not fit; values are not looked at.
+    similarity (B, N, N) float32, symmetric; order (B, M) int64, the best first, distinct within a
+    row, M >= the largest count; count: int or (B,), above `budget` it means `budget`; budget <= N;
+    weight as in `farthest_point`, for the scanned tokens only. Column t < count is order[:, t], the
+    others are in pick order. Raises ValueError for shapes, dtypes, devices or a budget that do not
+    fit; values are not looked at.
     """
     similarity = _matrix("similarity", similarity)
     weight = _vector("weight", weight, similarity)
@@ -169,26 +199,34 @@ def farthest_from_prefix(
         or order.dtype != torch.int64
         or order.device != similarity.device
     ):
-        raise ValueError(f"order must be int64 of shape ({batch}, M) with M >= 1 on {similarity.device}")
+        raise ValueError(
+            f"order must be int64 of shape ({batch}, M) with M >= 1 on {similarity.device}"
+        )
     if not 0 <= budget <= tokens:
         raise ValueError(f"budget must lie in 0..{tokens}, is {budget}")
     prefix = order.detach() if order.stride(1) == 1 else order.detach().contiguous()
     given = _counts("count", count, similarity).clamp(0, min(budget, order.shape[1]))
-    return _module(similarity, backend).farthest(similarity, prefix, given, budget - given, weight, budget, True)
+    return _module(similarity, backend).farthest(
+        similarity, prefix, given, budget - given, weight, budget, True
+    )
 
 
-def dpp_greedy(kernel: torch.Tensor, k: int, eps: float = 1e-12, *, backend: str | None = None) -> torch.Tensor:
+def dpp_greedy(
+    kernel: torch.Tensor, k: int, eps: float = 1e-12, *, backend: str | None = None
+) -> torch.Tensor:
     """Greedy MAP of a determinantal point process: (B, k) int64 in pick order.
 
-    Each pick is the token with the largest variance left once the chosen ones are projected out, which multiplies the
-    determinant of the chosen block the most. Incremental Cholesky in O(N k^2) after Chen, Zhang and Zhou, NeurIPS 2018
-    (arXiv 1709.05135); used by CDPruner (arXiv 2506.10967). Ties go to the lower index.
+    Each pick is the token with the largest variance left once the chosen ones are projected out,
+    which multiplies the determinant of the chosen block the most. Incremental Cholesky in O(N k^2)
+    after Chen, Zhang and Zhou, NeurIPS 2018 (arXiv 1709.05135); used by CDPruner (arXiv
+    2506.10967). Ties go to the lower index.
 
-    kernel (B, N, N) float32, symmetric and positive semidefinite (row j is read for token j); k in 1..N. Once the
-    largest variance is `eps` or less only rounding noise is left: it is not divided by, and the remaining picks follow
-    the variances as they are. float32 in a fixed order of additions: "reference", CPU and Triton return the same
-    indices; "masked" may differ where two variances agree to a few roundings. Raises ValueError for shapes, dtypes or a
-    k that do not fit; values are not looked at.
+    kernel (B, N, N) float32, symmetric and positive semidefinite (row j is read for token j); k in
+    1..N. Once the largest variance is `eps` or less only rounding noise is left: it is not divided
+    by, and the remaining picks follow the variances as they are. float32 in a fixed order of
+    additions: "reference", CPU and Triton return the same indices; "masked" may differ where two
+    variances agree to a few roundings. Raises ValueError for shapes, dtypes or a k that do not fit;
+    values are not looked at.
     """
     kernel = _matrix("kernel", kernel)
     if not 1 <= k <= kernel.shape[1]:
@@ -209,19 +247,22 @@ def coverage_greedy(
     candidate_bonus: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Add, step by step, the token that covers most of what is uncovered: (B, max_steps) int64, in order, -1 padded.
+    """Add, step by step, the token that covers most of what is uncovered: (B, max_steps) int64, in
+    order, -1 padded.
 
-    With c_i the best similarity of token i to a chosen token, candidate j scores gain_j * candidate_weight_j +
-    candidate_bonus_j, where gain_j = sum_i row_weight_i * max(0, S_ij - c_i); then c_i = max(c_i, S_ji). Ties go to the
-    lower index. SCOPE's rule (its saliency power is `candidate_weight`, its additive variant `candidate_bonus`); greedy
-    facility location, Nemhauser, Wolsey and Fisher, 1978.
+    With c_i the best similarity of token i to a chosen token, candidate j scores gain_j *
+    candidate_weight_j + candidate_bonus_j, where gain_j = sum_i row_weight_i * max(0, S_ij - c_i);
+    then c_i = max(c_i, S_ji). Ties go to the lower index. SCOPE's rule (its saliency power is
+    `candidate_weight`, its additive variant `candidate_bonus`); greedy facility location,
+    Nemhauser, Wolsey and Fisher, 1978.
 
-    similarity (B, N, N) float32 cosines, symmetric; steps and max_steps as in `farthest_point`; row_weight,
-    candidate_weight (B, N) float32 >= 0; candidate_bonus (B, N) float32; covered (B, N) float32: c to start from,
-    default 0 (negative cosines never count); selected (B, N) bool: chosen beforehand, c is raised by their rows.
-    Similarities are rounded to multiples of 2^-20 and row weights to 2^-20 of their row's largest, so that sums are
-    exact (`grid.py`) and all backends return the same indices. Raises ValueError for shapes, dtypes, devices or counts
-    that do not fit; values are not looked at.
+    similarity (B, N, N) float32 cosines, symmetric; steps and max_steps as in `farthest_point`;
+    row_weight, candidate_weight (B, N) float32 >= 0; candidate_bonus (B, N) float32; covered (B, N)
+    float32: c to start from, default 0 (negative cosines never count); selected (B, N) bool: chosen
+    beforehand, c is raised by their rows. Similarities are rounded to multiples of 2^-20 and row
+    weights to 2^-20 of their row's largest, so that sums are exact (`grid.py`) and all backends
+    return the same indices. Raises ValueError for shapes, dtypes, devices or counts that do not
+    fit; values are not looked at.
     """
     similarity = _matrix("similarity", similarity)
     chosen = _vector("selected", selected, similarity, torch.bool)
@@ -231,7 +272,9 @@ def coverage_greedy(
     cover = _vector("covered", covered, similarity)
     width = _width(steps, max_steps)
     prefix, count = _as_prefix(chosen, similarity)
-    rounds = torch.minimum(_counts("steps", steps, similarity).clamp(0, width), similarity.shape[1] - count)
+    rounds = torch.minimum(
+        _counts("steps", steps, similarity).clamp(0, width), similarity.shape[1] - count
+    )
     return _module(similarity, backend).coverage(
         similarity,
         prefix,
@@ -240,6 +283,8 @@ def coverage_greedy(
         similarity.new_zeros(similarity.shape[:2]) if cover is None else snap(cover),
         None if rows is None else snap_weights(rows),
         candidates,
-        None if bonus is None else bonus.clamp(-_LARGEST, _LARGEST),  # infinite, a chosen token would be picked again
+        None
+        if bonus is None
+        else bonus.clamp(-_LARGEST, _LARGEST),  # infinite, a chosen token would be picked again
         width,
     )

@@ -1,8 +1,10 @@
-"""The three greedy loops in torch operations of fixed shape: for GPUs where the Triton kernels cannot run.
+"""The three greedy loops in torch operations of fixed shape: for GPUs where the Triton kernels
+cannot run.
 
-Every image takes the same number of steps and what a row does not need is thrown away, so nothing is read back from the
-device and a CUDA graph can record the loop. Parameters as in `reference.py`. Indices are the same too, except that
-`dpp` adds in another order and may differ where two variances agree to a few float32 roundings.
+Every image takes the same number of steps and what a row does not need is thrown away, so nothing
+is read back from the device and a CUDA graph can record the loop. Parameters as in `reference.py`.
+Indices are the same too, except that `dpp` adds in another order and may differ where two variances
+agree to a few float32 roundings.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from .reference import inverse_root
 
 
 def _pick(score: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(B,) lowest index of each row's largest value (torch.argmax does not promise which of equal ones it returns)."""
+    """(B,) lowest index of each row's largest value (torch.argmax does not promise which of equal
+    ones it returns).
+    """
     return torch.where(score == score.amax(-1, keepdim=True), places, places.shape[0] - 1).amin(-1)
 
 
@@ -24,7 +28,9 @@ def _row(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _is_chosen(prefix: torch.Tensor, count: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(B, N) bool: is among the first `count` of `prefix`. Later entries may repeat one of those: hence a count."""
+    """(B, N) bool: is among the first `count` of `prefix`. Later entries may repeat one of those:
+    hence a count.
+    """
     inside = torch.arange(prefix.shape[1], device=prefix.device) < count[:, None]
     seen = torch.zeros((prefix.shape[0], tokens), dtype=torch.int32, device=prefix.device)
     return seen.scatter_add_(1, prefix, inside.int()) > 0
@@ -43,16 +49,24 @@ def farthest(
     batch, tokens, _ = similarity.shape
     places = torch.arange(tokens, device=similarity.device)
     chosen = _is_chosen(prefix, count, tokens)
-    nearest = (1 - similarity).masked_fill_(~chosen[:, :, None], torch.inf).amin(1).masked_fill_(chosen, -torch.inf)
+    nearest = (
+        (1 - similarity)
+        .masked_fill_(~chosen[:, :, None], torch.inf)
+        .amin(1)
+        .masked_fill_(chosen, -torch.inf)
+    )
     picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
     for t in range(width):
-        # +inf: nothing chosen yet, all distances count as 1. -inf: chosen, and a weight of 0 must not turn it into NaN.
+        # +inf: nothing chosen yet, all distances count as 1. -inf: chosen, and a weight of 0 must
+        # not turn it into NaN.
         score = torch.where(nearest == torch.inf, 1.0, nearest)
         if weight is not None:
             score = torch.where(score == -torch.inf, score, score * weight)
         j = _pick(score, places)
         picks[:, t] = torch.where(t < steps, j, -1)
-        nearest = torch.minimum(nearest, 1 - _row(similarity, j)).scatter_(1, j[:, None], -torch.inf)
+        nearest = torch.minimum(nearest, 1 - _row(similarity, j)).scatter_(
+            1, j[:, None], -torch.inf
+        )
     if not emit_prefix:
         return picks
     columns = torch.arange(width, device=similarity.device)

@@ -1,9 +1,10 @@
-"""The three greedy loops as their papers write them: plain torch, from the definition, for reading and for tests.
+"""The three greedy loops as their papers write them: plain torch, from the definition, for reading
+and for tests.
 
-Arguments arrive checked and completed by `dispatch.py`; every backend has these three functions with these parameters:
-`prefix` (B, P) and `count` (B,) say which tokens are chosen before the loop starts (the first `count` entries of a row
-of `prefix`, in that order), `steps` (B,) how many to add (never more than are left), `width` how many columns the
-answer has (-1 beyond a row's own picks).
+Arguments arrive checked and completed by `dispatch.py`; every backend has these three functions
+with these parameters: `prefix` (B, P) and `count` (B,) say which tokens are chosen before the loop
+starts (the first `count` entries of a row of `prefix`, in that order), `steps` (B,) how many to add
+(never more than are left), `width` how many columns the answer has (-1 beyond a row's own picks).
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from .grid import snap
 
 
 def first_best(score: torch.Tensor) -> int:
-    """Lowest index of the largest value of a vector (torch.argmax does not promise which of equal ones it returns)."""
+    """Lowest index of the largest value of a vector (torch.argmax does not promise which of equal
+    ones it returns).
+    """
     return int((score == score.max()).nonzero()[0])
 
 
 def inverse_root(value: torch.Tensor) -> torch.Tensor:
     """1 / sqrt of float32 values, each step correctly rounded, to multiply with.
 
-    On CPUs torch's own float32 root is off by a bit for every fifth value, and a division by a scalar becomes a
-    multiplication on some devices.
+    On CPUs torch's own float32 root is off by a bit for every fifth value, and a division by a
+    scalar becomes a multiplication on some devices.
     """
     return value.double().sqrt().float().reciprocal()
 
@@ -36,7 +39,9 @@ def farthest(
     width: int,
     emit_prefix: bool,
 ) -> torch.Tensor:
-    """Farthest-point rounds: the token whose nearest chosen token is farthest away, by 1 - similarity."""
+    """Farthest-point rounds: the token whose nearest chosen token is farthest away, by 1 -
+    similarity.
+    """
     batch, tokens, _ = similarity.shape
     picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
     for b in range(batch):
@@ -44,7 +49,9 @@ def farthest(
         start = 0 if emit_prefix else len(chosen)
         for _ in range(int(steps[b])):
             # With nothing chosen yet no token is nearer than another: all distances count as 1.
-            distance = (1 - similarity[b, chosen]).amin(0) if chosen else torch.ones_like(similarity[b, 0])
+            distance = (
+                (1 - similarity[b, chosen]).amin(0) if chosen else torch.ones_like(similarity[b, 0])
+            )
             score = distance if weight is None else distance * weight[b]
             score[chosen] = -torch.inf
             chosen.append(first_best(score))
@@ -53,10 +60,12 @@ def farthest(
 
 
 def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
-    """Fast greedy MAP of a determinantal point process: pick the largest variance, project it out of all others.
+    """Fast greedy MAP of a determinantal point process: pick the largest variance, project it out
+    of all others.
 
-    Row s of `factor` is row s of the Cholesky factor of the picks, extended to all N tokens. Its sum over s runs in
-    order, in float32, with each product rounded before it is added: other backends repeat exactly that.
+    Row s of `factor` is row s of the Cholesky factor of the picks, extended to all N tokens. Its
+    sum over s runs in order, in float32, with each product rounded before it is added: other
+    backends repeat exactly that.
     """
     batch, tokens, _ = kernel.shape
     picks = torch.empty((batch, steps), dtype=torch.int64, device=kernel.device)
@@ -69,8 +78,8 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
             explained = torch.zeros_like(variance)
             for row in factor:
                 explained = explained + row[j] * row
-            # Nothing of variance eps or less is left to explain: what remains is rounding noise, and dividing by its
-            # root would blow it up.
+            # Nothing of variance eps or less is left to explain: what remains is rounding noise,
+            # and dividing by its root would blow it up.
             is_noise = bool(variance[j] <= eps)
             inverse = inverse_root(variance[j])
             row = torch.zeros_like(variance) if is_noise else (kernel[b, j] - explained) * inverse
@@ -91,7 +100,9 @@ def coverage(
     candidate_bonus: torch.Tensor | None,
     width: int,
 ) -> torch.Tensor:
-    """Coverage rounds: the token that raises the sum over all tokens of their best similarity to a chosen one most."""
+    """Coverage rounds: the token that raises the sum over all tokens of their best similarity to a
+    chosen one most.
+    """
     batch, tokens, _ = similarity.shape
     picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
     similarity = snap(similarity)

@@ -1,10 +1,13 @@
-"""The three greedy loops as Triton kernels: one program per image runs the whole loop in one launch.
+"""The three greedy loops as Triton kernels: one program per image runs the whole loop in one
+launch.
 
-Running state (distances, variances, gains) stays in registers; a step reads one row of the matrix (`dpp`: also the
-factor's rows so far; `coverage`: also the rows of the tokens whose cover rose). Step counts are read on the device, so
-nothing is sent back to the host. Parameters as in `reference.py`, and the same indices: multiplications and additions
-are never fused (`enable_fp_fusion=False`), roots and divisions are the correctly rounded ones, ties go to the lower
-index. Where a program reads back what other threads of it wrote to global memory, a barrier stands between.
+Running state (distances, variances, gains) stays in registers; a step reads one row of the matrix
+(`dpp`: also the factor's rows so far; `coverage`: also the rows of the tokens whose cover rose).
+Step counts are read on the device, so nothing is sent back to the host. Parameters as in
+`reference.py`, and the same indices: multiplications and additions are never fused
+(`enable_fp_fusion=False`), roots and divisions are the correctly rounded ones, ties go to the lower
+index. Where a program reads back what other threads of it wrote to global memory, a barrier stands
+between.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows read at a time in the inner loops: independent loads that wait together. Partial sums in float32 on the grid of
-# `grid.py` stay exact up to 4 rows.
+# Rows read at a time in the inner loops: independent loads that wait together. Partial sums in
+# float32 on the grid of `grid.py` stay exact up to 4 rows.
 _UNROLL = 4
 
 
-# Sizes that differ between requests are not specialised on: each new kind would compile in the middle of serving.
+# Sizes that differ between requests are not specialised on: each new kind would compile in the
+# middle of serving.
 @triton.jit(do_not_specialize=["prefix_stride", "width"])
 def _farthest(
     similarity, prefix, prefix_stride, count, steps, weight, picks, tokens, width,
@@ -32,11 +36,14 @@ def _farthest(
     picks += image * width
     chosen = tl.load(count + image).to(tl.int32)
     rounds = tl.load(steps + image).to(tl.int32)
-    # +inf: nothing chosen yet. -inf: may not be picked (chosen, or beyond the last token); minimum keeps it.
+    # +inf: nothing chosen yet. -inf: may not be picked (chosen, or beyond the last token); minimum
+    # keeps it.
     nearest = tl.where(inside, float("inf"), float("-inf"))
     for start in range(0, chosen, UNROLL):
         for u in tl.static_range(UNROLL):
-            t = tl.minimum(start + u, chosen - 1)  # past the end the last one again, which changes nothing
+            t = tl.minimum(
+                start + u, chosen - 1
+            )  # past the end the last one again, which changes nothing
             j = tl.load(prefix + t)
             row = tl.load(similarity + j * tokens + place, mask=inside, other=0.0)
             nearest = tl.where(place == j, float("-inf"), tl.minimum(nearest, 1.0 - row))
@@ -57,7 +64,17 @@ def _farthest(
 
 
 @triton.jit(do_not_specialize=["steps"])
-def _dpp(kernel, factor, factor_stride, picks, tokens, steps, eps, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
+def _dpp(
+    kernel,
+    factor,
+    factor_stride,
+    picks,
+    tokens,
+    steps,
+    eps,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < tokens
@@ -73,7 +90,9 @@ def _dpp(kernel, factor, factor_stride, picks, tokens, steps, eps, BLOCK: tl.con
             for u in tl.static_range(UNROLL):
                 past = factor + (start + u) * tokens  # rows not written yet are zeros
                 explained += tl.load(past + j) * tl.load(past + place, mask=inside, other=0.0)
-        residual = tl.load(kernel + j.to(tl.int64) * tokens + place, mask=inside, other=0.0) - explained
+        residual = (
+            tl.load(kernel + j.to(tl.int64) * tokens + place, mask=inside, other=0.0) - explained
+        )
         is_noise = best <= eps
         row = residual * tl.div_rn(1.0, tl.sqrt_rn(tl.where(is_noise, 1.0, best)))
         row = tl.where(is_noise, 0.0, row)
@@ -83,8 +102,19 @@ def _dpp(kernel, factor, factor_stride, picks, tokens, steps, eps, BLOCK: tl.con
 
 
 @triton.jit(do_not_specialize=["prefix_stride"])
-def _cover(similarity, prefix, prefix_stride, count, covered, tokens, COLUMNS: tl.constexpr, UNROLL: tl.constexpr):
-    """covered = max(covered, similarity to the chosen tokens), one program per image and block of tokens."""
+def _cover(
+    similarity,
+    prefix,
+    prefix_stride,
+    count,
+    covered,
+    tokens,
+    COLUMNS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """covered = max(covered, similarity to the chosen tokens), one program per image and block of
+    tokens.
+    """
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = place < tokens
@@ -94,14 +124,23 @@ def _cover(similarity, prefix, prefix_stride, count, covered, tokens, COLUMNS: t
     for start in range(0, chosen, UNROLL):
         for u in tl.static_range(UNROLL):
             j = tl.load(prefix + image * prefix_stride + tl.minimum(start + u, chosen - 1))
-            row = tl.load(similarity + (image * tokens + j) * tokens + place, mask=inside, other=0.0)
+            row = tl.load(
+                similarity + (image * tokens + j) * tokens + place, mask=inside, other=0.0
+            )
             cover = tl.maximum(cover, (row + 12.0) - 12.0)  # grid.SHIFT
     tl.store(covered + place, cover, mask=inside)
 
 
 @triton.jit
 def _gains(
-    similarity, covered, row_weight, gains, tokens, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    similarity,
+    covered,
+    row_weight,
+    gains,
+    tokens,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Gain of every candidate before the first pick, one program per image and block of candidates."""
     image = tl.program_id(0).to(tl.int64)
@@ -110,11 +149,19 @@ def _gains(
     for start in range(0, tokens, ROWS):
         i = start + tl.arange(0, ROWS)
         mask = (i < tokens)[:, None] & (place < tokens)[None, :]
-        row = tl.load(similarity + (image * tokens + i)[:, None] * tokens + place[None, :], mask=mask, other=0.0)
+        row = tl.load(
+            similarity + (image * tokens + i)[:, None] * tokens + place[None, :],
+            mask=mask,
+            other=0.0,
+        )
         cover = tl.load(covered + image * tokens + i, mask=i < tokens, other=0.0)
-        rise = tl.where(mask, tl.maximum((row + 12.0) - 12.0 - cover[:, None], 0.0), 0.0).to(tl.float64)  # grid.SHIFT
+        rise = tl.where(mask, tl.maximum((row + 12.0) - 12.0 - cover[:, None], 0.0), 0.0).to(
+            tl.float64
+        )  # grid.SHIFT
         if WEIGHTED:
-            rise *= tl.load(row_weight + image * tokens + i, mask=i < tokens, other=0.0).to(tl.float64)[:, None]
+            rise *= tl.load(row_weight + image * tokens + i, mask=i < tokens, other=0.0).to(
+                tl.float64
+            )[:, None]
         total += tl.sum(rise, 0)
     tl.store(gains + image * tokens + place, total, mask=place < tokens)
 
@@ -125,7 +172,9 @@ def _coverage(
     picks, risen, low, high, tokens, width,
     WEIGHTED: tl.constexpr, SCALED: tl.constexpr, RAISED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A token i whose cover rises from low to high lowers gain_j by w_i (clip(S_ij, low, high) - low)."""
+    """A token i whose cover rises from low to high lowers gain_j by w_i (clip(S_ij, low, high) -
+    low).
+    """
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < tokens
@@ -176,7 +225,9 @@ def _coverage(
                 row = tl.load(similarity + i.to(tl.int64) * tokens + place, mask=inside, other=0.0)
                 fall = tl.minimum(tl.maximum((row + 12.0) - 12.0, lo), hi) - lo
                 if WEIGHTED:
-                    gain -= fall.to(tl.float64) * tl.load(row_weight + i, mask=q < many, other=0.0).to(tl.float64)
+                    gain -= fall.to(tl.float64) * tl.load(
+                        row_weight + i, mask=q < many, other=0.0
+                    ).to(tl.float64)
                 else:
                     drop += fall
             if not WEIGHTED:
@@ -184,7 +235,9 @@ def _coverage(
 
 
 def _launch(tokens: int) -> tuple[int, dict[str, object]]:
-    """Block size (a power of two that holds every token) and launch options: about 8 tokens per thread."""
+    """Block size (a power of two that holds every token) and launch options: about 8 tokens per
+    thread.
+    """
     block = max(32, triton.next_power_of_2(tokens))
     return block, {"num_warps": min(16, max(1, block // 256)), "enable_fp_fusion": False}
 
@@ -210,14 +263,27 @@ def farthest(
 
 
 def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
-    """Fast greedy MAP of a determinantal point process, one launch; the factor (B, K, N) lies in global memory."""
+    """Fast greedy MAP of a determinantal point process, one launch; the factor (B, K, N) lies in
+    global memory.
+    """
     batch, tokens, _ = kernel.shape
     picks = torch.empty((batch, steps), dtype=torch.int64, device=kernel.device)
     # Zeros, and whole groups of rows: the inner loop needs no masks.
     rows = triton.cdiv(steps, _UNROLL) * _UNROLL
     factor = torch.zeros((batch, rows, tokens), dtype=torch.float32, device=kernel.device)
     block, options = _launch(tokens)
-    _dpp[(batch,)](kernel, factor, factor.stride(0), picks, tokens, steps, eps, BLOCK=block, UNROLL=_UNROLL, **options)
+    _dpp[(batch,)](
+        kernel,
+        factor,
+        factor.stride(0),
+        picks,
+        tokens,
+        steps,
+        eps,
+        BLOCK=block,
+        UNROLL=_UNROLL,
+        **options,
+    )
     return picks
 
 
@@ -232,14 +298,18 @@ def coverage(
     candidate_bonus: torch.Tensor | None,
     width: int,
 ) -> torch.Tensor:
-    """Coverage rounds in three launches: first cover and first gains, in parallel over blocks; then the loop."""
+    """Coverage rounds in three launches: first cover and first gains, in parallel over blocks; then
+    the loop.
+    """
     batch, tokens, _ = similarity.shape
     picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
     block, options = _launch(tokens)
     columns = min(64, block)
     grid = (batch, triton.cdiv(tokens, columns))
     # Never read where absent: any pointer will do.
-    weight, scale, bonus = (similarity if x is None else x for x in (row_weight, candidate_weight, candidate_bonus))
+    weight, scale, bonus = (
+        similarity if x is None else x for x in (row_weight, candidate_weight, candidate_bonus)
+    )
     cover, low, high = covered.clone(), torch.empty_like(covered), torch.empty_like(covered)
     gains = torch.empty_like(covered, dtype=torch.float64)
     risen = torch.empty_like(covered, dtype=torch.int32)

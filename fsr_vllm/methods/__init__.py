@@ -1,4 +1,6 @@
-"""Which tokens: the registry of pruning methods. Calling the package, `fsr_vllm.methods()`, lists them."""
+"""Which tokens: the registry of pruning methods. Calling the package, `fsr_vllm.methods()`, lists
+them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from .base import Fidelity, Method, PrunedTokens, VisualTokens
 
 __all__ = ["MethodInfo", "PrunedTokens", "VisualTokens", "get_method", "methods", "prune"]
 
-# name -> "module.Class" inside this package, imported when first asked for. One line per method; this order is shown.
+# name -> "module.Class" inside this package, imported when first asked for. One line per method;
+# this order is shown.
 _REGISTRY: dict[str, str] = {
     "fsr": "fsr.FSR",
     "cdpruner": "cdpruner.CDPruner",
@@ -54,7 +57,9 @@ class MethodInfo:
     uses: tuple[str, ...]  # fields it profits from where given
     query_aware: bool
     servable: bool  # a server can form its needs; False: for tensors of one's own alone
-    shallow_layer: int  # block of a 24-block tower, from 0, that shallow_* signals are read at; 0: not needed
+    shallow_layer: (
+        int  # block of a 24-block tower, from 0, that shallow_* signals are read at; 0: not needed
+    )
     paper: str
     licence: str  # of the authors' published code; ours is written from the paper
     fidelity: Fidelity
@@ -72,12 +77,16 @@ def _class(name: str) -> type[Method]:
 
 
 def get_method(name: str, /, **options: Any) -> Method:
-    """The method `name` with its published defaults, changed by `options`; ValueError if either is unknown or wrong."""
+    """The method `name` with its published defaults, changed by `options`; ValueError if either is
+    unknown or wrong.
+    """
     cls = _class(name)
     allowed = [item.name for item in fields(cls)]
     for option in options:
         if option not in allowed:
-            raise ValueError(f"method {name!r} has no option {option!r}; allowed are {', '.join(allowed) or 'none'}")
+            raise ValueError(
+                f"method {name!r} has no option {option!r}; allowed are {', '.join(allowed) or 'none'}"
+            )
     return cls(**options)
 
 
@@ -99,7 +108,11 @@ def methods() -> dict[str, MethodInfo]:
             summary=(cls.__doc__ or "").partition("\n")[0],
             options={item.name: item.default for item in fields(cls)},
             option_docs={item.name: item.metadata.get("doc", "") for item in fields(cls)},
-            option_bounds={item.name: str(item.metadata["served"]) for item in fields(cls) if item.metadata["served"]},
+            option_bounds={
+                item.name: str(item.metadata["served"])
+                for item in fields(cls)
+                if item.metadata["served"]
+            },
         )
     return found
 
@@ -128,7 +141,8 @@ def prune(
     group: Tensor | None = None,
     **hyper_parameters: Any,
 ) -> PrunedTokens:
-    """Keep min(budget, N) of the N rows of features (N, D) or (B, N, D) by `method`; signals as in `VisualTokens`.
+    """Keep min(budget, N) of the N rows of features (N, D) or (B, N, D) by `method`; signals as in
+    `VisualTokens`.
 
     ValueError for an unknown method or option, a missing signal, a wrong shape, NaN or Inf.
     """
@@ -138,7 +152,9 @@ def prune(
 
 
 class _CallablePackage(ModuleType):
-    """Importing this package puts it over the name `fsr_vllm.methods`, which is public as a function: so it is both."""
+    """Importing this package puts it over the name `fsr_vllm.methods`, which is public as a
+    function: so it is both.
+    """
 
     def __call__(self) -> dict[str, MethodInfo]:
         return methods()

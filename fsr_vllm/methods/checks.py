@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Dimensions of one image: N, D are those of features, other letters stand for any size, equal where they recur.
+# Dimensions of one image: N, D are those of features, other letters stand for any size, equal where
+# they recur.
 _SHAPES: dict[str, tuple[str, ...]] = {
     "features": ("N", "D"), "saliency": ("N",), "relevance": ("N",), "shallow_saliency": ("N",),
     "received": ("N",), "shallow_received": ("N",), "metric": ("N", "Dm"),
@@ -17,14 +18,21 @@ _SHAPES: dict[str, tuple[str, ...]] = {
 _SHARED = ("text", "prototypes")  # may come without B and then serve every image of the batch
 
 
-def checked_fields(tokens: Any, needs: tuple[str, ...], uses: tuple[str, ...], finite: bool) -> dict[str, Any]:
-    """The features and the declared fields of VisualTokens with B in front; ValueError that names the field at fault.
+def checked_fields(
+    tokens: Any, needs: tuple[str, ...], uses: tuple[str, ...], finite: bool
+) -> dict[str, Any]:
+    """The features and the declared fields of VisualTokens with B in front; ValueError that names
+    the field at fault.
 
-    Fields not declared are dropped: a method cannot come to depend on them. Only the look for NaN and Inf, done
-    where `finite`, waits for the device.
+    Fields not declared are dropped: a method cannot come to depend on them. Only the look for NaN
+    and Inf, done where `finite`, waits for the device.
     """
     features = tokens.features
-    if not isinstance(features, Tensor) or features.dim() not in (2, 3) or not features.is_floating_point():
+    if (
+        not isinstance(features, Tensor)
+        or features.dim() not in (2, 3)
+        or not features.is_floating_point()
+    ):
         raise ValueError("features must be a floating-point tensor of shape (N, D) or (B, N, D)")
     if not features.numel():
         raise ValueError(f"features must not be empty; got shape {tuple(features.shape)}")
@@ -43,7 +51,9 @@ def checked_fields(tokens: Any, needs: tuple[str, ...], uses: tuple[str, ...], f
         _check_tensor(name, value, features.device, finite)
         if name == "group":
             if value.is_floating_point() or value.dim() > 1 or value.numel() != sizes.get("B", 1):
-                raise ValueError(f"group must hold one integer per image of the batch; got shape {tuple(value.shape)}")
+                raise ValueError(
+                    f"group must hold one integer per image of the batch; got shape {tuple(value.shape)}"
+                )
             found[name] = value.reshape(-1)
             continue
         shared = name in _SHARED and not single and value.dim() == len(_SHAPES[name])
@@ -55,7 +65,11 @@ def checked_fields(tokens: Any, needs: tuple[str, ...], uses: tuple[str, ...], f
 
 def _check_grid(grid: Any, n: int) -> tuple[int, int]:
     fine = isinstance(grid, (tuple, list)) and len(grid) == 2
-    if not fine or not all(isinstance(side, int) and side > 0 for side in grid) or grid[0] * grid[1] != n:
+    if (
+        not fine
+        or not all(isinstance(side, int) and side > 0 for side in grid)
+        or grid[0] * grid[1] != n
+    ):
         raise ValueError(f"grid must be (h, w) with h * w = N = {n}; got {grid!r}")
     return grid[0], grid[1]
 
@@ -66,7 +80,8 @@ def _check_tensor(name: str, value: Any, device: torch.device, finite: bool) -> 
         raise ValueError(f"{name} must be a tensor of real numbers; got {given}")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, features are on {device}")
-    # NaN and Inf show in the extremes, at a fifteenth of the time; in float32, where methods compute.
+    # NaN and Inf show in the extremes, at a fifteenth of the time; in float32, where methods
+    # compute.
     if finite and value.numel() and not bool(torch.stack(value.aminmax()).float().isfinite().all()):
         raise ValueError(f"{name} holds NaN or Inf")
 
@@ -76,8 +91,14 @@ def _check_shape(name: str, value: Tensor, wanted: tuple[str, ...], sizes: dict[
     names = wanted[:-1] if rest else wanted
     fine = value.dim() == len(names) or rest and value.dim() > len(names)
     for letter, size in zip(names, value.shape, strict=False):
-        allowed = (sizes["N"], sizes["N"] + 1) if letter == "N|N+1" else (sizes.setdefault(letter, size),)
+        allowed = (
+            (sizes["N"], sizes["N"] + 1) if letter == "N|N+1" else (sizes.setdefault(letter, size),)
+        )
         fine = fine and size in allowed
     if not fine:
-        known = ", ".join(f"{letter} = {sizes[letter]}" for letter in dict.fromkeys(names) if letter in sizes)
-        raise ValueError(f"{name} must have shape ({', '.join(wanted)}) with {known}; got {tuple(value.shape)}")
+        known = ", ".join(
+            f"{letter} = {sizes[letter]}" for letter in dict.fromkeys(names) if letter in sizes
+        )
+        raise ValueError(
+            f"{name} must have shape ({', '.join(wanted)}) with {known}; got {tuple(value.shape)}"
+        )

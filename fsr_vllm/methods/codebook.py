@@ -13,11 +13,12 @@ from .base import ScoreMethod, VisualTokens, normalise
 
 @dataclass
 class Codebook(ScoreMethod):
-    """Drops the tokens most similar to any prototype of a codebook of redundant ones; the K least similar stay.
+    """Drops the tokens most similar to any prototype of a codebook of redundant ones; the K least
+    similar stay.
 
-    The codebook is made offline for one model, in the space of features: `prototypes.py` builds, saves and loads it.
-    This is the variant with a fixed count of the authors' code; the other keeps whatever is below a threshold, so that
-    K would depend on the image.
+    The codebook is made offline for one model, in the space of features: `prototypes.py` builds,
+    saves and loads it. This is the variant with a fixed count of the authors' code; the other keeps
+    whatever is below a threshold, so that K would depend on the image.
     """
 
     name: ClassVar[str] = "codebook"
@@ -30,4 +31,6 @@ class Codebook(ScoreMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         # One product per image, so that a batch equals its images to the bit.
         pairs = zip(tokens.features, tokens.require("prototypes"), strict=True)
-        return torch.stack([-(normalise(image) @ normalise(book).mT).amax(-1) for image, book in pairs])
+        return torch.stack(
+            [-(normalise(image) @ normalise(book).mT).amax(-1) for image, book in pairs]
+        )

@@ -14,12 +14,14 @@ from .base import Method, Selection, VisualTokens, cosine_similarity
 
 @dataclass
 class DivPrune(Method):
-    """Max-min diversity: round by round the token whose nearest chosen token is farthest away, by 1 - cosine.
+    """Max-min diversity: round by round the token whose nearest chosen token is farthest away, by 1
+    - cosine.
 
-    The first is the token whose nearest other token is farthest away. The paper's arithmetic is half precision and
-    relies on chosen tokens being at distance 0, so exact duplicates can be picked twice; here distances are float32 and
-    chosen tokens are masked. The paper compares all tiles and newline tokens of a prompt jointly; here a row is pruned
-    by itself, so whoever wants that scope passes the tiles of an image as one row.
+    The first is the token whose nearest other token is farthest away. The paper's arithmetic is
+    half precision and relies on chosen tokens being at distance 0, so exact duplicates can be
+    picked twice; here distances are float32 and chosen tokens are masked. The paper compares all
+    tiles and newline tokens of a prompt jointly; here a row is pruned by itself, so whoever wants
+    that scope passes the tiles of an image as one row.
     """
 
     name: ClassVar[str] = "divprune"

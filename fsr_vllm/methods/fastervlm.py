@@ -12,7 +12,9 @@ from .base import ScoreMethod, VisualTokens
 
 @dataclass
 class FasterVLM(ScoreMethod):
-    """Top K by [CLS] attention (FasterVLM, arXiv 2412.01818v1): FSR without relevance, scan and refine."""
+    """Top K by [CLS] attention (FasterVLM, arXiv 2412.01818v1): FSR without relevance, scan and
+    refine.
+    """
 
     name: ClassVar[str] = "fastervlm"
     needs: ClassVar[tuple[str, ...]] = ("saliency",)

@@ -14,12 +14,13 @@ from .base import Fidelity, ScoreMethod, VisualTokens
 class FastV(ScoreMethod):
     """Top K by the attention that the last token of the prompt pays in an early decoder layer.
 
-    `probe` must hold, for each visual token, (N,): the attention weight from the prompt's last token to it, mean over
-    the heads, at decoder layer K - 1 of the paper, which is the second one (index 1; the authors' demo takes index 2).
+    `probe` must hold, for each visual token, (N,): the attention weight from the prompt's last
+    token to it, mean over the heads, at decoder layer K - 1 of the paper, which is the second one
+    (index 1; the authors' demo takes index 2).
 
-    The paper drops tokens after that layer: the layers before it see all of them, and positions are kept. Here the
-    criterion is applied to the input, so every layer sees K tokens: compare at an equal number of tokens, not at the
-    paper's averages over layers.
+    The paper drops tokens after that layer: the layers before it see all of them, and positions are
+    kept. Here the criterion is applied to the input, so every layer sees K tokens: compare at an
+    equal number of tokens, not at the paper's averages over layers.
     """
 
     name: ClassVar[str] = "fastv"
@@ -36,5 +37,7 @@ class FastV(ScoreMethod):
     def score(self, tokens: VisualTokens) -> Tensor:
         probe = tokens.require("probe")
         if probe.dim() != 2:
-            raise ValueError(f"probe must hold one number per token, (N,), for fastv; got {tuple(probe.shape[1:])}")
+            raise ValueError(
+                f"probe must hold one number per token, (N,), for fastv; got {tuple(probe.shape[1:])}"
+            )
         return probe

@@ -1,4 +1,6 @@
-"""Small tensor helpers that methods share; pure torch, batched, and without any wait for the device."""
+"""Small tensor helpers that methods share; pure torch, batched, and without any wait for the
+device.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def minmax(x: Tensor, group: Tensor | None = None) -> Tensor:
 
 
 def topk_stable(score: Tensor, k: int) -> Tensor:
-    """Places (B, k) of the k highest scores of each row (B, N), best first, ties to the lower index.
+    """Places (B, k) of the k highest scores of each row (B, N), best first, ties to the lower
+    index.
 
     torch.topk promises nothing about ties; a stable sort does.
     """
@@ -30,7 +33,9 @@ def topk_stable(score: Tensor, k: int) -> Tensor:
 
 
 def best_mask(score: Tensor, k: int) -> Tensor:
-    """Which of the last dimension are its k highest scores, ties to the lower index; cheaper than a stable sort."""
+    """Which of the last dimension are its k highest scores, ties to the lower index; cheaper than a
+    stable sort.
+    """
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     least = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -46,14 +51,21 @@ def normalise(x: Tensor) -> Tensor:
 
 
 def cosine_similarity(x: Tensor) -> Tensor:
-    """Cosine of every pair of rows: (B, N, D) -> (B, N, N) float32 in [-1, 1]; a zero row has cosine 0 with all.
+    """Cosine of every pair of rows: (B, N, D) -> (B, N, N) float32 in [-1, 1]; a zero row has
+    cosine 0 with all.
 
-    Equal rows have cosine 1 exactly: above 1 - 1e-6, where float32 no longer tells rows apart, every cosine is 1.
+    Equal rows have cosine 1 exactly: above 1 - 1e-6, where float32 no longer tells rows apart,
+    every cosine is 1.
     """
     if x.device.type == "cpu":
-        # One product per image: a batched product may round differently, and then a batch would not equal its images.
+        # One product per image: a batched product may round differently, and then a batch would not
+        # equal its images.
         units = [normalise(image) for image in x]
-        similarity = torch.stack([unit @ unit.mT for unit in units]) if len(units) > 1 else units[0] @ units[0].mT
+        similarity = (
+            torch.stack([unit @ unit.mT for unit in units])
+            if len(units) > 1
+            else units[0] @ units[0].mT
+        )
         similarity = similarity.view(len(units), *similarity.shape[-2:])
     else:
         unit = normalise(x)
@@ -69,7 +81,9 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
 
 def mask_of(indices: Tensor, n: int) -> Tensor:
     """Boolean (B, n), True at indices (B, K)."""
-    return torch.zeros(indices.shape[0], n, dtype=torch.bool, device=indices.device).scatter_(1, indices, True)
+    return torch.zeros(indices.shape[0], n, dtype=torch.bool, device=indices.device).scatter_(
+        1, indices, True
+    )
 
 
 def indices_of(mask: Tensor, k: int) -> Tensor:
@@ -84,7 +98,8 @@ def square_grid(n: int) -> tuple[int, int]:
 
 
 def regions(k: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Cut the grid (h, w) into exactly k rectangles of nearly equal size; the rectangle (N,) each token lies in.
+    """Cut the grid (h, w) into exactly k rectangles of nearly equal size; the rectangle (N,) each
+    token lies in.
 
     The rectangles form bands of rows, and each band is cut into nearly the same number of columns.
     """
@@ -97,8 +112,12 @@ def regions(k: int, grid: tuple[int, int], device: torch.device) -> Tensor:
     return first + ((token % w + 1) * columns - 1) // w
 
 
-def region_bounds(k: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, bottom, left and right, (k,) each, of every rectangle of `regions`; bottom and right are excluded."""
+def region_bounds(
+    k: int, grid: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top, bottom, left and right, (k,) each, of every rectangle of `regions`; bottom and right are
+    excluded.
+    """
     h, w = grid
     bands = _band_count(k, grid)
     region = torch.arange(k, device=device)
@@ -106,10 +125,17 @@ def region_bounds(k: int, grid: tuple[int, int], device: torch.device) -> tuple[
     first = band * k // bands
     columns = (band + 1) * k // bands - first
     column = region - first
-    return band * h // bands, (band + 1) * h // bands, column * w // columns, (column + 1) * w // columns
+    return (
+        band * h // bands,
+        (band + 1) * h // bands,
+        column * w // columns,
+        (column + 1) * w // columns,
+    )
 
 
 def _band_count(k: int, grid: tuple[int, int]) -> int:
-    """As many bands of rows as make the k rectangles nearly square, with at most h bands and w columns in each."""
+    """As many bands of rows as make the k rectangles nearly square, with at most h bands and w
+    columns in each.
+    """
     h, w = grid
     return min(max(round((k * h / w) ** 0.5), -(-k // w)), h, k)

@@ -9,10 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PerToken:
-    """The least value that a request may ask for, N / `tokens` rounded up on an image of N visual tokens.
+    """The least value that a request may ask for, N / `tokens` rounded up on an image of N visual
+    tokens.
 
-    For options below which the cost of a method grows faster than that of comparing all pairs: a request runs inside
-    the engine's step, and all others wait for it. The default is always allowed; outside a server there is no bound.
+    For options below which the cost of a method grows faster than that of comparing all pairs: a
+    request runs inside the engine's step, and all others wait for it. The default is always
+    allowed; outside a server there is no bound.
     """
 
     tokens: int
@@ -33,7 +35,9 @@ def option(
     doc: str = "",
     served: PerToken | None = None,
 ) -> Any:
-    """A hyper-parameter of the default's type (an int will do for a float), from low to high, both included."""
+    """A hyper-parameter of the default's type (an int will do for a float), from low to high, both
+    included.
+    """
     about = {"low": low, "high": high, "choices": choices, "doc": doc, "served": served}
     return field(default=default, metadata=about)
 
@@ -52,7 +56,9 @@ def check_options(method: Any) -> None:
 
 
 def beyond_serving(method: Any, n: int) -> str | None:
-    """Why a server does not run this method, with these options, on an image of n tokens; None if it does."""
+    """Why a server does not run this method, with these options, on an image of n tokens; None if
+    it does.
+    """
     for item in fields(method):
         served, value = item.metadata.get("served"), getattr(method, item.name)
         if served is not None and value != item.default and value < served.least(n):
@@ -82,7 +88,8 @@ def _fits(value: Any, item: Field[Any]) -> bool:
         return isinstance(value, type(item.default))
     if not _is_number(value) or not (isinstance(value, int) or isinstance(item.default, float)):
         return False
-    # Beyond these sizes no option means anything, and float32 and int64 arithmetic would overflow far from here.
+    # Beyond these sizes no option means anything, and float32 and int64 arithmetic would overflow
+    # far from here.
     if not abs(value) <= (_MOST if isinstance(item.default, float) else 2**63 - 1):
         return False
     low, high = item.metadata.get("low"), item.metadata.get("high")

@@ -1,7 +1,9 @@
-"""The codebook of method "codebook": which tokens of calibration images go into it, how it is built, saved and loaded.
+"""The codebook of method "codebook": which tokens of calibration images go into it, how it is
+built, saved and loaded.
 
-Calibration needs the language model and takes hours on a GPU, so what it measures comes from the caller: for every
-visual token its largest next-token probability when it is fed alone, and how far the answer moves when it is left out.
+Calibration needs the language model and takes hours on a GPU, so what it measures comes from the
+caller: for every visual token its largest next-token probability when it is fed alone, and how far
+the answer moves when it is left out.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ def redundant_tokens(
 ) -> Tensor:
     """Which tokens (N,) say little alone and are not missed: a mask.
 
-    Divergences are Jensen-Shannon, of the output with and without the token's group. The defaults are those published
-    for LLaVA-1.5; others are max_probability 0.10 or 0.08 and, for LLaVA-OneVision, max_divergence 1.8e-3. That both
-    tests must be passed, and that the two divergences are added, is our reading.
+    Divergences are Jensen-Shannon, of the output with and without the token's group. The defaults
+    are those published for LLaVA-1.5; others are max_probability 0.10 or 0.08 and, for
+    LLaVA-OneVision, max_divergence 1.8e-3. That both tests must be passed, and that the two
+    divergences are added, is our reading.
     """
     moved = context_weight * context_divergence + global_weight * global_divergence
     return (top_probability < max_probability) & (moved < max_divergence)
@@ -47,14 +50,16 @@ def build_prototypes(
     min_images: int = 64,
     neighbours: int = 5,
 ) -> Tensor:
-    """Prototypes (P, D), float32 and of length 1, from the redundant rows (n, D) of each calibration image.
+    """Prototypes (P, D), float32 and of length 1, from the redundant rows (n, D) of each
+    calibration image.
 
-    Each image's rows are clustered (DPC-kNN), clusters of fewer than min_tokens are dropped, and the means of the
-    others are clustered over all images; the mean of every cluster that draws on at least min_images images is a
-    prototype. Clusters and images are 24 and 16 for LLaVA-OneVision. The published files hold more prototypes than
-    clusters (454 for LLaVA-1.5-7B), so their last step is unlike ours: raise `clusters` for a larger codebook. Open,
-    and settled here: min_tokens, neighbours, and distances between rows of length 1, since scoring is by cosine.
-    ValueError if no cluster is left.
+    Each image's rows are clustered (DPC-kNN), clusters of fewer than min_tokens are dropped, and
+    the means of the others are clustered over all images; the mean of every cluster that draws on
+    at least min_images images is a prototype. Clusters and images are 24 and 16 for
+    LLaVA-OneVision. The published files hold more prototypes than clusters (454 for LLaVA-1.5-7B),
+    so their last step is unlike ours: raise `clusters` for a larger codebook. Open, and settled
+    here: min_tokens, neighbours, and distances between rows of length 1, since scoring is by
+    cosine. ValueError if no cluster is left.
     """
     means, owner = [], []
     for number, rows in enumerate(images):
@@ -62,7 +67,11 @@ def build_prototypes(
             continue
         unit = normalise(rows)
         labels = dpc_knn(unit, clusters_per_image, neighbours)
-        found = [unit[labels == label].mean(0) for label in labels.unique() if (labels == label).sum() >= min_tokens]
+        found = [
+            unit[labels == label].mean(0)
+            for label in labels.unique()
+            if (labels == label).sum() >= min_tokens
+        ]
         means += found
         owner += [number] * len(found)
     prototypes = []
@@ -73,21 +82,26 @@ def build_prototypes(
             if len(images_of[labels == label].unique()) >= min_images:
                 prototypes.append(points[(labels == label).to(points.device)].mean(0))
     if not prototypes:
-        raise ValueError(f"no cluster draws on min_images = {min_images} images: give more images or lower it")
+        raise ValueError(
+            f"no cluster draws on min_images = {min_images} images: give more images or lower it"
+        )
     return normalise(torch.stack(prototypes))
 
 
 def dpc_knn(points: Tensor, clusters: int, neighbours: int = 5) -> Tensor:
     """Density-peak clustering by nearest neighbours: the cluster (N,) of each of points (N, D).
 
-    Density is exp(-mean squared distance to the nearest neighbours). The centres are the points of highest density
-    times distance to the nearest denser point, for the densest the largest distance; the others join the nearest
-    centre. Ties go to the lower index.
+    Density is exp(-mean squared distance to the nearest neighbours). The centres are the points of
+    highest density times distance to the nearest denser point, for the densest the largest
+    distance; the others join the nearest centre. Ties go to the lower index.
     """
     n = len(points)
     blocks = torch.arange(n, device=points.device).split(_BLOCK)
     near = min(neighbours, n - 1) + 1  # the point itself, at distance 0, is the first
-    squares = [torch.cdist(points[block], points).square().topk(near, largest=False).values for block in blocks]
+    squares = [
+        torch.cdist(points[block], points).square().topk(near, largest=False).values
+        for block in blocks
+    ]
     density = torch.exp(-torch.cat(squares).sum(-1) / max(1, near - 1))
     rank = topk_stable(density, n).argsort()
     gaps = []
@@ -112,7 +126,8 @@ def save_prototypes(prototypes: Tensor, path: str | Path) -> None:
 
 
 def load_prototypes(path: str | Path) -> Tensor:
-    """Prototypes (P, D) of a .pt or .safetensors file: a tensor, or a dictionary with "prototypes" or with one tensor.
+    """Prototypes (P, D) of a .pt or .safetensors file: a tensor, or a dictionary with "prototypes"
+    or with one tensor.
 
     ValueError for anything else. A .pt file is read as weights only: no code in it is run.
     """
@@ -135,6 +150,10 @@ def _format(path: str | Path) -> str:
 
 
 def _checked(prototypes: object) -> Tensor:
-    if not isinstance(prototypes, Tensor) or prototypes.dim() != 2 or not prototypes.is_floating_point():
+    if (
+        not isinstance(prototypes, Tensor)
+        or prototypes.dim() != 2
+        or not prototypes.is_floating_point()
+    ):
         raise ValueError("prototypes must be one floating-point tensor of shape (P, D)")
     return prototypes

@@ -14,8 +14,8 @@ from .base import Fidelity, Method, Selection, VisualTokens, option
 class Random(Method):
     """K tokens drawn uniformly without replacement (a control, no paper).
 
-    The draw depends on seed and N alone: the same on every device and at every place of a batch, and a larger budget
-    keeps all tokens of a smaller one.
+    The draw depends on seed and N alone: the same on every device and at every place of a batch,
+    and a larger budget keeps all tokens of a smaller one.
     """
 
     name: ClassVar[str] = "random"

@@ -12,7 +12,9 @@ from .base import Fidelity, ScoreMethod, VisualTokens
 
 @dataclass
 class Relevance(ScoreMethod):
-    """Top K by relevance to the question: FSR without saliency, scan and refine; the control beside `fastervlm`."""
+    """Top K by relevance to the question: FSR without saliency, scan and refine; the control beside
+    `fastervlm`.
+    """
 
     name: ClassVar[str] = "relevance"
     needs: ClassVar[tuple[str, ...]] = ("relevance",)

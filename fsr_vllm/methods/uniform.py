@@ -11,7 +11,9 @@ from .ops import region_bounds
 
 @dataclass
 class Uniform(Method):
-    """K evenly spaced tokens: over the grid where it is given, else over the raster (a control, no paper)."""
+    """K evenly spaced tokens: over the grid where it is given, else over the raster (a control, no
+    paper).
+    """
 
     name: ClassVar[str] = "uniform"
     uses: ClassVar[tuple[str, ...]] = ("grid",)

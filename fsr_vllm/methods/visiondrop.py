@@ -11,13 +11,15 @@ from .visionzip import VisionZip
 
 @dataclass
 class VisionDrop(VisionZip):
-    """VisionZip's rule with VisionDrop's shares: all of VisionDrop that runs before the language model.
+    """VisionZip's rule with VisionDrop's shares: all of VisionDrop that runs before the language
+    model.
 
-    Its further stages, after layers 8, 16 and 24 of the language model, score tokens by what visual tokens attend to
-    each other, and need a number of tokens that changes from layer to layer: they are left out, so results are
-    VisionZip's, not those published for VisionDrop. The default share is that of the authors' setting for 32 tokens on
-    average, whose first stage keeps 42 dominant and 6 contextual rows; that stage keeps 1.5 times the average (3 times
-    for video), so an average of 32 corresponds to K = 48 here.
+    Its further stages, after layers 8, 16 and 24 of the language model, score tokens by what visual
+    tokens attend to each other, and need a number of tokens that changes from layer to layer: they
+    are left out, so results are VisionZip's, not those published for VisionDrop. The default share
+    is that of the authors' setting for 32 tokens on average, whose first stage keeps 42 dominant
+    and 6 contextual rows; that stage keeps 1.5 times the average (3 times for video), so an average
+    of 32 corresponds to K = 48 here.
     """
 
     name: ClassVar[str] = "visiondrop"
@@ -27,4 +29,6 @@ class VisionDrop(VisionZip):
     licence: ClassVar[str] = "Apache-2.0"
     fidelity: ClassVar[Fidelity] = "stage-1"
 
-    contextual_share: float = option(6 / 48, low=0, high=1, doc="share of K for contextual (merged) rows")
+    contextual_share: float = option(
+        6 / 48, low=0, high=1, doc="share of K for contextual (merged) rows"
+    )

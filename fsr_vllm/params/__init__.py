@@ -1,7 +1,8 @@
-"""What a request or a server may ask: validation, defaults, and the resolution to integers before any hash.
+"""What a request or a server may ask: validation, defaults, and the resolution to integers before
+any hash.
 
-Nothing here knows HTTP or vLLM. Errors are `FieldError`, which names the field and says what is allowed;
-the caller turns it into the error of its own surface.
+Nothing here knows HTTP or vLLM. Errors are `FieldError`, which names the field and says what is
+allowed; the caller turns it into the error of its own surface.
 """
 
 from .budget import (

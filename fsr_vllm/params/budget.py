@@ -1,4 +1,6 @@
-"""One image's budget as requests and servers write it: an integer, a share, or "off"; and a range of budgets."""
+"""One image's budget as requests and servers write it: an integer, a share, or "off"; and a range
+of budgets.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,23 @@ _BUDGET_ALLOWED = (
 
 
 class FieldError(ValueError):
-    """A value that may not be asked for; `field` names the request field or server option, cut if it is long."""
+    """A value that may not be asked for; `field` names the request field or server option, cut if
+    it is long.
+    """
 
     def __init__(self, field: str, message: str) -> None:
-        if len(field) > LONGEST:  # the client's own name: neither a log nor an answer repeats all of it
+        if (
+            len(field) > LONGEST
+        ):  # the client's own name: neither a log nor an answer repeats all of it
             message, field = message.replace(field, cut(field)), cut(field)
         super().__init__(message)
         self.field = field
 
 
 def readable(text: str) -> str:
-    """Text that every tokenizer takes: JSON can hold half of a surrogate pair, which is no character."""
+    """Text that every tokenizer takes: JSON can hold half of a surrogate pair, which is no
+    character.
+    """
     return text.encode("utf-8", "replace").decode()
 
 
@@ -46,16 +54,18 @@ def per_image(value: Any, count: int, field: str) -> list[Any]:
         return [value] * count
     if len(value) != count:
         raise FieldError(
-            field, f"{field} has {len(value)} entries for {count} image(s); give one per image, in prompt order"
+            field,
+            f"{field} has {len(value)} entries for {count} image(s); give one per image, in prompt order",
         )
     return value
 
 
 def parse_budget(value: Any, field: str = "fsr_budget") -> Budget:
-    """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError otherwise.
+    """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError
+    otherwise.
 
-    A whole number written as a float is that integer, but for 1.0. Offline callers may also give NumPy's numbers, which
-    come back as Python's.
+    A whole number written as a float is that integer, but for 1.0. Offline callers may also give
+    NumPy's numbers, which come back as Python's.
     """
     if isinstance(value, str) and value == "off":
         return "off"
@@ -86,9 +96,14 @@ def same_budget(left: Any, right: Any) -> bool:
     """Whether two budgets as written are one; 64 and 64.0 are, 1 and true are not."""
 
     def plain(value: Any) -> list[tuple[type, Any]]:
-        return [(type(whole(one)), whole(one)) for one in (value if isinstance(value, (list, tuple)) else [value])]
+        return [
+            (type(whole(one)), whole(one))
+            for one in (value if isinstance(value, (list, tuple)) else [value])
+        ]
 
-    return isinstance(left, (list, tuple)) == isinstance(right, (list, tuple)) and plain(left) == plain(right)
+    return isinstance(left, (list, tuple)) == isinstance(right, (list, tuple)) and plain(
+        left
+    ) == plain(right)
 
 
 def parse_budgets(value: Any, field: str = "fsr_budget") -> Budget | list[Budget]:
@@ -125,12 +140,17 @@ def parse_range(value: Any, field: str) -> tuple[int, int]:
         )
     low, high = int(match[1]), int(match[2])
     if not 1 <= low <= high <= MAX_BUDGET:
-        raise FieldError(field, f"{field} LOW:HIGH must satisfy 1 <= LOW <= HIGH <= {MAX_BUDGET:,}; got {shown(value)}")
+        raise FieldError(
+            field,
+            f"{field} LOW:HIGH must satisfy 1 <= LOW <= HIGH <= {MAX_BUDGET:,}; got {shown(value)}",
+        )
     return low, high
 
 
 def resolve_budget(budget: Budget, total: int) -> int:
-    """Tokens kept of `total`: K = min(budget, N); a share keeps max(1, floor(share * N + 0.5)); "off" keeps all."""
+    """Tokens kept of `total`: K = min(budget, N); a share keeps max(1, floor(share * N + 0.5));
+    "off" keeps all.
+    """
     if budget == "off":
         return total
     if isinstance(budget, float):

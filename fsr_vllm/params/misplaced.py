@@ -1,7 +1,9 @@
-"""Fields of ours that a request spells in another way or puts where nobody reads them: found, so that they are refused.
+"""Fields of ours that a request spells in another way or puts where nobody reads them: found, so
+that they are refused.
 
-A key is ours if, lower-cased and without - and _, it is fsr + budget, method, options or question. One that is null
-counts as absent, as it does in its right place. Paths are the client's, such as `messages[0].content[1].fsr_budget`.
+A key is ours if, lower-cased and without - and _, it is fsr + budget, method, options or question.
+One that is null counts as absent, as it does in its right place. Paths are the client's, such as
+`messages[0].content[1].fsr_budget`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ _FIRST = frozenset("fF-_")
 _LONGEST = 32  # characters of a key; a longer one is nobody's slip
 # An Anthropic part that holds parts of its own, whose images are pruned like any other.
 _NESTING = "tool_result"
-_HOLDERS = ("image_url", "source")  # an image part's own object, in OpenAI's and in Anthropic's shape
+_HOLDERS = (
+    "image_url",
+    "source",
+)  # an image part's own object, in OpenAI's and in Anthropic's shape
 
 
 def meant(key: Any) -> str | None:
@@ -37,7 +42,9 @@ def is_ours(key: Any) -> bool:
 
 
 def misspelt(values: Any, where: str = "") -> FieldError | None:
-    """The first field of a mapping that carries ours under another name than its own; `where` leads to the mapping."""
+    """The first field of a mapping that carries ours under another name than its own; `where` leads
+    to the mapping.
+    """
     for key, value in values.items() if isinstance(values, dict) else ():
         if value is not None and (name := meant(key)) not in (None, key):
             return FieldError(where + key, f"{where + key} is not read: the field is called {name}")
@@ -54,9 +61,11 @@ def out_of_place(values: Any, where: str, why: str = "") -> FieldError | None:
 
 
 def in_messages(messages: Any, images: int, where: str = "messages") -> FieldError | None:
-    """The first field of ours in a message or a content part of a conversation, or of a list of conversations.
+    """The first field of ours in a message or a content part of a conversation, or of a list of
+    conversations.
 
-    After `images` images of a conversation nothing more of it is looked at: more than that the server refuses.
+    After `images` images of a conversation nothing more of it is looked at: more than that the
+    server refuses.
     """
     for place, entry in _entries(messages):
         path = f"{where}[{place}]"
@@ -87,7 +96,9 @@ def _in_message(message: Any, images: int, where: str) -> tuple[FieldError | Non
     return _in_parts(message.get("content"), images, f"{where}.content")
 
 
-def _in_parts(parts: Any, images: int, where: str, nested: bool = False) -> tuple[FieldError | None, int]:
+def _in_parts(
+    parts: Any, images: int, where: str, nested: bool = False
+) -> tuple[FieldError | None, int]:
     found = None
     for place, part in _entries(parts):
         if found is not None or images < 0:
@@ -96,7 +107,9 @@ def _in_parts(parts: Any, images: int, where: str, nested: bool = False) -> tupl
             continue
         kind = part.get("type")
         if kind == _NESTING and not nested and _first(part) is None:
-            found, images = _in_parts(part.get("content"), images, f"{where}[{place}].content", nested=True)
+            found, images = _in_parts(
+                part.get("content"), images, f"{where}[{place}].content", nested=True
+            )
             continue
         images -= "image" in kind if isinstance(kind, str) else "text" not in part
         for name in ("", *_HOLDERS):
@@ -115,8 +128,8 @@ def _first(values: Any) -> str | None:
 
 
 def _entries(values: Any) -> Iterator[tuple[int, Any]]:
-    """The entries of a list, up to one that is no object: token ids and texts are many. Other iterables might be
-    consumed by reading."""
+    """The entries of a list, up to one that is no object: token ids and texts are many. Other
+    iterables might be consumed by reading."""
     for place, value in enumerate(values if isinstance(values, (list, tuple)) else ()):
         if isinstance(value, (int, float, str)):
             return

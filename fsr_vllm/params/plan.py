@@ -1,4 +1,6 @@
-"""What happens to each image of a request: fields, defaults and totals resolved to integers before any hash."""
+"""What happens to each image of a request: fields, defaults and totals resolved to integers before
+any hash.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,17 @@ from .method import build_method
 from .request import RequestFields
 from .server import ServerSettings
 
-# Part of every pruned image's cache identity. Raise it whenever the same plan may keep other tokens than before,
-# so that KV blocks in external or persistent caches of older versions are not taken for current ones.
+# Part of every pruned image's cache identity. Raise it whenever the same plan may keep other tokens
+# than before, so that KV blocks in external or persistent caches of older versions are not taken
+# for current ones.
 SELECTION_VERSION = 2
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """What happens to one image: `keep` of `total` tokens by `method`; all that changes its rows is in here."""
+    """What happens to one image: `keep` of `total` tokens by `method`; all that changes its rows is
+    in here.
+    """
 
     total: int
     keep: int
@@ -53,7 +58,10 @@ def resolve(
     method = build_method(name, fields.fsr_options)
     options = json.dumps(asdict(method), sort_keys=True, separators=(",", ":"))
     missing = [signal for signal in method.required() if signal not in signals]
-    reads = {"relevance", "text"} & {*method.required(), *method.uses}  # where a question can come in
+    reads = {"relevance", "text"} & {
+        *method.required(),
+        *method.uses,
+    }  # where a question can come in
     asks = method.query_aware and not reads.isdisjoint(signals)
     plans = []
     for total, budget, question in zip(totals, budgets, questions, strict=True):
@@ -65,7 +73,8 @@ def resolve(
             continue
         if missing:
             raise FieldError(
-                "fsr_method", f"fsr_method {name!r} needs {', '.join(missing)}, which this server does not have"
+                "fsr_method",
+                f"fsr_method {name!r} needs {', '.join(missing)}, which this server does not have",
             )
         if excess := beyond_serving(method, total):
             raise FieldError("fsr_options", f"fsr_options: {excess}")

@@ -13,7 +13,8 @@ from .server import ServerSettings
 from .wording import cut, did_you_mean
 
 PREFIX = "fsr_"
-# Characters of a question that are read: a text tower runs once per 75 tokens, inside the engine's step.
+# Characters of a question that are read: a text tower runs once per 75 tokens, inside the engine's
+# step.
 MAX_QUESTION = 4096
 MAX_QUESTIONS = 64 * MAX_QUESTION  # of a list, all its entries together
 REQUEST_FIELDS = ("fsr_budget", "fsr_method", "fsr_question", "fsr_options")
@@ -31,12 +32,16 @@ class RequestFields(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], settings: ServerSettings) -> RequestFields:
-        """Validate fields against the registry and the server's bounds; null means absent; FieldError otherwise."""
+        """Validate fields against the registry and the server's bounds; null means absent;
+        FieldError otherwise.
+        """
         unknown = sorted(set(values) - set(REQUEST_FIELDS))
         if unknown:
             name = cut(unknown[0])
             near = did_you_mean(name, REQUEST_FIELDS)
-            raise FieldError(name, f"unknown field {name!r}; fsr fields are {', '.join(REQUEST_FIELDS)}{near}")
+            raise FieldError(
+                name, f"unknown field {name!r}; fsr fields are {', '.join(REQUEST_FIELDS)}{near}"
+            )
         for name, kind, text in (
             ("fsr_method", str, "the name of a method"),
             ("fsr_options", dict, "an object of the method's options"),
@@ -46,18 +51,29 @@ class RequestFields(BaseModel):
         question = values.get("fsr_question")
         texts: list[Any] = question if isinstance(question, list) else [question]
         if len(texts) > MAX_IMAGES:
-            raise FieldError("fsr_question", f"fsr_question may have {MAX_IMAGES} entries; got {len(texts)}")
+            raise FieldError(
+                "fsr_question", f"fsr_question may have {MAX_IMAGES} entries; got {len(texts)}"
+            )
         if question is not None and not all(isinstance(text, str) for text in texts):
-            raise FieldError("fsr_question", "fsr_question must be text, or a list with one text per image")
+            raise FieldError(
+                "fsr_question", "fsr_question must be text, or a list with one text per image"
+            )
         lengths = [len(text) for text in texts if text]
         if max(lengths, default=0) > MAX_QUESTION:
-            raise FieldError("fsr_question", f"fsr_question may have {MAX_QUESTION} characters; got {max(lengths)}")
+            raise FieldError(
+                "fsr_question",
+                f"fsr_question may have {MAX_QUESTION} characters; got {max(lengths)}",
+            )
         if sum(lengths) > MAX_QUESTIONS:
             raise FieldError(
-                "fsr_question", f"fsr_question may have {MAX_QUESTIONS:,} characters in all; got {sum(lengths):,}"
+                "fsr_question",
+                f"fsr_question may have {MAX_QUESTIONS:,} characters in all; got {sum(lengths):,}",
             )
         if any(text and readable(text) != text for text in texts):
-            raise FieldError("fsr_question", "fsr_question must be valid Unicode; it holds half of a surrogate pair")
+            raise FieldError(
+                "fsr_question",
+                "fsr_question must be valid Unicode; it holds half of a surrogate pair",
+            )
         try:
             fields = cls(**values)
         except ValidationError as error:

@@ -21,7 +21,9 @@ from .budget import (
 from .method import known_method, served_methods
 from .wording import cut, did_you_mean, shown
 
-CACHE_BYTES = 256 << 20  # about 200 images of a CLIP-L/336 tower in half precision, or 400 preprocessed ones
+CACHE_BYTES = (
+    256 << 20
+)  # about 200 images of a CLIP-L/336 tower in half precision, or 400 preprocessed ones
 SETTINGS_KEY = "fsr_settings"  # of the model config: how settings reach processors and workers
 HOW_TO_ACTIVATE = 'start the server with --plugin fsr (offline: additional_config={"fsr": {}}, or VLLM_PLUGINS=fsr)'
 DETAILS = ("low", "high", "auto", "original")  # every `image_url.detail` that OpenAI's API has
@@ -29,7 +31,9 @@ _FOUND = ("tokens_per_image",)  # what start-up finds, which is no option
 
 
 class ServerSettings(BaseModel):
-    """Options of one server (`--fsr-*`, or additional_config={"fsr": {...}}), the same in all its processes."""
+    """Options of one server (`--fsr-*`, or additional_config={"fsr": {...}}), the same in all its
+    processes.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -50,20 +54,27 @@ class ServerSettings(BaseModel):
         description="Largest budget a request may ask for. vLLM profiles memory with it, so more images fit; requests "
         'for more, "off" included, are refused.',
     )
-    method: str = Field("fsr", description="Method used when a request does not say. See `fsr-vllm methods`.")
+    method: str = Field(
+        "fsr", description="Method used when a request does not say. See `fsr-vllm methods`."
+    )
     text_encoder: str = Field(
         "auto",
         description="CLIP text tower for query relevance: auto, a path, a name or NAME@REVISION, llm, or none.",
     )
-    relevance_sign: Any = Field("auto", description="Sign of the tower's patch-text cosine: auto, 1 or -1.")
-    detail_budgets: dict[str, Any] = Field({}, description="Budgets for image_url.detail, e.g. '{\"low\": 64}'.")
+    relevance_sign: Any = Field(
+        "auto", description="Sign of the tower's patch-text cosine: auto, 1 or -1."
+    )
+    detail_budgets: dict[str, Any] = Field(
+        {}, description="Budgets for image_url.detail, e.g. '{\"low\": 64}'."
+    )
     feature_cache_bytes: int = Field(
         CACHE_BYTES,
         description="Vision features kept in each worker, so that a known image is not encoded again for another "
         "question, budget or method; 0 = off.",
     )
     pixel_cache_bytes: int = Field(
-        CACHE_BYTES, description="Preprocessed images kept in each API server, by image alone; 0 = off."
+        CACHE_BYTES,
+        description="Preprocessed images kept in each API server, by image alone; 0 = off.",
     )
     model_alias: bool = Field(
         False,
@@ -96,13 +107,17 @@ class ServerSettings(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> ServerSettings:
-        """Validated settings; FieldError names the option and, for an unknown one, those that exist."""
+        """Validated settings; FieldError names the option and, for an unknown one, those that
+        exist.
+        """
         known = cls.options()
         unknown = sorted(set(map(str, values)) - set(known))
         if unknown:
             name = cut(unknown[0])
             near = did_you_mean(name, known)
-            raise FieldError(f"fsr.{name}", f"unknown fsr option {name!r}; known: {', '.join(known)}{near}")
+            raise FieldError(
+                f"fsr.{name}", f"unknown fsr option {name!r}; known: {', '.join(known)}{near}"
+            )
         try:
             return cls(**values)
         except ValidationError as error:
@@ -130,7 +145,9 @@ class ServerSettings(BaseModel):
         value = whole(value)
         if type(value) is not int or not 1 <= value <= MAX_BUDGET:
             name = f"fsr.{info.field_name}"
-            raise FieldError(name, f"{name} must be an integer from 1 to {MAX_BUDGET:,}; got {shown(value)}")
+            raise FieldError(
+                name, f"{name} must be an integer from 1 to {MAX_BUDGET:,}; got {shown(value)}"
+            )
         return value
 
     @field_validator("feature_cache_bytes", "pixel_cache_bytes", mode="before")
@@ -141,18 +158,24 @@ class ServerSettings(BaseModel):
         value = whole(value)
         if type(value) is not int or not 0 <= value <= 1 << 40:
             name = f"fsr.{info.field_name}"
-            raise FieldError(name, f"{name} must be a number of bytes from 0 (off) to {1 << 40:,}; got {shown(value)}")
+            raise FieldError(
+                name,
+                f"{name} must be a number of bytes from 0 (off) to {1 << 40:,}; got {shown(value)}",
+            )
         return value
 
     @field_validator("method", mode="before")
     @classmethod
     def _check_method(cls, value: Any) -> str:
         if not isinstance(value, str):
-            raise FieldError("fsr.method", f"fsr.method must be the name of a method; got {shown(value)}")
+            raise FieldError(
+                "fsr.method", f"fsr.method must be the name of a method; got {shown(value)}"
+            )
         known_method(value, "fsr.method")
         if value not in (served := served_methods()):
             raise FieldError(
-                "fsr.method", f"fsr.method must be one of {', '.join(served)}; no server can give {value} its inputs"
+                "fsr.method",
+                f"fsr.method must be one of {', '.join(served)}; no server can give {value} its inputs",
             )
         return value
 
@@ -162,7 +185,11 @@ class ServerSettings(BaseModel):
         if value is False or value == "off":
             return "none"
         name, at, revision = value.rpartition("@") if isinstance(value, str) else ("", "", "")
-        if not isinstance(value, str) or not value.strip() or (at and not (name.strip() and revision.strip())):
+        if (
+            not isinstance(value, str)
+            or not value.strip()
+            or (at and not (name.strip() and revision.strip()))
+        ):
             raise FieldError(
                 "fsr.text_encoder",
                 f"fsr.text_encoder must be auto, a path, a name or NAME@REVISION, llm, or none; got {shown(value)}",
@@ -173,14 +200,20 @@ class ServerSettings(BaseModel):
     @classmethod
     def _check_sign(cls, value: Any) -> Any:
         if isinstance(value, bool) or str(value) not in ("auto", "1", "-1", "+1"):
-            raise FieldError("fsr.relevance_sign", f"fsr.relevance_sign must be auto, 1 or -1; got {shown(value)}")
+            raise FieldError(
+                "fsr.relevance_sign",
+                f"fsr.relevance_sign must be auto, 1 or -1; got {shown(value)}",
+            )
         return "auto" if value == "auto" else int(value)
 
     @field_validator("encoder_limit", mode="before")
     @classmethod
     def _check_encoder_limit(cls, value: Any) -> Any:
         if value not in ("unpruned", "kept"):
-            raise FieldError("fsr.encoder_limit", f"fsr.encoder_limit must be unpruned or kept; got {shown(value)}")
+            raise FieldError(
+                "fsr.encoder_limit",
+                f"fsr.encoder_limit must be unpruned or kept; got {shown(value)}",
+            )
         return value
 
     @field_validator("detail_budgets", mode="before")
@@ -191,7 +224,10 @@ class ServerSettings(BaseModel):
             return {}
         if not isinstance(value, Mapping) or not set(value) <= set(DETAILS):
             allowed = f"{', '.join(DETAILS[:-1])} or {DETAILS[-1]}"
-            raise FieldError(name, f'{name} must map {allowed} to a budget, as in {{"low": 64}}; got {shown(value)}')
+            raise FieldError(
+                name,
+                f'{name} must map {allowed} to a budget, as in {{"low": 64}}; got {shown(value)}',
+            )
         return {detail: _budget(budget, name) for detail, budget in value.items()}
 
     @field_validator("model_alias", "ignore", mode="before")
@@ -206,13 +242,20 @@ class ServerSettings(BaseModel):
     def _check_together(self) -> ServerSettings:
         low, high = self.min_budget, self.max_budget
         if low is not None and high is not None and low > high:
-            raise FieldError("fsr.min_budget", f"fsr.min_budget {low} must not exceed fsr.max_budget {high}")
-        for name, budget in (("budget", self.budget), *(("detail_budgets", b) for b in self.detail_budgets.values())):
+            raise FieldError(
+                "fsr.min_budget", f"fsr.min_budget {low} must not exceed fsr.max_budget {high}"
+            )
+        for name, budget in (
+            ("budget", self.budget),
+            *(("detail_budgets", b) for b in self.detail_budgets.values()),
+        ):
             if budget is not None:
                 self.check_bounds(budget, f"fsr.{name}")
         if self.adaptive is not None:
             if self.budget is not None:
-                raise FieldError("fsr.adaptive", "fsr.adaptive sets the default budget; leave fsr.budget out")
+                raise FieldError(
+                    "fsr.adaptive", "fsr.adaptive sets the default budget; leave fsr.budget out"
+                )
             for bound in self.adaptive_range or ():
                 self.check_bounds(bound, "fsr.adaptive")
         return self
@@ -224,7 +267,9 @@ class ServerSettings(BaseModel):
 
     @property
     def default_budget(self) -> Budget:
-        """What a request without a budget gets, without load: the server's default, else its maximum, else all."""
+        """What a request without a budget gets, without load: the server's default, else its
+        maximum, else all.
+        """
         if self.adaptive_range is not None:
             return self.adaptive_range[1]
         if self.budget is not None:
@@ -236,15 +281,20 @@ class ServerSettings(BaseModel):
         """Whether some request without fsr fields is pruned."""
         return self.default_budget != "off" or any(b != "off" for b in self.detail_budgets.values())
 
-    def check_bounds(self, budget: Budget, field: str = "fsr_budget", total: int | None = None) -> None:
-        """Refuse a budget outside the server's range. A share is judged once `total`, an image's tokens, is known; so
-        is "off", of which the most that an image can have is judged before."""
+    def check_bounds(
+        self, budget: Budget, field: str = "fsr_budget", total: int | None = None
+    ) -> None:
+        """Refuse a budget outside the server's range. A share is judged once `total`, an image's
+        tokens, is known; so is "off", of which the most that an image can have is judged before."""
         low, high = self.min_budget or 1, self.max_budget or MAX_BUDGET
         written = f'{field} "off"' if budget == "off" else f"{field} {budget}"
         if budget == "off" and total is None:
             total = self.tokens_per_image
             if total is None and self.max_budget is not None:
-                raise FieldError(field, f"{written} = all visual tokens of an image, {self._limit(field, 'maximum')}")
+                raise FieldError(
+                    field,
+                    f"{written} = all visual tokens of an image, {self._limit(field, 'maximum')}",
+                )
         if isinstance(budget, int):
             kept = budget
         elif total is None:
@@ -258,7 +308,9 @@ class ServerSettings(BaseModel):
             raise FieldError(field, f"{written}, {self._limit(field, 'minimum')}")
 
     def _limit(self, field: str, which: str) -> str:
-        """What a budget exceeds, in words: a request's exceeds the server's bound, an option's another option."""
+        """What a budget exceeds, in words: a request's exceeds the server's bound, an option's
+        another option.
+        """
         low, high = self.min_budget or 1, self.max_budget or MAX_BUDGET
         side, bound = ("above", high) if which == "maximum" else ("below", low)
         if field.startswith("fsr."):
@@ -275,13 +327,18 @@ def _budget(value: Any, name: str) -> Budget:
 def given_settings(additional_config: Any, named: bool) -> dict[str, Any] | None:
     """This server's fsr settings as given, unjudged; None while the plugin is not active.
 
-    `named`: whether VLLM_PLUGINS names the plugin. Errors: FieldError where additional_config["fsr"] is no object.
+    `named`: whether VLLM_PLUGINS names the plugin. Errors: FieldError where
+    additional_config["fsr"] is no object.
     """
     if not isinstance(additional_config, Mapping) or "fsr" not in additional_config:
         return {} if named else None
     given = additional_config["fsr"]
     if given is not None and not isinstance(given, Mapping):
-        hint = '; to switch the plugin off, leave it out, or give {"ignore": true}' if given is False else ""
+        hint = (
+            '; to switch the plugin off, leave it out, or give {"ignore": true}'
+            if given is False
+            else ""
+        )
         raise FieldError(
             "additional_config",
             f'additional_config["fsr"] must be an object of options; got {type(given).__name__}{hint}',

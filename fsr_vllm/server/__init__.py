@@ -1,4 +1,6 @@
-"""The HTTP side: attached to vLLM's FastAPI app by its endpoint-plugin group, so inside CORS and API-key auth."""
+"""The HTTP side: attached to vLLM's FastAPI app by its endpoint-plugin group, so inside CORS and
+API-key auth.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class FsrEndpointPlugin:
         app.add_middleware(FsrMiddleware)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Open the routes' way to the workers; show the default budget on /metrics where it follows the load."""
+        """Open the routes' way to the workers; show the default budget on /metrics where it follows
+        the load.
+        """
         from fsr_vllm import adaptive
         from fsr_vllm.server.explain import open_gate
 
@@ -34,7 +38,9 @@ class FsrEndpointPlugin:
         if monitor is None:
             return
         if engine_client is None:  # vLLM's render server
-            raise RuntimeError("fsr.adaptive needs an engine whose load it can follow; set fsr.budget instead")
+            raise RuntimeError(
+                "fsr.adaptive needs an engine whose load it can follow; set fsr.budget instead"
+            )
         from fsr_vllm.server import load_metrics
 
         load_metrics.publish(monitor)

@@ -1,8 +1,8 @@
-"""Model names with a budget behind them: `NAME@fsr128`, `NAME@fsr0.25`, `NAME@fsroff`, for clients that can set nothing
-but the model.
+"""Model names with a budget behind them: `NAME@fsr128`, `NAME@fsr0.25`, `NAME@fsroff`, for clients
+that can set nothing but the model.
 
-The suffix comes off before vLLM checks the name, so that an unknown model or adapter is vLLM's usual 404. A name that
-is served as it stands, suffix and all, keeps its own meaning.
+The suffix comes off before vLLM checks the name, so that an unknown model or adapter is vLLM's
+usual 404. A name that is served as it stands, suffix and all, keeps its own meaning.
 """
 
 from __future__ import annotations
@@ -38,19 +38,25 @@ def split(model_config: Any, request: Any) -> str | None:
 
 
 def accept(model_config: Any, suffix: str | None, unsupported: Callable[[Any], str | None]) -> None:
-    """Make the suffix the current request's budget; FieldError if it is none, or this model cannot have one."""
+    """Make the suffix the current request's budget; FieldError if it is none, or this model cannot
+    have one.
+    """
     _current.set(None)
     if suffix is None:
         return
     reason = unsupported(model_config)
     if reason:
-        raise FieldError("model", f"model: the name asks for a budget ({MARK}{suffix[:20]}), but {reason}")
+        raise FieldError(
+            "model", f"model: the name asks for a budget ({MARK}{suffix[:20]}), but {reason}"
+        )
     settings = ServerSettings.from_json(getattr(model_config.hf_config, SETTINGS_KEY))
     where = f"model: the budget behind {MARK}"
     try:
         value = parse_budget_text(suffix, where)
         if isinstance(value, list):
-            raise FieldError("model", f"model: one budget stands behind {MARK}; lists go into fsr_budget")
+            raise FieldError(
+                "model", f"model: one budget stands behind {MARK}; lists go into fsr_budget"
+            )
         settings.check_bounds(value, where, settings.tokens_per_image)
     except FieldError as error:
         raise FieldError("model", str(error)) from None

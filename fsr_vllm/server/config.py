@@ -1,4 +1,6 @@
-"""GET /v1/fsr/config: what this server allows and does by default, as its API server knows it: no worker is asked."""
+"""GET /v1/fsr/config: what this server allows and does by default, as its API server knows it: no
+worker is asked.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,20 @@ async def read_config(request: Request) -> dict[str, Any]:
 
 
 def described(model_config: Any, processor: Any) -> dict[str, Any]:
-    """The answer for a model config and the processor in this front end, which may be one that does not prune."""
+    """The answer for a model config and the processor in this front end, which may be one that does
+    not prune.
+    """
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
     why = getattr(processor, "fsr_unsupported", None) if text is not None else None
-    methods: list[str] = getattr(processor, "fsr_methods", list)() if text is not None and not why else []
-    answer: dict[str, Any] = {"object": "fsr.config", "version": __version__, "ignored": False, "prunes": bool(methods)}
+    methods: list[str] = (
+        getattr(processor, "fsr_methods", list)() if text is not None and not why else []
+    )
+    answer: dict[str, Any] = {
+        "object": "fsr.config",
+        "version": __version__,
+        "ignored": False,
+        "prunes": bool(methods),
+    }
     if text is None:
         return answer
     settings = ServerSettings.from_json(text)

@@ -24,18 +24,25 @@ def open_gate(engine_client: Any) -> WorkerGate:
 
 @router.get("/v1/fsr/methods")
 async def list_methods() -> dict[str, Any]:
-    """All registered methods with what they need, whether the question matters to them, and where they come from."""
+    """All registered methods with what they need, whether the question matters to them, and where
+    they come from.
+    """
     from fsr_vllm.methods import methods
 
-    return {"object": "list", "data": [{"id": name, **asdict(info)} for name, info in methods().items()]}
+    return {
+        "object": "list",
+        "data": [{"id": name, **asdict(info)} for name, info in methods().items()],
+    }
 
 
 @router.get("/v1/fsr/stats")
 async def read_stats(request: Request) -> Any:
-    """Counts of the API server that answers (there may be several) and of all workers; `fsr_vllm.stats` offline.
+    """Counts of the API server that answers (there may be several) and of all workers;
+    `fsr_vllm.stats` offline.
 
-    `workers` is at most a second old, and None where the workers' extension is not ours. `worker_calls` counts what
-    this server sent to its workers for routes like this one, and what it did not have to send or refused to.
+    `workers` is at most a second old, and None where the workers' extension is not ours.
+    `worker_calls` counts what this server sent to its workers for routes like this one, and what it
+    did not have to send or refused to.
     """
     _, processor = compat_caches.front_end(request.app)
     stats = getattr(processor, "fsr_stats", dict)
@@ -48,7 +55,9 @@ async def read_stats(request: Request) -> Any:
         return _unavailable(error)
     except Exception:  # another worker extension than ours, or the engine died meanwhile
         if gate.dead():
-            return _unavailable(Unavailable("the engine has died; this server is about to stop", None))
+            return _unavailable(
+                Unavailable("the engine has died; this server is about to stop", None)
+            )
         workers = None
     return {**stats(), "worker_calls": dict(gate.counts), "workers": workers}
 

@@ -1,7 +1,9 @@
-"""The one way from a route of ours to the workers: bounded, so that no number of clients can hold up the engine.
+"""The one way from a route of ours to the workers: bounded, so that no number of clients can hold
+up the engine.
 
-A worker answers between two steps of the engine, so each question delays everybody's next token. At most one is under
-way per API server, few wait for it, and the rest are sent away with 503. Pure asyncio; it knows neither vLLM nor HTTP.
+A worker answers between two steps of the engine, so each question delays everybody's next token. At
+most one is under way per API server, few wait for it, and the rest are sent away with 503. Pure
+asyncio; it knows neither vLLM nor HTTP.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ SHARED_SECONDS = 1.0  # how long an answer to a question without arguments serve
 
 
 class Unavailable(Exception):
-    """The workers cannot be asked now; `retry_after` (seconds) says when to come again, None: never."""
+    """The workers cannot be asked now; `retry_after` (seconds) says when to come again, None:
+    never.
+    """
 
     def __init__(self, message: str, retry_after: int | None) -> None:
         super().__init__(message)
@@ -38,9 +42,9 @@ class _Question:
 class WorkerGate:
     """Asks workers by `call(method, args)`, one question at a time, and never once `dead()`.
 
-    Only questions without arguments share an answer: while it is under way and for a second after it. A question whose
-    callers have all gone before it was sent is dropped; one that was sent is waited for, whoever has gone, and until a
-    late answer has come nothing else is sent.
+    Only questions without arguments share an answer: while it is under way and for a second after
+    it. A question whose callers have all gone before it was sent is dropped; one that was sent is
+    waited for, whoever has gone, and until a late answer has come nothing else is sent.
     """
 
     def __init__(
@@ -130,7 +134,9 @@ class WorkerGate:
                 raise  # the call's own
             self._check_engine()
             self.counts["late"] += 1
-            raise Unavailable(f"no answer of the workers within {self._timeout:g} s", round(self._timeout)) from None
+            raise Unavailable(
+                f"no answer of the workers within {self._timeout:g} s", round(self._timeout)
+            ) from None
         finally:
             question.callers -= 1
             if not question.callers and question.sent_at is None:

@@ -1,7 +1,8 @@
-"""A server that leaves the plugin aside (`--fsr-ignore`): what requests say to us is dropped, unread and unjudged.
+"""A server that leaves the plugin aside (`--fsr-ignore`): what requests say to us is dropped,
+unread and unjudged.
 
-Vanilla vLLM would refuse fields in mm_processor_kwargs, and model names with a budget behind them; all else of ours it
-ignores by itself.
+Vanilla vLLM would refuse fields in mm_processor_kwargs, and model names with a budget behind them;
+all else of ours it ignores by itself.
 """
 
 from __future__ import annotations

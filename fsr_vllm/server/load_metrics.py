@@ -11,7 +11,8 @@ from fsr_vllm.adaptive import LoadMonitor
 
 @functools.cache
 def _metrics() -> tuple[Gauge, Counter]:
-    # Made in the process that serves: with several API servers, values go into files of that process.
+    # Made in the process that serves: with several API servers, values go into files of that
+    # process.
     gauge = Gauge(
         "fsr_adaptive_budget",
         "Visual tokens per image that requests without a budget get now (several API servers: the least of them).",

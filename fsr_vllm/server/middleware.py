@@ -1,4 +1,6 @@
-"""Pure ASGI middleware: the budget in by request header, kept/total out by response header. It never reads a body."""
+"""Pure ASGI middleware: the budget in by request header, kept/total out by response header. It
+never reads a body.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ BUDGET_HEADER = misplaced.BUDGET_HEADER.encode()
 TOKENS_HEADER = b"x-fsr-visual-tokens"
 EXPOSE_HEADER = b"access-control-expose-headers"
 ADAPTIVE_HEADER = b"x-fsr-adaptive"
-# Ends of paths that are answered without the engine: however many of these there are, they are no load.
+# Ends of paths that are answered without the engine: however many of these there are, they are no
+# load.
 WITHOUT_ENGINE = ("/tokenize", "/detokenize", "/render", "/derender", "/count_tokens")
 
 
@@ -26,10 +29,15 @@ class FsrMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = [value.decode("latin-1") for name, value in scope["headers"] if name == BUDGET_HEADER]
+        headers = [
+            value.decode("latin-1") for name, value in scope["headers"] if name == BUDGET_HEADER
+        ]
         report = RequestReport(budget_header=", ".join(headers) if headers else None)
-        report.wrong_header = misplaced.in_headers(name.decode("latin-1") for name, _ in scope["headers"])
-        # A page of another origin reads only the headers that the answer names; vLLM's CORS middleware names none.
+        report.wrong_header = misplaced.in_headers(
+            name.decode("latin-1") for name, _ in scope["headers"]
+        )
+        # A page of another origin reads only the headers that the answer names; vLLM's CORS
+        # middleware names none.
         foreign = any(name == b"origin" for name, _ in scope["headers"])
 
         async def send_with_header(message: Any) -> None:
@@ -43,10 +51,12 @@ class FsrMiddleware:
                 message = {**message, "headers": [*message.get("headers", ()), *added]}
             await send(message)
 
-        # A variable of this task and its children: the endpoint, and whatever vLLM starts for it, see the same report.
+        # A variable of this task and its children: the endpoint, and whatever vLLM starts for it,
+        # see the same report.
         token = current_report.set(report)
-        # Load is counted once the body is there and means work (`RequestReport.count`): a socket that is held open and
-        # sends nothing costs its client nothing, and must not steer what others get.
+        # Load is counted once the body is there and means work (`RequestReport.count`): a socket
+        # that is held open and sends nothing costs its client nothing, and must not steer what
+        # others get.
         if scope.get("method") == "POST" and not scope.get("path", "").endswith(WITHOUT_ENGINE):
             report.monitor = adaptive.active()
         try:

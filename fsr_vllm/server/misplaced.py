@@ -1,7 +1,9 @@
-"""Fields of ours in a request's wrong place or spelling: refused with the place they belong to, never ignored.
+"""Fields of ours in a request's wrong place or spelling: refused with the place they belong to,
+never ignored.
 
-Looked at: the names at the top level and in the objects that people take for a place of extra fields, content parts,
-and the names of request headers. What was parsed is read where it lies: nothing is parsed twice or copied.
+Looked at: the names at the top level and in the objects that people take for a place of extra
+fields, content parts, and the names of request headers. What was parsed is read where it lies:
+nothing is parsed twice or copied.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ WRONG_PLACES = {
     "metadata": "",
     "chat_template_kwargs": "",
 }
-CONVERSATIONS = ("messages", "input", "inputs")  # chat and Anthropic; Responses and embeddings; Cohere's embeddings
+CONVERSATIONS = (
+    "messages",
+    "input",
+    "inputs",
+)  # chat and Anthropic; Responses and embeddings; Cohere's embeddings
 PARTS = "content_parts"  # vLLM's own, of rendered requests
 
 
 def in_body(request: Any, images: int) -> FieldError | None:
-    """The first of our fields that this request misplaces or misspells; `request` is a parsed model or a parsed body.
+    """The first of our fields that this request misplaces or misspells; `request` is a parsed model
+    or a parsed body.
 
     `images` is the number of images that the model takes in a prompt.
     """
@@ -45,7 +52,9 @@ def in_body(request: Any, images: int) -> FieldError | None:
 
 
 def in_headers(names: Iterable[str]) -> FieldError | None:
-    """The first header (lower case, as ASGI has them) that looks like ours and is not the one that is read."""
+    """The first header (lower case, as ASGI has them) that looks like ours and is not the one that
+    is read.
+    """
     for name in names:
         plain = name.replace("-", "").replace("_", "")
         if name != BUDGET_HEADER and (plain.startswith("xfsr") or meant(name)):

@@ -1,8 +1,9 @@
-"""fsr_* fields of every HTTP request, read off the parsed request before vLLM renders it: no second JSON parse.
+"""fsr_* fields of every HTTP request, read off the parsed request before vLLM renders it: no second
+JSON parse.
 
-They are validated here and passed on as mm_processor_kwargs, the channel that offline callers use themselves; what the
-conversation says (questions, details) is settled below, in `engine.conversation`. A request without fsr fields is
-left alone.
+They are validated here and passed on as mm_processor_kwargs, the channel that offline callers use
+themselves; what the conversation says (questions, details) is settled below, in
+`engine.conversation`. A request without fsr fields is left alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from fsr_vllm.params import (
 from fsr_vllm.server import alias, misplaced
 
 HEADER_FIELD = misplaced.BUDGET_HEADER
-# Request classes that may hold images and have a way of their own to the engine, where no field of ours is read.
+# Request classes that may hold images and have a way of their own to the engine, where no field of
+# ours is read.
 UNREAD = {
     "GenerateRequest": "images arrive rendered here; give the budget to the endpoint that renders them",
     "ScoringRequestMixin": "scoring endpoints do not prune",
@@ -39,11 +41,15 @@ UNREAD = {
 
 @dataclass
 class RequestReport:
-    """What one HTTP request asked for outside vLLM's request object, and what became of its visual tokens."""
+    """What one HTTP request asked for outside vLLM's request object, and what became of its visual
+    tokens.
+    """
 
     budget_header: str | None = None
     wrong_header: FieldError | None = None  # why a header that looks like ours is none
-    body: dict[str, Any] = field(default_factory=dict)  # fsr_* of a body whose request model drops them
+    body: dict[str, Any] = field(
+        default_factory=dict
+    )  # fsr_* of a body whose request model drops them
     kept: int = 0
     total: int = 0
     adaptive: int | None = None  # the budget that the load gave images the request named none for
@@ -51,7 +57,9 @@ class RequestReport:
     counted: bool = False
 
     def count(self) -> None:
-        """From now on the request is load: its body is read and parsed, and its model is one that is served here."""
+        """From now on the request is load: its body is read and parsed, and its model is one that
+        is served here.
+        """
         if self.monitor is not None and not self.counted:
             self.counted = True
             self.monitor.enter()
@@ -66,7 +74,8 @@ current_report: ContextVar[RequestReport | None] = ContextVar("fsr_report", defa
 
 
 def install(unsupported: Callable[[Any], str | None], model_alias: bool = False) -> None:
-    """Hook vLLM's serving surfaces, once per process; `unsupported` says why a model config's images cannot be pruned.
+    """Hook vLLM's serving surfaces, once per process; `unsupported` says why a model config's
+    images cannot be pruned.
 
     Errors: ValueError if names with a budget are to be served and this vLLM does not let them.
     """
@@ -75,7 +84,9 @@ def install(unsupported: Callable[[Any], str | None], model_alias: bool = False)
     compat_surfaces.wrap_pooling(hook.before_body, hook.after)
     compat_surfaces.wrap_foreign_bodies(hook.note)
     if not compat_surfaces.wrap_model_check(alias.split, hook.accept) and model_alias:
-        raise ValueError("fsr.model_alias: this version of vLLM checks model names where plugin fsr cannot help it")
+        raise ValueError(
+            "fsr.model_alias: this version of vLLM checks model names where plugin fsr cannot help it"
+        )
 
 
 class RequestHook:
@@ -91,13 +102,16 @@ class RequestHook:
         if values:
             others = getattr(request, "mm_processor_kwargs", None) or {}
             kwargs = {**{k: v for k, v in others.items() if not k.startswith(PREFIX)}, **values}
-            # Not a field of every request model; one that neither has it nor takes more has no images to prune.
+            # Not a field of every request model; one that neither has it nor takes more has no
+            # images to prune.
             takes_more = getattr(type(request), "model_config", {}).get("extra") == "allow"
             if takes_more or hasattr(request, "mm_processor_kwargs"):
                 request.mm_processor_kwargs = kwargs
 
     def before_body(self, renderer: Any, request: Any) -> None:
-        """`before` for a request whose model may drop what it does not know: `model_extra` is the whole body here."""
+        """`before` for a request whose model may drop what it does not know: `model_extra` is the
+        whole body here.
+        """
         self._search(renderer.model_config, request.model_extra)
         self.before(renderer, request)
 
@@ -122,32 +136,45 @@ class RequestHook:
         if report is None:
             return
         for engine_input in engine_inputs:
-            result = engine_input.get(compat_surfaces.RESULT_KEY, (0, 0)) if isinstance(engine_input, dict) else (0, 0)
+            result = (
+                engine_input.get(compat_surfaces.RESULT_KEY, (0, 0))
+                if isinstance(engine_input, dict)
+                else (0, 0)
+            )
             report.kept += result[0]
             report.total += result[1]
             if isinstance(engine_input, dict):
                 report.adaptive = engine_input.get(compat_surfaces.ADAPTIVE_KEY, report.adaptive)
 
     def accept(self, model_config: Any, request: Any, suffix: str | None) -> None:
-        """After vLLM knows the model: the budget behind its name, and fields that this endpoint cannot honour."""
+        """After vLLM knows the model: the budget behind its name, and fields that this endpoint
+        cannot honour.
+        """
         try:
             alias.accept(model_config, suffix, self.unsupported)
         except FieldError as error:
             raise compat.request_error(str(error), error.field) from None
         self._search(model_config, request)
         values = self._checked(model_config, request)
-        reason = next((UNREAD[kind.__name__] for kind in type(request).__mro__ if kind.__name__ in UNREAD), None)
+        reason = next(
+            (UNREAD[kind.__name__] for kind in type(request).__mro__ if kind.__name__ in UNREAD),
+            None,
+        )
         report = current_report.get()
         if values and reason:
             fallback = HEADER_FIELD if report and report.budget_header is not None else "model"
             name = min(body_fields(request), default=fallback)
-            raise compat.request_error(f"{name}: no budget can be given on this endpoint: {reason}", name)
+            raise compat.request_error(
+                f"{name}: no budget can be given on this endpoint: {reason}", name
+            )
         _count_load()
         if values and report is not None:
             report.body = values  # some endpoints render a request of their own making
 
     def _search(self, model_config: Any, request: Any) -> None:
-        """Refuse fields of ours in a wrong place or spelling; once per request, since its content parts are read."""
+        """Refuse fields of ours in a wrong place or spelling; once per request, since its content
+        parts are read.
+        """
         report = current_report.get()
         found = misplaced.in_body(request, compat_surfaces.image_limit(model_config))
         found = found or (report.wrong_header if report else None)
@@ -200,12 +227,16 @@ def _count_load() -> None:
 
 
 def body_fields(request: Any) -> dict[str, Any]:
-    """The fsr_* values of a parsed request: top level, mm_processor_kwargs or vllm_xargs; null counts as absent.
+    """The fsr_* values of a parsed request: top level, mm_processor_kwargs or vllm_xargs; null
+    counts as absent.
 
     Errors: FieldError when the same field stands in two places with different values.
     """
     report = current_report.get()
-    values = merged(_ours(getattr(request, "model_extra", None)), _ours(getattr(request, "mm_processor_kwargs", None)))
+    values = merged(
+        _ours(getattr(request, "model_extra", None)),
+        _ours(getattr(request, "mm_processor_kwargs", None)),
+    )
     values = merged(values, _from_xargs(getattr(request, "vllm_xargs", None)))
     return merged(values, report.body if report else {})
 
@@ -215,7 +246,9 @@ def merged(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
     for name in sorted(set(left) & set(right)):
         alike = left[name] == right[name] and type(left[name]) is type(right[name])
         if not alike and not (name == "fsr_budget" and same_budget(left[name], right[name])):
-            raise FieldError(name, f"{name} stands in two places of the request with different values")
+            raise FieldError(
+                name, f"{name} stands in two places of the request with different values"
+            )
     return {**right, **left}
 
 
@@ -225,18 +258,23 @@ def _ours(values: Any) -> dict[str, Any]:
 
 
 def _from_xargs(values: Any) -> dict[str, Any]:
-    """Fields in vLLM's own carrier of extra arguments, which holds no objects: fsr_options is JSON text there."""
+    """Fields in vLLM's own carrier of extra arguments, which holds no objects: fsr_options is JSON
+    text there.
+    """
     fields = _ours(values)
     if isinstance(fields.get("fsr_options"), str):
         try:
             fields["fsr_options"] = json.loads(fields["fsr_options"])
         except (ValueError, RecursionError):
-            raise FieldError("fsr_options", "fsr_options in vllm_xargs must be a JSON object, as text") from None
+            raise FieldError(
+                "fsr_options", "fsr_options in vllm_xargs must be a JSON object, as text"
+            ) from None
     return fields
 
 
 def with_header(values: dict[str, Any], header: str, settings: ServerSettings) -> dict[str, Any]:
-    """The body's fields with the budget of the `x-fsr-budget` header; FieldError where the two differ.
+    """The body's fields with the budget of the `x-fsr-budget` header; FieldError where the two
+    differ.
 
     A budget of the header alone is judged under the header's name, one of both under the body's.
     """
@@ -247,18 +285,23 @@ def with_header(values: dict[str, Any], header: str, settings: ServerSettings) -
     stated = values.get("fsr_budget", budget)
     if not same_budget(stated, budget):
         raise FieldError(
-            "fsr_budget", f"fsr_budget {shown(stated)} in the body differs from {shown(budget)} in {HEADER_FIELD}"
+            "fsr_budget",
+            f"fsr_budget {shown(stated)} in the body differs from {shown(budget)} in {HEADER_FIELD}",
         )
     return {**values, "fsr_budget": budget}
 
 
 def header_budget(text: str) -> Any:
-    """The budget of one or several `x-fsr-budget` lines, which HTTP joins by commas; FieldError where two differ."""
+    """The budget of one or several `x-fsr-budget` lines, which HTTP joins by commas; FieldError
+    where two differ.
+    """
     one, *others = dict.fromkeys(_lines(text))
     budget = parse_budget_text(one, HEADER_FIELD)
     for other in others:
         if not same_budget(parse_budget_text(other, HEADER_FIELD), budget):
-            raise FieldError(HEADER_FIELD, f"{HEADER_FIELD} is there more than once, with different budgets")
+            raise FieldError(
+                HEADER_FIELD, f"{HEADER_FIELD} is there more than once, with different budgets"
+            )
     return budget
 
 

@@ -1,4 +1,5 @@
-"""What methods score by: saliency of the vision tower, relevance to the question, and which text is the question.
+"""What methods score by: saliency of the vision tower, relevance to the question, and which text is
+the question.
 
 Pure torch: neither vLLM nor transformers is imported here, and nothing else of this package.
 """

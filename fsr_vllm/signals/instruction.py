@@ -1,14 +1,14 @@
 """Which text is the question of which image: read off the messages of an OpenAI-style chat request.
 
-The question of an image is the user's text from the image's own message up to the next assistant message, or, where
-there is none, the last text of the user before it (the image of a tool's result, or one sent after its question). So it
-is settled when the image is first answered: a longer conversation asks for the very same tokens again, and the KV
-prefix stays valid.
+The question of an image is the user's text from the image's own message up to the next assistant
+message, or, where there is none, the last text of the user before it (the image of a tool's result,
+or one sent after its question). So it is settled when the image is first answered: a longer
+conversation asks for the very same tokens again, and the KV prefix stays valid.
 
-Messages are dicts as the chat API has them. Content is read, never consumed: a one-shot iterator (validated requests
-can hold them) must be replaced by a list first, which is what `materialise` does. All work is bounded by the size of
-the messages, whatever the number of images: texts are read from their end, and images with one question share one
-string.
+Messages are dicts as the chat API has them. Content is read, never consumed: a one-shot iterator
+(validated requests can hold them) must be replaced by a list first, which is what `materialise`
+does. All work is bounded by the size of the messages, whatever the number of images: texts are read
+from their end, and images with one question share one string.
 """
 
 import sys
@@ -35,14 +35,18 @@ def count_images(messages: Iterable[Any], most: int = sys.maxsize) -> int:
 
 
 def image_questions(messages: Iterable[Any], longest: int = sys.maxsize) -> list[str]:
-    """One question per image of the conversation, in prompt order, of its last `longest` characters; "" where none is.
+    """One question per image of the conversation, in prompt order, of its last `longest`
+    characters; "" where none is.
 
-    Text parts, and user messages in a row, are joined by newlines and stripped. An image in a system or tool message
-    takes the user's text that follows it; that message's own text is not a question. Unknown parts are passed over.
+    Text parts, and user messages in a row, are joined by newlines and stripped. An image in a
+    system or tool message takes the user's text that follows it; that message's own text is not a
+    question. Unknown parts are passed over.
 
     Errors: TypeError for content that reading would consume; call `materialise` first.
     """
-    turns: list[list[tuple[Mapping[str, Any], int]]] = [[]]  # each begins with an assistant message, and holds images
+    turns: list[list[tuple[Mapping[str, Any], int]]] = [
+        []
+    ]  # each begins with an assistant message, and holds images
     for message in _mappings(messages):
         if message.get("role") == "assistant":
             turns.append([])
@@ -62,7 +66,9 @@ def image_questions(messages: Iterable[Any], longest: int = sys.maxsize) -> list
 
 
 def _asked_from(turn: Sequence[tuple[Mapping[str, Any], int]], longest: int) -> list[str]:
-    """Per message of a turn, the end of the user's text from there on; only as far back as an image needs it."""
+    """Per message of a turn, the end of the user's text from there on; only as far back as an image
+    needs it.
+    """
     result = [""] * len(turn)
     first = next((place for place, (_, images) in enumerate(turn) if images), len(turn))
     tail = ""
@@ -87,17 +93,25 @@ def _prepended(message: Mapping[str, Any], tail: str, longest: int) -> str:
 
 
 def image_details(messages: Iterable[Any]) -> list[str | None]:
-    """The `image_url.detail` of every image of the conversation, in prompt order; None where it is not given.
+    """The `image_url.detail` of every image of the conversation, in prompt order; None where it is
+    not given.
 
     Read inside `image_url`, or beside it, where the Responses API has it.
 
     Errors: TypeError for content that reading would consume; call `materialise` first.
     """
-    return [_detail(part) for message in _mappings(messages) for part in _parts(message) if _is_image(part)]
+    return [
+        _detail(part)
+        for message in _mappings(messages)
+        for part in _parts(message)
+        if _is_image(part)
+    ]
 
 
 def materialise(messages: Iterable[Any]) -> None:
-    """Replace every message content that is neither text nor a list by a list, in place: it can then be read twice."""
+    """Replace every message content that is neither text nor a list by a list, in place: it can
+    then be read twice.
+    """
     for message in _mappings(messages):
         content = message.get("content")
         if isinstance(content, Iterable) and not isinstance(content, (str, bytes, list, Mapping)):
@@ -117,7 +131,9 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
     if isinstance(content, Sequence):
         return content
     if isinstance(content, Iterable):
-        raise TypeError(f"message content is a one-shot {type(content).__name__}: call materialise() before reading it")
+        raise TypeError(
+            f"message content is a one-shot {type(content).__name__}: call materialise() before reading it"
+        )
     return ()
 
 
@@ -127,7 +143,9 @@ def _is_image(part: Any) -> bool:
     kind = part.get("type")
     if isinstance(kind, str) and kind in _IMAGE_TYPES:
         return True
-    return (kind is None or part.get("uuid") is not None) and any(key in part for key in _IMAGE_KEYS)
+    return (kind is None or part.get("uuid") is not None) and any(
+        key in part for key in _IMAGE_KEYS
+    )
 
 
 def _is_user(message: Mapping[str, Any]) -> bool:

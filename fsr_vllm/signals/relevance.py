@@ -1,9 +1,11 @@
-"""Relevance of patches to the question: FSR's equation (2), the cosine of a patch with the question's text embedding.
+"""Relevance of patches to the question: FSR's equation (2), the cosine of a patch with the
+question's text embedding.
 
-Two text sides: the CLIP text encoder that was trained with the tower (patches enter its joint space through the tower's
-own post layernorm and visual projection, as CDPruner does), or the language model's input embeddings where there is
-none. Returned maps are always higher = more relevant. OpenAI's CLIP towers have it the other way round for single
-patches (CDPruner's and TRIM's code negate as well), so the sign is settled here and no method needs to know.
+Two text sides: the CLIP text encoder that was trained with the tower (patches enter its joint space
+through the tower's own post layernorm and visual projection, as CDPruner does), or the language
+model's input embeddings where there is none. Returned maps are always higher = more relevant.
+OpenAI's CLIP towers have it the other way round for single patches (CDPruner's and TRIM's code
+negate as well), so the sign is settled here and no method needs to know.
 """
 
 import re
@@ -24,9 +26,11 @@ _PARTNERS = {
 
 
 def wrap_chunks(ids: Sequence[int], bos: int, eos: int, max_length: int = 77) -> list[list[int]]:
-    """Cut token ids without specials into pieces the text encoder can hold, each wrapped in BOS and EOS.
+    """Cut token ids without specials into pieces the text encoder can hold, each wrapped in BOS and
+    EOS.
 
-    CLIP pools at EOS, so a piece without one would be read at a meaningless place. No text: one chunk [bos, eos].
+    CLIP pools at EOS, so a piece without one would be read at a meaningless place. No text: one
+    chunk [bos, eos].
 
     Shapes: chunks of at most max_length ids, all but the last full.
     Errors: ValueError when max_length leaves no room for content.
@@ -39,29 +43,39 @@ def wrap_chunks(ids: Sequence[int], bos: int, eos: int, max_length: int = 77) ->
 
 
 def pool_chunks(embeds: Tensor) -> Tensor:
-    """One unit vector for a text of several chunks: the mean of the normalised chunk embeddings, normalised again.
+    """One unit vector for a text of several chunks: the mean of the normalised chunk embeddings,
+    normalised again.
 
     Shapes: (M, D) -> (D,) float32.
     Errors: ValueError for another shape or no chunk.
     """
     if embeds.ndim != 2 or embeds.shape[0] < 1:
-        raise ValueError(f"chunk embeddings must be (chunks, dim) with at least one chunk, got {tuple(embeds.shape)}")
+        raise ValueError(
+            f"chunk embeddings must be (chunks, dim) with at least one chunk, got {tuple(embeds.shape)}"
+        )
     return F.normalize(F.normalize(embeds.float(), dim=-1).mean(0), dim=-1)
 
 
 def clip_relevance(
-    features: Tensor, text: Tensor, post_layernorm: nn.LayerNorm, visual_projection: nn.Linear, sign: int
+    features: Tensor,
+    text: Tensor,
+    post_layernorm: nn.LayerNorm,
+    visual_projection: nn.Linear,
+    sign: int,
 ) -> Tensor:
-    """Cosine of patches and text in CLIP's joint space, times the tower's sign (FSR, equation (2); CDPruner's space).
+    """Cosine of patches and text in CLIP's joint space, times the tower's sign (FSR, equation (2);
+    CDPruner's space).
 
-    Layernorm and projection were trained on the last layer's [CLS] alone; no nearer joint space for patches exists.
+    Layernorm and projection were trained on the last layer's [CLS] alone; no nearer joint space for
+    patches exists.
 
     Shapes: features (B, N, Dv) of the tower, text (B, Dt) or (Dt,) -> (B, N) float32.
     Errors: ValueError for other shapes or a sign other than 1 and -1.
     """
     _check_sign(sign)
     _check_features(features, post_layernorm.normalized_shape[-1])
-    # In float32 although the modules may be half precision: a cosine's third digit decides which patch is kept.
+    # In float32 although the modules may be half precision: a cosine's third digit decides which
+    # patch is kept.
     normed = F.layer_norm(
         features.float(),
         post_layernorm.normalized_shape,
@@ -70,12 +84,15 @@ def clip_relevance(
         post_layernorm.eps,
     )
     bias = visual_projection.bias
-    joint = F.linear(normed, visual_projection.weight.float(), None if bias is None else bias.float())
+    joint = F.linear(
+        normed, visual_projection.weight.float(), None if bias is None else bias.float()
+    )
     return sign * _cosine(joint, text)
 
 
 def embedding_relevance(features: Tensor, text: Tensor, sign: int = 1) -> Tensor:
-    """Plain cosine of patches and text in one space: the fallback on the language model's own embeddings.
+    """Plain cosine of patches and text in one space: the fallback on the language model's own
+    embeddings.
 
     Shapes: features (B, N, D), text (B, D) or (D,) -> (B, N) float32.
     Errors: ValueError for other shapes or a sign other than 1 and -1.
@@ -88,8 +105,9 @@ def embedding_relevance(features: Tensor, text: Tensor, sign: int = 1) -> Tensor
 def relevance_sign(setting: str | int, encoder_name: str | None, config_sign: int | None) -> int:
     """The sign that makes a tower's patch-text cosine point at what the question means.
 
-    A setting of 1 or -1 is obeyed. "auto": what the encoder's config.json states (`fsr_relevance_sign`), else -1 for
-    OpenAI's CLIP towers, known by name (hub name, folder openai/clip-vit-*, or hub cache path), else 1.
+    A setting of 1 or -1 is obeyed. "auto": what the encoder's config.json states
+    (`fsr_relevance_sign`), else -1 for OpenAI's CLIP towers, known by name (hub name, folder
+    openai/clip-vit-*, or hub cache path), else 1.
 
     Errors: ValueError for any other setting or stated sign.
     """
@@ -101,16 +119,20 @@ def relevance_sign(setting: str | int, encoder_name: str | None, config_sign: in
         return int(setting)
     if config_sign is not None:
         if not _is_sign(config_sign):
-            raise ValueError(f"fsr_relevance_sign in the text encoder's config must be 1 or -1, got {config_sign!r}")
+            raise ValueError(
+                f"fsr_relevance_sign in the text encoder's config must be 1 or -1, got {config_sign!r}"
+            )
         return int(config_sign)
     return -1 if _is_openai_clip(encoder_name) else 1
 
 
 def known_partner(vision_config: object) -> str | None:
-    """Hub name of the CLIP checkpoint whose text side was trained with a tower of these sizes; None when not known.
+    """Hub name of the CLIP checkpoint whose text side was trained with a tower of these sizes; None
+    when not known.
 
-    Takes a mapping or an object with image_size, patch_size, hidden_size and num_hidden_layers. SigLIP and OpenCLIP
-    towers come in the same sizes, so a model type or activation that is not OpenAI's rules the partner out.
+    Takes a mapping or an object with image_size, patch_size, hidden_size and num_hidden_layers.
+    SigLIP and OpenCLIP towers come in the same sizes, so a model type or activation that is not
+    OpenAI's rules the partner out.
     """
 
     def get(name: str) -> object:
@@ -118,7 +140,10 @@ def known_partner(vision_config: object) -> str | None:
             return vision_config.get(name)
         return getattr(vision_config, name, None)
 
-    if get("model_type") not in (None, "clip_vision_model", "clip") or get("hidden_act") not in (None, "quick_gelu"):
+    if get("model_type") not in (None, "clip_vision_model", "clip") or get("hidden_act") not in (
+        None,
+        "quick_gelu",
+    ):
         return None
     sizes = (get("image_size"), get("patch_size"), get("hidden_size"), get("num_hidden_layers"))
     # Equality instead of a look-up: some configs give a size as a list, which cannot be a key.

@@ -28,10 +28,11 @@ def agreement(
     server_options: Sequence[str] = (),
     log: Path | None = None,
 ) -> dict[str, Any]:
-    """Ask all questions of the bench over HTTP for every method and budget, and count answers that differ.
+    """Ask all questions of the bench over HTTP for every method and budget, and count answers that
+    differ.
 
-    Methods run with their published defaults on both sides; the API computes in float32 on the CPU, the server with
-    `server_options` behind the demo's. `log` keeps the server's log.
+    Methods run with their published defaults on both sides; the API computes in float32 on the CPU,
+    the server with `server_options` behind the demo's. `log` keeps the server's log.
     """
     from fsr_vllm.demo import SERVE_OPTIONS, serve
 
@@ -53,10 +54,17 @@ def agreement(
     }
 
 
-def _compare(bench: Bench, method: str, budget: int, expected: list[str], answers: list[str]) -> dict[str, Any]:
+def _compare(
+    bench: Bench, method: str, budget: int, expected: list[str], answers: list[str]
+) -> dict[str, Any]:
     pairs = list(zip(expected, (answer.split() for answer in answers), strict=True))
     different = [
-        {"question": bench.items[row][1].text, "scene": bench.items[row][0], "api": word, "server": " ".join(said)}
+        {
+            "question": bench.items[row][1].text,
+            "scene": bench.items[row][0],
+            "api": word,
+            "server": " ".join(said),
+        }
         for row, (word, said) in enumerate(pairs)
         if not said or said[0] != word
     ]
@@ -71,7 +79,10 @@ async def _ask_all(bench: Bench, url: str, method: str, budget: int) -> list[str
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
     client = AsyncOpenAI(
-        base_url=url, api_key="unused", max_retries=0, http_client=DefaultAsyncHttpxClient(trust_env=False)
+        base_url=url,
+        api_key="unused",
+        max_retries=0,
+        http_client=DefaultAsyncHttpxClient(trust_env=False),
     )
     model = (await client.models.list()).data[0].id
     urls = dict.fromkeys(sorted({index for index, _ in bench.items}), "")
@@ -95,7 +106,11 @@ async def _ask_all(bench: Bench, url: str, method: str, budget: int) -> list[str
                 ],
                 max_tokens=3,
                 temperature=0,
-                extra_body={"fsr_budget": budget, "fsr_method": method, "fsr_options": {"preset": "paper"}},
+                extra_body={
+                    "fsr_budget": budget,
+                    "fsr_method": method,
+                    "fsr_options": {"preset": "paper"},
+                },
             )
         return response.choices[0].message.content or ""
 

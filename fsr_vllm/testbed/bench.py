@@ -1,7 +1,8 @@
-"""What a method costs in answers: a fixed set of questions, asked with the tokens that each method keeps.
+"""What a method costs in answers: a fixed set of questions, asked with the tokens that each method
+keeps.
 
-Everything runs through `fsr_vllm.get_method`, in float32, on the checkpoint that is shipped; the server, asked the
-same, answers the same (`evaluate --server`).
+Everything runs through `fsr_vllm.get_method`, in float32, on the checkpoint that is shipped; the
+server, asked the same, answers the same (`evaluate --server`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from .questions import FAMILIES, Question, ask, balanced
 from .scenes import GRID, PATCHES, render, scene
 
 GENERIC = "Describe the image."
-_SCENES_PER_QUESTION = 1.6  # scenes drawn per question wanted: some have nothing to ask about, answers are balanced
+_SCENES_PER_QUESTION = (
+    1.6  # scenes drawn per question wanted: some have nothing to ask about, answers are balanced
+)
 
 
 @dataclass
@@ -49,9 +52,13 @@ class Outcome:
 
 
 class Bench:
-    """`per_family` questions of every family about one split, and all signals of the pictures they are about."""
+    """`per_family` questions of every family about one split, and all signals of the pictures they
+    are about.
+    """
 
-    def __init__(self, split: str, per_family: int, folder: Path = SHIPPED, device: str = "cpu") -> None:
+    def __init__(
+        self, split: str, per_family: int, folder: Path = SHIPPED, device: str = "cpu"
+    ) -> None:
         clip, reader, self.wording, self.clip_tokenizer = load(folder)
         self.clip, self.reader, self.device = clip.to(device), reader.to(device), device
         self.batch = 64 if device == "cpu" else 512
@@ -60,9 +67,17 @@ class Bench:
         self.pictures = Pictures.of(split, count)
         self.items: list[tuple[int, Question]] = []
         for number, family in enumerate(FAMILIES):
-            asked = [ask(one, family, np.random.default_rng([7, number, one.index])) for one in self.pictures.scenes]
-            chosen = {id(question) for question in balanced([found for found in asked if found], per_family)}
-            self.items += [(index, found) for index, found in enumerate(asked) if found and id(found) in chosen]
+            asked = [
+                ask(one, family, np.random.default_rng([7, number, one.index]))
+                for one in self.pictures.scenes
+            ]
+            chosen = {
+                id(question)
+                for question in balanced([found for found in asked if found], per_family)
+            }
+            self.items += [
+                (index, found) for index, found in enumerate(asked) if found and id(found) in chosen
+            ]
         self._index()
         self.signals = self._signals()
         self._texts: dict[str, Tensor] = {}
@@ -72,7 +87,9 @@ class Bench:
     def _index(self) -> None:
         self.families = np.array([question.family for _, question in self.items])
         self.scene_of = np.array([index for index, _ in self.items])
-        self.answers = torch.tensor([self.wording.answer(question.answer) for _, question in self.items])
+        self.answers = torch.tensor(
+            [self.wording.answer(question.answer) for _, question in self.items]
+        )
 
     def subset(self, rows: np.ndarray) -> Bench:
         """A bench of some of the questions, by their numbers; it shares all signals."""
@@ -93,7 +110,9 @@ class Bench:
         return self._run(lambda rows, _: self.signals["features"][self._scenes(rows)])
 
     def oracle(self, budget: int) -> Outcome:
-        """Patches of what is asked about first, others at random: a ceiling that no method can know."""
+        """Patches of what is asked about first, others at random: a ceiling that no method can
+        know.
+        """
         draw = torch.Generator().manual_seed(0)
         chance = torch.rand(len(self.items), PATCHES, generator=draw)
         for row, (_, question) in enumerate(self.items):
@@ -102,14 +121,24 @@ class Bench:
         def rows_of(rows: np.ndarray, _: Outcome) -> Tensor:
             kept = chance[torch.from_numpy(rows)].topk(budget).indices.sort(-1).values
             features = self.signals["features"][self._scenes(rows)]
-            return features.gather(1, kept[..., None].expand(-1, -1, features.shape[2]).to(self.device))
+            return features.gather(
+                1, kept[..., None].expand(-1, -1, features.shape[2]).to(self.device)
+            )
 
         return self._run(rows_of)
 
     def method(
-        self, name: str, budget: int, options: dict[str, Any] | None = None, *, text: str = "", sign: int = 1
+        self,
+        name: str,
+        budget: int,
+        options: dict[str, Any] | None = None,
+        *,
+        text: str = "",
+        sign: int = 1,
     ) -> Outcome:
-        """One method; `text` instead of every question, `sign` on top of the tower's own are the controls."""
+        """One method; `text` instead of every question, `sign` on top of the tower's own are the
+        controls.
+        """
         method = get_method(name, **(options or {}))
         read = {*method.required(), *method.uses}
 
@@ -117,7 +146,9 @@ class Bench:
             kept: list[Tensor] = [torch.empty(0)] * len(rows)
             for places in self._alike(rows, read):
                 some = rows[places]
-                pruned = method.prune(self._tokens(some, read, name, text, sign), budget, validate=False)
+                pruned = method.prune(
+                    self._tokens(some, read, name, text, sign), budget, validate=False
+                )
                 self._count(outcome, pruned, budget)
                 for place, tokens in zip(places, pruned.tokens, strict=True):
                     kept[place] = tokens
@@ -125,7 +156,8 @@ class Bench:
 
         return self._run(rows_of)
 
-    # The way of a batch ---------------------------------------------------------------------------------------------
+    # The way of a batch
+    # ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _run(self, rows_of: Callable[[np.ndarray, Outcome], Tensor]) -> Outcome:
@@ -133,7 +165,11 @@ class Bench:
         for start in range(0, len(self.items), self.batch):
             rows = np.arange(start, min(start + self.batch, len(self.items)))
             texts = [self.items[row][1].text for row in rows]
-            best = next_words(self.reader, self.wording, rows_of(rows, outcome), texts).argmax(-1).cpu()
+            best = (
+                next_words(self.reader, self.wording, rows_of(rows, outcome), texts)
+                .argmax(-1)
+                .cpu()
+            )
             outcome.words += [self._words[token].removeprefix("Ġ") for token in best.tolist()]
             right.append((best == self.answers[start : start + self.batch]).numpy())
         outcome.right = np.concatenate(right)
@@ -150,22 +186,34 @@ class Bench:
             groups[len(self.wording.question(self.items[row][1].text))].append(place)
         return list(groups.values())
 
-    def _tokens(self, rows: np.ndarray, read: set[str], name: str, text: str, sign: int) -> VisualTokens:
+    def _tokens(
+        self, rows: np.ndarray, read: set[str], name: str, text: str, sign: int
+    ) -> VisualTokens:
         index = self._scenes(rows)
-        given: dict[str, Any] = {key: value[index] for key, value in self.signals.items() if key in read}
-        given |= {key: self.signals[f"{key}@{name}"][index] for key in read if key.startswith("shallow_")}
+        given: dict[str, Any] = {
+            key: value[index] for key, value in self.signals.items() if key in read
+        }
+        given |= {
+            key: self.signals[f"{key}@{name}"][index] for key in read if key.startswith("shallow_")
+        }
         questions = [text or self.items[row][1].text for row in rows]
         if "relevance" in read:
             embedded = torch.stack([self._text(question) for question in questions])
             vision = self.clip.vision_model
             projection = self.clip.visual_projection
             metric = self.signals["metric"][index]
-            given["relevance"] = sign * clip_relevance(metric, embedded, vision.post_layernorm, projection, self.sign)
+            given["relevance"] = sign * clip_relevance(
+                metric, embedded, vision.post_layernorm, projection, self.sign
+            )
         if "text" in read:
             ids = [self._ids(question) for question in questions]
-            given["text"] = self.reader.llama.model.embed_tokens(torch.tensor(ids, device=self.device))
+            given["text"] = self.reader.llama.model.embed_tokens(
+                torch.tensor(ids, device=self.device)
+            )
         if "probe" in read:
-            given["probe"] = probe(name, self.reader, self.wording, self.signals["features"][index], questions)
+            given["probe"] = probe(
+                name, self.reader, self.wording, self.signals["features"][index], questions
+            )
         if "grid" in read:
             given["grid"] = (GRID, GRID)
         if "frame_weights" in read:
@@ -180,7 +228,8 @@ class Bench:
         outcome.scan += float(pruned.num_scan.sum())
         outcome.merged += float(pruned.num_merged.sum())
 
-    # Signals --------------------------------------------------------------------------------------------------------
+    # Signals
+    # --------------------------------------------------------------------------------------------------------
 
     def _scenes(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.scene_of[rows]).to(self.device)
@@ -198,7 +247,12 @@ class Bench:
     @torch.inference_mode()
     def _signals(self) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = defaultdict(list)
-        for start in tqdm(range(0, len(self.pictures.scenes), self.batch), desc="signals", unit="batch", mininterval=1):
+        for start in tqdm(
+            range(0, len(self.pictures.scenes), self.batch),
+            desc="signals",
+            unit="batch",
+            mininterval=1,
+        ):
             inside = pixels(self.pictures.images[start : start + self.batch], self.device)
             for name, value in signals_of(self.clip, inside).items():
                 parts[name].append(value)
@@ -215,7 +269,9 @@ class Bench:
 
 def pool_of(jobs: int, device: str) -> ProcessPoolExecutor:
     """Worker processes that may use the device: CUDA does not survive a fork."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("fork" if device == "cpu" else "spawn"))
+    return ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    )
 
 
 def signals_of(clip: nn.Module, images: Tensor) -> dict[str, Tensor]:
@@ -235,7 +291,10 @@ def signals_of(clip: nn.Module, images: Tensor) -> dict[str, Tensor]:
         return cls_attention(*query_key(layer), towers.HEADS, scale) / towers.HEADS
 
     def received(layer: int) -> Tensor:
-        return received_attention(*query_key(layer), towers.HEADS, scale, 1, prefix_gives=True) / towers.HEADS
+        return (
+            received_attention(*query_key(layer), towers.HEADS, scale, 1, prefix_gives=True)
+            / towers.HEADS
+        )
 
     found = {
         "metric": states[-2][:, 1:],
@@ -247,7 +306,10 @@ def signals_of(clip: nn.Module, images: Tensor) -> dict[str, Tensor]:
         "last_query": query[:, 0],
         "last_key": key,
     }
-    for name, signal, form in (("hiprune", "shallow_received", received), ("vscan", "shallow_saliency", saliency)):
+    for name, signal, form in (
+        ("hiprune", "shallow_received", received),
+        ("vscan", "shallow_saliency", saliency),
+    ):
         layer = min(last, round(get_method(name).shallow_layer * towers.LAYERS / 24))
         found[f"{signal}@{name}"] = form(layer)
     return found
@@ -255,10 +317,11 @@ def signals_of(clip: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def codebook(clip: Any, reader: Any, count: int = 128) -> Tensor:
-    """A codebook for method "codebook", from training scenes: rows of patches that show background alone.
+    """A codebook for method "codebook", from training scenes: rows of patches that show background
+    alone.
 
-    The original finds redundant rows by asking a large language model about each; on scenes that we drew ourselves it
-    is known which rows show nothing that is asked about.
+    The original finds redundant rows by asking a large language model about each; on scenes that we
+    drew ourselves it is known which rows show nothing that is asked about.
     """
     rows = []
     for one in (scene("train", index) for index in range(count)):

@@ -46,7 +46,9 @@ class Pictures:
 
 
 def pixels(images: np.ndarray | Tensor, device: str | torch.device = "cpu") -> Tensor:
-    """CLIP's preprocessing of pictures that already have the tower's size: (B, H, W, 3) uint8 -> (B, 3, H, W)."""
+    """CLIP's preprocessing of pictures that already have the tower's size: (B, H, W, 3) uint8 ->
+    (B, 3, H, W).
+    """
     found = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
     scaled = found.to(device).float() / 255
     mean, std = (torch.tensor(values, device=device) for values in (CLIP_MEAN, CLIP_STD))

@@ -1,8 +1,9 @@
 """Accuracy per family and budget of every registered method: `python -m fsr_vllm.testbed.evaluate`.
 
-Rows: every method as published, every method that has something to tune as tuned on the validation split (`tune`),
-FSR as served, the oracle, and controls: the question replaced, the sign of relevance flipped, alpha = 0. The held-out
-questions are the same for all rows, so differences are paired. Writes accuracy.json, .md and .svg.
+Rows: every method as published, every method that has something to tune as tuned on the validation
+split (`tune`), FSR as served, the oracle, and controls: the question replaced, the sign of
+relevance flipped, alpha = 0. The held-out questions are the same for all rows, so differences are
+paired. Writes accuracy.json, .md and .svg.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Row:
 
 
 def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
-    """All lines: what is published, tuned and served, the oracle and the controls; `only` names methods."""
+    """All lines: what is published, tuned and served, the oracle and the controls; `only` names
+    methods.
+    """
     found = [Row(name, name) for name in methods()]
     for name, results in tuning.items():
         best = results[0]["options"]
@@ -71,7 +74,11 @@ def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
 
 def budgets_of(row: Row, budgets: Sequence[int]) -> list[int]:
     """Tuned rows and controls are run where they were tuned: at larger budgets rows hardly differ."""
-    return [budget for budget in budgets if row.kind in ("published", "served", "ceiling") or budget <= max(TUNED_AT)]
+    return [
+        budget
+        for budget in budgets
+        if row.kind in ("published", "served", "ceiling") or budget <= max(TUNED_AT)
+    ]
 
 
 def outcome(bench: Bench, row: Row, budget: int) -> Outcome:
@@ -81,14 +88,19 @@ def outcome(bench: Bench, row: Row, budget: int) -> Outcome:
     return bench.method(row.method, budget, row.options, text=row.text, sign=row.sign)
 
 
-def summarise(bench: Bench, row: Row, budget: int, found: Outcome, families: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    bench: Bench, row: Row, budget: int, found: Outcome, families: Sequence[str]
+) -> dict[str, Any]:
     """One row at one budget, as it is written: accuracies in per cent, standard errors over scenes."""
     present = [family for family in FAMILIES if family in bench.families]
-    by_family = {family: 100 * float(found.right[bench.families == family].mean()) for family in present}
+    by_family = {
+        family: 100 * float(found.right[bench.families == family].mean()) for family in present
+    }
     return asdict(row) | {
         "budget": budget,
         "mean": 100 * macro(found.right, bench.families, families),
-        "standard_error": 100 * standard_error(found.right, bench.families, bench.scene_of, families),
+        "standard_error": 100
+        * standard_error(found.right, bench.families, bench.scene_of, families),
         "families": by_family,
         "focus_share": found.focus_share,
         "scan": found.scan,
@@ -97,7 +109,9 @@ def summarise(bench: Bench, row: Row, budget: int, found: Outcome, families: Seq
 
 
 @functools.cache
-def _bench(split: str, per_family: int, folder: Path, device: str, families: tuple[str, ...]) -> Bench:
+def _bench(
+    split: str, per_family: int, folder: Path, device: str, families: tuple[str, ...]
+) -> Bench:
     """One per worker process."""
     return _about(Bench(split, per_family, folder, device), families)
 
@@ -107,7 +121,13 @@ def _about(bench: Bench, families: Sequence[str]) -> Bench:
 
 
 def _one(
-    split: str, per_family: int, folder: Path, device: str, families: tuple[str, ...], row: Row, budget: int
+    split: str,
+    per_family: int,
+    folder: Path,
+    device: str,
+    families: tuple[str, ...],
+    row: Row,
+    budget: int,
 ) -> Outcome:
     torch.set_num_threads(1)
     return outcome(_bench(split, per_family, folder, device, families), row, budget)
@@ -120,7 +140,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     lines = rows(tuning, args.methods)
     bench = Bench(args.split, args.per_family, args.model, args.device)
     full = bench.off()
-    majority, right = bench.majority(), {f: float(full.right[bench.families == f].mean()) for f in FAMILIES}
+    majority, right = (
+        bench.majority(),
+        {f: float(full.right[bench.families == f].mean()) for f in FAMILIES},
+    )
     families = admitted(right, majority, args.per_family)
     found: dict[tuple[str, int], Outcome] = {}
     source = (args.split, args.per_family, args.model, args.device)
@@ -130,7 +153,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             for row in lines
             for budget in budgets_of(row, args.budgets)
         }
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows", unit="row", mininterval=1):
+        for job in tqdm(
+            as_completed(jobs), total=len(jobs), desc="rows", unit="row", mininterval=1
+        ):
             found[jobs[job]] = job.result()
     full_row = Row("all tokens", "off", kind="ceiling")
     report: dict[str, Any] = {
@@ -150,24 +175,31 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             for reference in args.against:
                 if (reference, budget) in found and row.label != reference:
                     other = found[reference, budget]
-                    entry[f"against {reference}"] = compare(mine, other, bench.families, bench.scene_of, families)
+                    entry[f"against {reference}"] = compare(
+                        mine, other, bench.families, bench.scene_of, families
+                    )
             report["rows"].append(entry)
     report["seconds"] = round(time.monotonic() - started)
     return report
 
 
 def merged(old: dict[str, Any], new: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """An earlier report with the rows that were run anew, and without those that no longer exist; in order of labels.
+    """An earlier report with the rows that were run anew, and without those that no longer exist;
+    in order of labels.
 
     ValueError if the two are not about the same questions to the same model.
     """
     for key in ("split", "questions_per_family", "admitted", "majority", "full"):
         if json.dumps(old[key]) != json.dumps(new[key]):
-            raise ValueError(f"the earlier report is about something else: {key} was {old[key]}, is {new[key]}")
+            raise ValueError(
+                f"the earlier report is about something else: {key} was {old[key]}, is {new[key]}"
+            )
     rows: dict[tuple[str, Any], dict[str, Any]] = {}
     for entry in (*old["rows"], *new["rows"]):
         place = entry["label"], entry["budget"]
-        rows[place] = rows.get(place, {}) | entry  # comparisons with rows that were not run again stay
+        rows[place] = (
+            rows.get(place, {}) | entry
+        )  # comparisons with rows that were not run again stay
     order = sorted(rows, key=lambda key: (labels.index(key[0]) if key[0] in labels else -1, key[1]))
     again = dict.fromkeys([*old.get("again", []), new["command"]])
     return old | {"rows": [rows[key] for key in order if key[0] in labels], "again": list(again)}
@@ -179,19 +211,31 @@ def _command(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m fsr_vllm.testbed.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fsr_vllm.testbed.evaluate", description=__doc__
+    )
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--per-family", type=int, default=1000)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
-    parser.add_argument("--methods", nargs="*", default=[], help="methods or row labels; default: all")
-    parser.add_argument("--keep", action="store_true", help="leave other rows of the report that is there as they are")
+    parser.add_argument(
+        "--methods", nargs="*", default=[], help="methods or row labels; default: all"
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="leave other rows of the report that is there as they are",
+    )
     parser.add_argument("--against", nargs="*", default=["random", "cdpruner", "cdpruner (tuned)"])
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--tuning", type=Path, default=Path("benchmarks/results/tuning.json"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--server", action="store_true", help="instead: ask a running server too, and compare answers")
+    parser.add_argument(
+        "--server",
+        action="store_true",
+        help="instead: ask a running server too, and compare answers",
+    )
     parser.add_argument("--server-options", type=shlex.split, default=[], help="of that server")
     parser.add_argument("--server-log", type=Path, help="file that keeps its log")
     args = parser.parse_args(argv)
@@ -203,7 +247,9 @@ def main(argv: list[str] | None = None) -> int:
         per_family = min(args.per_family, 200)
         bench = Bench(args.split, per_family, args.model)
         result: dict[str, Any] = {"command": _command(args)}
-        result |= agreement(bench, args.model, server_options=args.server_options, log=args.server_log)
+        result |= agreement(
+            bench, args.model, server_options=args.server_options, log=args.server_log
+        )
         (args.output / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result, indent=2))
         return int(result["different"] > 0)

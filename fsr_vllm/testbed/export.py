@@ -1,4 +1,6 @@
-"""The trained testbed model as a LLaVA-1.5 checkpoint with its CLIP under text_encoder/, and back from there."""
+"""The trained testbed model as a LLaVA-1.5 checkpoint with its CLIP under text_encoder/, and back
+from there.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from .checkpoint import Weights, image_processor, save_checkpoint
 from .language import Reader, Wording
 from .questions import vocabulary
 from .scenes import PATCH, PATCHES, SIDE
-from .wording import CLIP_LENGTH, IMAGE, special_ids, write_clip_tokenizer, write_json, write_tokenizer
+from .wording import (
+    CLIP_LENGTH,
+    IMAGE,
+    special_ids,
+    write_clip_tokenizer,
+    write_json,
+    write_tokenizer,
+)
 
 TEXT_ENCODER = "text_encoder"
 SHIPPED = demo_model()
@@ -23,7 +32,9 @@ SHIPPED = demo_model()
 
 def tokenizers(folder: Path) -> tuple[Wording, Tokenizer]:
     """Write both tokenizers to where the checkpoint will stand; the language model's and CLIP's."""
-    return Wording(write_tokenizer(folder, vocabulary())), write_clip_tokenizer(folder / TEXT_ENCODER, vocabulary())
+    return Wording(write_tokenizer(folder, vocabulary())), write_clip_tokenizer(
+        folder / TEXT_ENCODER, vocabulary()
+    )
 
 
 def save_clip(folder: Path, model: CLIPModel, sign: int) -> None:
@@ -52,15 +63,26 @@ def save(folder: Path, model: CLIPModel, reader: Reader, wording: Wording) -> No
         "vision_feature_layer": -2, "tie_word_embeddings": False, "vision_config": vision,
         "text_config": text | special_ids(wording.tokenizer),
     }  # fmt: skip
-    weights = {f"vision_tower.{n}": t for n, t in model.state_dict().items() if n.startswith("vision_model.")}
-    weights |= {f"language_model.{name}": tensor for name, tensor in reader.llama.state_dict().items()}
+    weights = {
+        f"vision_tower.{n}": t
+        for n, t in model.state_dict().items()
+        if n.startswith("vision_model.")
+    }
+    weights |= {
+        f"language_model.{name}": tensor for name, tensor in reader.llama.state_dict().items()
+    }
     for linear in ("linear_1", "linear_2"):
         projector = getattr(reader, linear).state_dict()
-        weights |= {f"multi_modal_projector.{linear}.{name}": tensor for name, tensor in projector.items()}
+        weights |= {
+            f"multi_modal_projector.{linear}.{name}": tensor for name, tensor in projector.items()
+        }
     save_checkpoint(folder, config | selection, _half(weights))
     write_json(folder / "preprocessor_config.json", image_processor(vision))
     processor = {"patch_size": PATCH, "num_additional_image_tokens": 1, "image_token": IMAGE}
-    write_json(folder / "processor_config.json", {"processor_class": "LlavaProcessor"} | processor | selection)
+    write_json(
+        folder / "processor_config.json",
+        {"processor_class": "LlavaProcessor"} | processor | selection,
+    )
 
 
 def load(folder: Path = SHIPPED) -> tuple[CLIPModel, Reader, Wording, Tokenizer]:
@@ -70,7 +92,12 @@ def load(folder: Path = SHIPPED) -> tuple[CLIPModel, Reader, Wording, Tokenizer]
     reader = Reader(towers.WIDTH, wording.tokenizer.get_vocab_size(), 0)
     weights = load_file(folder / "model.safetensors")
     names = {"language_model.": "llama.", "multi_modal_projector.": ""}
-    mine = {new + n.removeprefix(old): t.float() for n, t in weights.items() for old, new in names.items() if old in n}
+    mine = {
+        new + n.removeprefix(old): t.float()
+        for n, t in weights.items()
+        for old, new in names.items()
+        if old in n
+    }
     reader.load_state_dict(mine)
     return model, reader.eval(), wording, clip_tokenizer
 
@@ -79,13 +106,17 @@ def load_clip(folder: Path) -> tuple[CLIPModel, Tokenizer]:
     """A saved CLIP in float32, and its tokenizer."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = towers.build(tokenizer, 0)
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})
+    model.load_state_dict(
+        {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    )
     return model.eval(), tokenizer
 
 
 def stated_sign(folder: Path = SHIPPED) -> int:
     """The relevance sign that a saved checkpoint states."""
-    return int(json.loads((folder / TEXT_ENCODER / "config.json").read_text())["fsr_relevance_sign"])
+    return int(
+        json.loads((folder / TEXT_ENCODER / "config.json").read_text())["fsr_relevance_sign"]
+    )
 
 
 def _vision(model: CLIPModel) -> dict[str, Any]:
@@ -95,7 +126,9 @@ def _vision(model: CLIPModel) -> dict[str, Any]:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Only what tells a tower from another; transformers' full dictionary differs from release to release."""
+    """Only what tells a tower from another; transformers' full dictionary differs from release to
+    release.
+    """
     kept = (
         "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
         "projection_dim", "layer_norm_eps", "image_size", "patch_size", "num_channels", "max_position_embeddings",

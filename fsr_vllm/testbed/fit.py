@@ -1,4 +1,6 @@
-"""The loop of both training stages: a schedule in steps, batches drawn from the step's number, saved as it goes."""
+"""The loop of both training stages: a schedule in steps, batches drawn from the step's number,
+saved as it goes.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,11 @@ def fit(
     warmup: int = 100,
     workers: int = 0,
 ) -> float:
-    """Train to `steps`; a run that was stopped goes on from `state`, to the same result. Returns seconds of training.
+    """Train to `steps`; a run that was stopped goes on from `state`, to the same result. Returns
+    seconds of training.
 
-    `draw` makes a step's batch from the step's number alone, in `workers` processes if there are any; `loss` takes it.
-    The rate follows a cosine after `warmup`.
+    `draw` makes a step's batch from the step's number alone, in `workers` processes if there are
+    any; `loss` takes it. The rate follows a cosine after `warmup`.
     """
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     start, before = 0, 0.0
@@ -41,13 +44,17 @@ def fit(
         for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(content)
         start, before = saved["step"], saved["seconds"]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading made new ones
+    groups = [
+        group for optimizer in optimizers for group in optimizer.param_groups
+    ]  # loading made new ones
     began = last = time.monotonic()
     batches = DataLoader(_Steps(draw, start, steps), batch_size=None, num_workers=workers)
     bar = tqdm(batches, desc=name, unit="step", initial=start, total=steps, mininterval=2)
     mean = None
     for step, batch in enumerate(bar, start):
-        factor = min(1.0, (step + 1) / warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        factor = min(1.0, (step + 1) / warmup) * (
+            0.02 + 0.49 * (1 + math.cos(math.pi * step / steps))
+        )
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * factor
         value = loss(batch)
@@ -90,10 +97,16 @@ def adamw(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimi
 
 
 def _save(
-    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, seconds: float, state: Path
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    seconds: float,
+    state: Path,
 ) -> None:
     """Write beside the old state, then take its place: a run that is killed here loses nothing."""
     content = {"module": module.state_dict(), "step": step, "seconds": seconds}
     unfinished = state.with_suffix(".part")
-    torch.save(content | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, unfinished)
+    torch.save(
+        content | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, unfinished
+    )
     unfinished.rename(state)

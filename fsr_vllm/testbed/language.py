@@ -1,7 +1,9 @@
-"""Second stage of the testbed's training: projector and language model read the frozen tower, on all tokens always.
+"""Second stage of the testbed's training: projector and language model read the frozen tower, on
+all tokens always.
 
-Pruned inputs are never trained on: what pruning costs is measured on a model that does not expect it. Many questions
-about a picture share one prefix: every question attends to the picture and to itself, with positions as if alone.
+Pruned inputs are never trained on: what pruning costs is measured on a model that does not expect
+it. Many questions about a picture share one prefix: every question attends to the picture and to
+itself, with positions as if alone.
 """
 
 from __future__ import annotations
@@ -25,11 +27,29 @@ from .wording import BOS, EOS, PAD
 WIDTH, LAYERS, HEADS = 128, 4, 4
 QUESTIONS_PER_PICTURE = 16
 LONGEST = 14  # tokens of a question with its answer, at most
-# How often each family is drawn in training: look-ups that take longest to be learned come most often.
-MIX = {"attribute": 3, "object": 4, "existence": 3, "digit": 3, "scene": 1, "count": 2, "relation": 3}
+# How often each family is drawn in training: look-ups that take longest to be learned come most
+# often.
+MIX = {
+    "attribute": 3,
+    "object": 4,
+    "existence": 3,
+    "digit": 3,
+    "scene": 1,
+    "count": 2,
+    "relation": 3,
+}
 # From two thirds of the steps on: what is known by then is only kept in mind.
-LATE_MIX = {"attribute": 1, "object": 1, "existence": 2, "digit": 8, "scene": 2, "count": 1, "relation": 6}
-_END_WEIGHT = 0.2  # of the end token in the loss, against 1 of the answer; the end is easily learned, yet must be
+LATE_MIX = {
+    "attribute": 1,
+    "object": 1,
+    "existence": 2,
+    "digit": 8,
+    "scene": 2,
+    "count": 1,
+    "relation": 6,
+}
+# of the end token in the loss, against 1 of the answer; the end is easily learned, yet must be
+_END_WEIGHT = 0.2
 
 
 class Reader(nn.Module):
@@ -93,7 +113,10 @@ class Wording:
 
 
 def draw(
-    scene: Scene, random: np.random.Generator, count: int = QUESTIONS_PER_PICTURE, late: bool = False
+    scene: Scene,
+    random: np.random.Generator,
+    count: int = QUESTIONS_PER_PICTURE,
+    late: bool = False,
 ) -> list[Question]:
     """Questions about a scene in the training mix; fewer where it has too little to ask about."""
     shares = np.array([(LATE_MIX if late else MIX)[family] for family in FAMILIES], float)
@@ -107,9 +130,11 @@ def draw(
 
 
 class Packed(NamedTuple):
-    """Questions about B pictures with their answers, side by side behind each picture; on the CPU, or as `loss` has it.
+    """Questions about B pictures with their answers, side by side behind each picture; on the CPU,
+    or as `loss` has it.
 
-    Every tensor but `places` is (B, L); `places` is (B, 2Q): where in L the answers and the ends are predicted.
+    Every tensor but `places` is (B, L); `places` is (B, 2Q): where in L the answers and the ends
+    are predicted.
     """
 
     ids: Tensor
@@ -121,13 +146,22 @@ class Packed(NamedTuple):
 
 
 def pack(wording: Wording, questions: Sequence[Sequence[Question]], length: int = 0) -> Packed:
-    """A row of `length` tokens for each picture; 0: as long as the longest one needs. ValueError: it needs more."""
-    rows = [[(*wording.question(one.text), wording.answer(one.answer)) for one in asked] for asked in questions]
+    """A row of `length` tokens for each picture; 0: as long as the longest one needs. ValueError:
+    it needs more.
+    """
+    rows = [
+        [(*wording.question(one.text), wording.answer(one.answer)) for one in asked]
+        for asked in questions
+    ]
     longest = max(sum(map(len, row)) for row in rows)
     if length and longest > length:
         raise ValueError(f"questions take {longest} tokens, more than {length}")
     shape, most = (len(rows), length or longest), 2 * max(QUESTIONS_PER_PICTURE, *map(len, rows))
-    ids, segment, position = torch.full(shape, wording.pad), torch.zeros(shape).long(), torch.zeros(shape).long()
+    ids, segment, position = (
+        torch.full(shape, wording.pad),
+        torch.zeros(shape).long(),
+        torch.zeros(shape).long(),
+    )
     places, wanted = (torch.zeros(len(rows), most).long() for _ in range(2))
     weight = torch.zeros(len(rows), most)
     for index, row in enumerate(rows):
@@ -146,7 +180,9 @@ def pack(wording: Wording, questions: Sequence[Sequence[Question]], length: int 
 
 
 class Loss(nn.Module):
-    """Cross-entropy of answers and ends, for (B, N, Dv) tower features and the packed questions about each picture."""
+    """Cross-entropy of answers and ends, for (B, N, Dv) tower features and the packed questions
+    about each picture.
+    """
 
     def __init__(self, reader: Reader, wording: Wording) -> None:
         super().__init__()
@@ -168,12 +204,16 @@ class Loss(nn.Module):
         device, batch = features.device, features.shape[0]
         embed = self.reader.llama.model.embed_tokens
         start = embed(self.head).expand(batch, -1, -1)
-        rows = torch.cat([start, self.reader.project(features).to(start.dtype), embed(asked.ids)], 1)
+        rows = torch.cat(
+            [start, self.reader.project(features).to(start.dtype), embed(asked.ids)], 1
+        )
         prefix = start.shape[1] + features.shape[1]
         block = F.pad(asked.segment, (prefix, 0))
         order = torch.arange(rows.shape[1], device=device)
         first = order < prefix
-        sees = (first[None, None, :] | (block[:, :, None] == block[:, None, :])) & (order[:, None] >= order[None, :])
+        sees = (first[None, None, :] | (block[:, :, None] == block[:, None, :])) & (
+            order[:, None] >= order[None, :]
+        )
         mask = torch.zeros(sees.shape, device=device, dtype=rows.dtype)
         mask = mask.masked_fill(~sees, torch.finfo(rows.dtype).min)[:, None]
         positions = torch.cat([order[:prefix].expand(batch, -1), prefix + asked.position], 1)
@@ -184,16 +224,26 @@ class Loss(nn.Module):
 
 @torch.inference_mode()
 def next_words(reader: Reader, wording: Wording, visual: Tensor, texts: Sequence[str]) -> Tensor:
-    """Logits of the first answer token, (B, V), for (B, K, D) projected rows (all, or what a method kept)."""
+    """Logits of the first answer token, (B, V), for (B, K, D) projected rows (all, or what a method
+    kept).
+    """
     ids = [wording.question(text) for text in texts]
     longest, head = max(map(len, ids)), torch.tensor(wording.head)
     embed, batch = reader.llama.model.embed_tokens, visual.shape[0]
-    padded = torch.tensor([[*row, *[wording.pad] * (longest - len(row))] for row in ids], device=visual.device)
+    padded = torch.tensor(
+        [[*row, *[wording.pad] * (longest - len(row))] for row in ids], device=visual.device
+    )
     start = embed(head.to(visual.device)).expand(batch, -1, -1)
     rows = torch.cat([start, visual, embed(padded)], 1)
-    # Padding stands at the end, where a causal model cannot look back from the tokens that are read.
+    # Padding stands at the end, where a causal model cannot look back from the tokens that are
+    # read.
     hidden = reader.llama.model(inputs_embeds=rows, use_cache=False).last_hidden_state
-    last = torch.tensor([len(row) for row in ids], device=visual.device) + len(head) + visual.shape[1] - 1
+    last = (
+        torch.tensor([len(row) for row in ids], device=visual.device)
+        + len(head)
+        + visual.shape[1]
+        - 1
+    )
     return reader.llama.lm_head(hidden[torch.arange(batch, device=visual.device), last])
 
 
@@ -205,12 +255,18 @@ def accuracy(
     result = {}
     for number, family in enumerate(FAMILIES):
         random = np.random.default_rng([seed, number])
-        asked = [(i, question) for i, one in enumerate(scenes) if (question := ask(one, family, random))]
+        asked = [
+            (i, question) for i, one in enumerate(scenes) if (question := ask(one, family, random))
+        ]
         right = 0
         for start in range(0, len(asked), 64):
             some = asked[start : start + 64]
             visual = reader.project(features[[i for i, _ in some]].float())
-            best = next_words(reader, wording, visual, [question.text for _, question in some]).argmax(-1).tolist()
+            best = (
+                next_words(reader, wording, visual, [question.text for _, question in some])
+                .argmax(-1)
+                .tolist()
+            )
             wanted = [wording.answer(question.answer) for _, question in some]
             right += sum(token == answer for token, answer in zip(best, wanted, strict=True))
         result[family] = right / len(asked)

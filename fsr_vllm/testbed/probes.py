@@ -1,4 +1,6 @@
-"""What the language model's second layer says about each visual token: the input of methods that probe it."""
+"""What the language model's second layer says about each visual token: the input of methods that
+probe it.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,16 @@ from torch import Tensor
 from .language import HEADS, WIDTH, Reader, Wording
 
 PROBES = ("fastv", "sparsevlm", "dart", "ivc")
-_LAYER = 1  # of four: the second layer, where FastV and DART look; IVC-Prune looks at the middle, which it is too
+# of four: the second layer, where FastV and DART look; IVC-Prune looks at the middle, which it is
+# too
+_LAYER = 1
 
 
-def probe(name: str, reader: Reader, wording: Wording, visual: Tensor, questions: Sequence[str]) -> Tensor:
-    """The probe that method `name` documents, for projected rows (B, N, D) and questions of equal length.
+def probe(
+    name: str, reader: Reader, wording: Wording, visual: Tensor, questions: Sequence[str]
+) -> Tensor:
+    """The probe that method `name` documents, for projected rows (B, N, D) and questions of equal
+    length.
 
     Errors: ValueError for a method that reads no probe.
     """
@@ -26,9 +33,14 @@ def probe(name: str, reader: Reader, wording: Wording, visual: Tensor, questions
     llama: Any = reader.llama.model
     device = visual.device
     ids = torch.tensor([wording.question(question) for question in questions], device=device)
-    asked = torch.tensor([len(wording.tokenizer.encode(q, add_special_tokens=False).ids) for q in questions])
+    asked = torch.tensor(
+        [len(wording.tokenizer.encode(q, add_special_tokens=False).ids) for q in questions]
+    )
     start = llama.embed_tokens(torch.tensor(wording.head, device=device)).expand(len(ids), -1, -1)
-    states = llama(inputs_embeds=torch.cat([start, visual, llama.embed_tokens(ids)], 1), output_hidden_states=True)
+    states = llama(
+        inputs_embeds=torch.cat([start, visual, llama.embed_tokens(ids)], 1),
+        output_hidden_states=True,
+    )
     hidden = states.hidden_states[_LAYER]
     block = llama.layers[_LAYER]
     normed = block.input_layernorm(hidden)

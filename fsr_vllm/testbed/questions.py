@@ -1,8 +1,8 @@
 """Questions about scenes, in the families of the paper's benchmarks, each with a one-word answer.
 
-attribute and object look one thing up by the other (GQA-like), existence is POPE-like (balanced; half of the absent
-things are near misses), digit is reading beside a named object (TextVQA-like), count and relation are yes/no and
-balanced, scene asks for the background.
+attribute and object look one thing up by the other (GQA-like), existence is POPE-like (balanced;
+half of the absent things are near misses), digit is reading beside a named object (TextVQA-like),
+count and relation are yes/no and balanced, scene asks for the background.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Question:
 
 
 def ask(scene: Scene, family: str, random: np.random.Generator) -> Question | None:
-    """A question of that family, or None where the scene has nothing to ask about. ValueError: unknown family."""
+    """A question of that family, or None where the scene has nothing to ask about. ValueError:
+    unknown family.
+    """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
     found = FAMILIES[family](scene, random)
@@ -38,22 +40,41 @@ def ask(scene: Scene, family: str, random: np.random.Generator) -> Question | No
 
 
 def good_english(text: str) -> str:
-    """The text with "an" where it has to stand. The models were trained on "a" alone, and understand both."""
+    """The text with "an" where it has to stand. The models were trained on "a" alone, and
+    understand both.
+    """
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
 def vocabulary() -> list[str]:
     """Every text that the questions and answers are made of, for the tokenizers."""
     nouns = [f"the {colour} {shape}?" for colour in COLOURS for shape in SHAPES]
-    fixed = ["What colour is", "Which shape is", "Which digit is beside", "What is the background?", "How big is"]
-    fixed += ["Is there more than one", "Is there a", *(f"Is it {relation}" for relation in RELATIONS)]
+    fixed = [
+        "What colour is",
+        "Which shape is",
+        "Which digit is beside",
+        "What is the background?",
+        "How big is",
+    ]
+    fixed += [
+        "Is there more than one",
+        "Is there a",
+        *(f"Is it {relation}" for relation in RELATIONS),
+    ]
     fixed += ["USER: ASSISTANT:", "and What How Which Is"]
     captions = [f"a {size} digit {digit} thing beside on" for digit in DIGITS for size in SIZES]
-    return [*nouns, *fixed * 9, *captions, *(f"and a {word}" for word in (*BACKGROUNDS, "yes", "no") * 4)]
+    return [
+        *nouns,
+        *fixed * 9,
+        *captions,
+        *(f"and a {word}" for word in (*BACKGROUNDS, "yes", "no") * 4),
+    ]
 
 
 def balanced(questions: list[Question], count: int) -> list[Question]:
-    """The first `count` questions in which no answer is more frequent than its fair share by more than needed."""
+    """The first `count` questions in which no answer is more frequent than its fair share by more
+    than needed.
+    """
     by_answer: dict[str, list[Question]] = {}
     for question in questions:
         by_answer.setdefault(question.answer, []).append(question)
@@ -92,12 +113,19 @@ def _existence(scene: Scene, random: np.random.Generator) -> Found:
         thing = _pick(scene.things, random)
         same = [other for other in scene.things if other.name == thing.name]
         return f"Is there a {thing.name}?", "yes", _of(*same)
-    colours, shapes = sorted({t.colour for t in scene.things}), sorted({t.shape for t in scene.things})
+    colours, shapes = (
+        sorted({t.colour for t in scene.things}),
+        sorted({t.shape for t in scene.things}),
+    )
     if random.random() < 0.5:  # near miss: half of the name is in the picture
         one = random.random() < 0.5
-        names = [f"{c} {s}" for c in (colours if one else COLOURS) for s in (SHAPES if one else shapes)]
+        names = [
+            f"{c} {s}" for c in (colours if one else COLOURS) for s in (SHAPES if one else shapes)
+        ]
     else:
-        names = [f"{c} {s}" for c in COLOURS for s in SHAPES if c not in colours and s not in shapes]
+        names = [
+            f"{c} {s}" for c in COLOURS for s in SHAPES if c not in colours and s not in shapes
+        ]
     absent = [name for name in names if name not in there]
     if not absent:
         return None
@@ -129,20 +157,33 @@ def _relation(scene: Scene, random: np.random.Generator) -> Found:
     single = _single(scene, lambda thing: thing.name)
     relation = RELATIONS[random.integers(4)]
     axis = 0 if relation in ("above", "below") else 1
-    pairs = [(a, b) for a in single for b in single if abs(a.box[axis] - b.box[axis]) >= 16 and a is not b]
+    pairs = [
+        (a, b)
+        for a in single
+        for b in single
+        if abs(a.box[axis] - b.box[axis]) >= 16 and a is not b
+    ]
     if not pairs:
         return None
     first, second = pairs[random.integers(len(pairs))]
     before = first.box[axis] < second.box[axis]
     true = before == (relation in ("left of", "above"))
-    return f"Is the {first.name} {relation} the {second.name}?", "yes" if true else "no", _of(first, second)
+    return (
+        f"Is the {first.name} {relation} the {second.name}?",
+        "yes" if true else "no",
+        _of(first, second),
+    )
 
 
 def _scene(scene: Scene, random: np.random.Generator) -> Found:
     if scene.background is None:
         return None
     covered = set(_of(*scene.things))
-    return "What is the background?", scene.background, tuple(p for p in range(PATCHES) if p not in covered)
+    return (
+        "What is the background?",
+        scene.background,
+        tuple(p for p in range(PATCHES) if p not in covered),
+    )
 
 
 FAMILIES: dict[str, Callable[[Scene, np.random.Generator], Found]] = {

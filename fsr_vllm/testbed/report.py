@@ -1,4 +1,5 @@
-"""The evaluation as a Markdown table and a plot; several of them, of models of other training seeds, as one table:
+"""The evaluation as a Markdown table and a plot; several of them, of models of other training
+seeds, as one table:
 
 python -m fsr_vllm.testbed.report accuracy.json accuracy-1.json accuracy-2.json > accuracy-seeds.md
 """
@@ -19,10 +20,14 @@ _SHOWN_LINES = 12  # of the plot: more cannot be told apart
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Tables by budget, best mean first; per cent right, differences in points with their 95 % interval."""
+    """Tables by budget, best mean first; per cent right, differences in points with their 95 %
+    interval.
+    """
     full, families = report["full"], report["admitted"]
     left_out = [family for family in FAMILIES if family not in families]
-    excluded = f" ({', '.join(left_out)} do not clearly beat their majority answer)" if left_out else ""
+    excluded = (
+        f" ({', '.join(left_out)} do not clearly beat their majority answer)" if left_out else ""
+    )
     lines = [
         "# Accuracy on the testbed", "",
         f"`{report['command']}`: {report['questions_per_family']:,} questions per family of the {report['split']} "
@@ -44,9 +49,17 @@ def markdown(report: dict[str, Any]) -> str:
     ])  # fmt: skip
     against = sorted({key for row in report["rows"] for key in row if key.startswith("against ")})
     for budget in dict.fromkeys(row["budget"] for row in report["rows"]):
-        rows = sorted((row for row in report["rows"] if row["budget"] == budget), key=lambda row: -row["mean"])
+        rows = sorted(
+            (row for row in report["rows"] if row["budget"] == budget), key=lambda row: -row["mean"]
+        )
         lines += ["", f"## {budget} of {PATCHES} tokens ({100 * budget / PATCHES:.0f} %)", ""]
-        head = ["row", "mean", *FAMILIES, *(key.replace("against", "−") for key in against), "K_F/K"]
+        head = [
+            "row",
+            "mean",
+            *FAMILIES,
+            *(key.replace("against", "−") for key in against),
+            "K_F/K",
+        ]
         lines += _table(head, [
             [
                 row["label"], f"{row['mean']:.1f} ± {row['standard_error']:.1f}",
@@ -56,8 +69,17 @@ def markdown(report: dict[str, Any]) -> str:
             ]
             for row in rows
         ])  # fmt: skip
-    options = [row for row in report["rows"] if row["options"] and row["budget"] == report["rows"][0]["budget"]]
-    lines += ["", "## Options", "", *_table(["row", "options"], [[r["label"], f"`{r['options']}`"] for r in options])]
+    options = [
+        row
+        for row in report["rows"]
+        if row["options"] and row["budget"] == report["rows"][0]["budget"]
+    ]
+    lines += [
+        "",
+        "## Options",
+        "",
+        *_table(["row", "options"], [[r["label"], f"`{r['options']}`"] for r in options]),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -68,7 +90,9 @@ def _again(report: dict[str, Any]) -> str:
 
 
 def seeds_markdown(reports: Sequence[dict[str, Any]], mine: str = "fsr (served)") -> str:
-    """Rows that all reports have: their mean in each, the mean of those, and how far `mine` is ahead of them."""
+    """Rows that all reports have: their mean in each, the mean of those, and how far `mine` is
+    ahead of them.
+    """
     shared = [{(row["label"], row["budget"]): row for row in report["rows"]} for report in reports]
     keys = [key for key in shared[0] if all(key in rows for rows in shared)]
     full = [report["full"]["mean"] for report in reports]
@@ -80,8 +104,17 @@ def seeds_markdown(reports: Sequence[dict[str, Any]], mine: str = "fsr (served)"
         f"{', '.join(f'{value:.1f}' for value in full)}.",
     ]  # fmt: skip
     for budget in dict.fromkeys(budget for _, budget in keys):
-        found = {label: [rows[label, budget]["mean"] for rows in shared] for label, b in keys if b == budget}
-        head = ["row", *(f"model {number}" for number in range(1, len(reports) + 1)), "mean", "ahead"]
+        found = {
+            label: [rows[label, budget]["mean"] for rows in shared]
+            for label, b in keys
+            if b == budget
+        }
+        head = [
+            "row",
+            *(f"model {number}" for number in range(1, len(reports) + 1)),
+            "mean",
+            "ahead",
+        ]
         table = [
             [label, *(f"{value:.1f}" for value in values), f"{fmean(values):.1f}",
              ", ".join(f"{own - value:+.1f}" for own, value in zip(found[mine], values, strict=True))]
@@ -92,7 +125,9 @@ def seeds_markdown(reports: Sequence[dict[str, Any]], mine: str = "fsr (served)"
 
 
 def plot(report: dict[str, Any], file: Path) -> None:
-    """Accuracy against tokens kept, one line per row; the best ones and the references have names. Needs matplotlib."""
+    """Accuracy against tokens kept, one line per row; the best ones and the references have names.
+    Needs matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -123,7 +158,9 @@ def plot(report: dict[str, Any], file: Path) -> None:
         elif label in ("oracle", "random"):
             style |= {"color": "black", "linestyle": "--" if label == "oracle" else ":"}
         axes.plot(*zip(*points, strict=True), label=label if label in named else None, **style)
-    axes.set(xlabel=f"visual tokens kept, of {PATCHES}", ylabel="per cent right, mean over families")
+    axes.set(
+        xlabel=f"visual tokens kept, of {PATCHES}", ylabel="per cent right, mean over families"
+    )
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     figure.tight_layout()

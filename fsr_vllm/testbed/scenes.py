@@ -1,8 +1,9 @@
-"""Scenes of the testbed: coloured shapes and handwritten digits on textures and photographs, drawn from a seed.
+"""Scenes of the testbed: coloured shapes and handwritten digits on textures and photographs, drawn
+from a seed.
 
-A scene is 96 x 96 pixels, 12 x 12 patches of 8 pixels, 16 cells of 3 x 3 patches. Everything is deterministic in
-(split, index). The splits share no seed, no digit image and no part of a photograph; one test scene in five stands on a
-photograph that no other split knows.
+A scene is 96 x 96 pixels, 12 x 12 patches of 8 pixels, 16 cells of 3 x 3 patches. Everything is
+deterministic in (split, index). The splits share no seed, no digit image and no part of a
+photograph; one test scene in five stands on a photograph that no other split knows.
 """
 
 from __future__ import annotations
@@ -32,14 +33,21 @@ _PHOTOS = {
 }  # fmt: skip
 _TEXTURES = ("stripes", "checks", "dots", "waves")
 BACKGROUNDS = (*_PHOTOS, *_TEXTURES)
-_UNSEEN = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # only under test scenes, never asked about
+_UNSEEN = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "rocket.jpg",
+)  # only under test scenes, never asked about
 # Which part of a photograph's width belongs to a split; strips between them belong to none.
 _STRIPS = {"train": (0.0, 0.5), "validation": (0.52, 0.75), "test": (0.77, 1.0)}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape, and the digit on the card beside it, if it has one; boxes are (top, left, bottom, right) in pixels."""
+    """One shape, and the digit on the card beside it, if it has one; boxes are (top, left, bottom,
+    right) in pixels.
+    """
 
     colour: str
     shape: str
@@ -72,18 +80,26 @@ class Scene:
 def patches(box: tuple[int, int, int, int]) -> list[int]:
     """Raster numbers of the patches of which a box covers at least half."""
     top, left, bottom, right = box
-    rows = [r for r in range(GRID) if min(bottom, (r + 1) * PATCH) - max(top, r * PATCH) >= PATCH / 2]
-    columns = [c for c in range(GRID) if min(right, (c + 1) * PATCH) - max(left, c * PATCH) >= PATCH / 2]
+    rows = [
+        r for r in range(GRID) if min(bottom, (r + 1) * PATCH) - max(top, r * PATCH) >= PATCH / 2
+    ]
+    columns = [
+        c for c in range(GRID) if min(right, (c + 1) * PATCH) - max(left, c * PATCH) >= PATCH / 2
+    ]
     return [r * GRID + c for r in rows for c in columns]
 
 
 def scene(split: str, index: int) -> Scene:
-    """The scene of that number: 4 to 7 shapes, up to 3 of them with a digit. ValueError for an unknown split."""
+    """The scene of that number: 4 to 7 shapes, up to 3 of them with a digit. ValueError for an
+    unknown split.
+    """
     random = _generator(split, index, 0)
     cells = [divmod(int(cell), 4) for cell in random.permutation(16)]
     count, cards, things = int(random.integers(4, 8)), int(random.integers(1, 4)), []
     kinds = [(str(random.choice(list(COLOURS))), str(random.choice(SHAPES))) for _ in range(count)]
-    if random.random() < 0.5:  # a second one of the same shape, so that counting has something to count
+    if (
+        random.random() < 0.5
+    ):  # a second one of the same shape, so that counting has something to count
         kinds[1] = (kinds[1][0], kinds[0][1])
     for colour, shape in kinds:
         row, column = cells.pop(0)
@@ -94,7 +110,16 @@ def scene(split: str, index: int) -> Scene:
             cards -= 1
         box = _box(row, column, SIZES[size], random)
         digit = DIGITS[random.integers(10)] if card else None
-        things.append(Thing(colour, shape, size, box, digit, _box(row, column + 1, 16, random, 0) if card else None))
+        things.append(
+            Thing(
+                colour,
+                shape,
+                size,
+                box,
+                digit,
+                _box(row, column + 1, 16, random, 0) if card else None,
+            )
+        )
         if not cells:
             break
     unseen = split == "test" and random.random() < 0.2
@@ -108,14 +133,19 @@ def render(scene: Scene) -> np.ndarray:
     picture = _background(scene, random)
     canvas = Image.fromarray(picture)
     draw = ImageDraw.Draw(canvas)
-    for _ in range(int(random.integers(0, 4))):  # clutter: short strokes of no colour that is asked about
+    for _ in range(
+        int(random.integers(0, 4))
+    ):  # clutter: short strokes of no colour that is asked about
         x, y = (int(v) for v in random.integers(0, SIDE - 12, 2))
         dx, dy = (int(v) for v in random.integers(3, 12, 2))
         draw.line((x, y, x + dx, y + dy), fill=(int(random.integers(40, 200)),) * 3, width=2)
     for thing in scene.things:
         _stamp(canvas, thing, random)
         if thing.digit and thing.card:
-            canvas.paste(_card(scene.split, DIGITS.index(thing.digit), random), (thing.card[1], thing.card[0]))
+            canvas.paste(
+                _card(scene.split, DIGITS.index(thing.digit), random),
+                (thing.card[1], thing.card[0]),
+            )
     noisy = np.asarray(canvas, np.float32) + random.normal(0, 4, (SIDE, SIDE, 3))
     return noisy.clip(0, 255).astype(np.uint8)
 
@@ -126,8 +156,12 @@ def _generator(split: str, index: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([SPLITS.index(split), index, stream])
 
 
-def _box(row: int, column: int, size: int, random: np.random.Generator, left: int | None = None) -> tuple:
-    """A box in a cell, on the patch grid but for a pixel: patches then hold all of a shape's part, or little of it."""
+def _box(
+    row: int, column: int, size: int, random: np.random.Generator, left: int | None = None
+) -> tuple:
+    """A box in a cell, on the patch grid but for a pixel: patches then hold all of a shape's part,
+    or little of it.
+    """
     room = (CELL - size) // PATCH
     down, right = (int(random.integers(0, room + 1)) * PATCH for _ in range(2))
     shift = [int(v) for v in random.integers(-1, 2, 2)] if size < CELL else [0, 0]
@@ -138,7 +172,9 @@ def _box(row: int, column: int, size: int, random: np.random.Generator, left: in
 
 
 def _stamp(canvas: Image.Image, thing: Thing, random: np.random.Generator) -> None:
-    """Draw a shape at four times its size and shrink it: smooth edges, and a dark rim that sets it off."""
+    """Draw a shape at four times its size and shrink it: smooth edges, and a dark rim that sets it
+    off.
+    """
     size = thing.box[2] - thing.box[0]
     mask, rim = _mask(thing.shape, size)
     colour = np.asarray(COLOURS[thing.colour]) + random.integers(-14, 15, 3)
@@ -190,7 +226,9 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, n: int, m: float) -> None
 
 @functools.cache
 def _digits(split: str) -> tuple[np.ndarray, ...]:
-    """The handwritten digits of a split, by value: the UCI test set that scikit-learn carries, 8 x 8 each."""
+    """The handwritten digits of a split, by value: the UCI test set that scikit-learn carries, 8 x
+    8 each.
+    """
     from sklearn.datasets import load_digits
 
     images, values = load_digits(return_X_y=True)
@@ -203,7 +241,10 @@ def _card(split: str, value: int, random: np.random.Generator) -> Image.Image:
     """A 16 x 16 card with one digit in dark ink."""
     pool = _digits(split)[value]
     ink = Image.fromarray((pool[random.integers(len(pool))] * (255 / 16)).astype(np.uint8))
-    card, ink = Image.new("L", (16, 16), int(random.integers(225, 250))), ink.resize((14, 14), Image.Resampling.BICUBIC)
+    card, ink = (
+        Image.new("L", (16, 16), int(random.integers(225, 250))),
+        ink.resize((14, 14), Image.Resampling.BICUBIC),
+    )
     place = (1, 1)
     if split == "train":  # a thousand digits are few: each comes turned and shifted a little
         ink = ink.rotate(random.uniform(-15, 15), Image.Resampling.BICUBIC)
@@ -219,7 +260,11 @@ def _background(scene: Scene, random: np.random.Generator) -> np.ndarray:
         grey = _texture(scene.background, random)
         picture = np.repeat(grey[..., None], 3, 2)
     else:
-        name = _PHOTOS[scene.background] if scene.background else _UNSEEN[random.integers(len(_UNSEEN))]
+        name = (
+            _PHOTOS[scene.background]
+            if scene.background
+            else _UNSEEN[random.integers(len(_UNSEEN))]
+        )
         picture = _crop(_photo(name), _STRIPS[scene.split], random)
     tint = random.uniform(0.85, 1.15, 3)
     level, contrast = random.uniform(95, 145), random.uniform(0.4, 0.65)
@@ -231,7 +276,9 @@ def _crop(photo: np.ndarray, strip: tuple[float, float], random: np.random.Gener
     left, right = int(strip[0] * width), int(strip[1] * width)
     side = int(min(random.uniform(80, 160), right - left, height))
     x, y = left + random.integers(right - left - side + 1), random.integers(height - side + 1)
-    crop = Image.fromarray(photo[y : y + side, x : x + side]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    crop = Image.fromarray(photo[y : y + side, x : x + side]).resize(
+        (SIDE, SIDE), Image.Resampling.BICUBIC
+    )
     return np.asarray(crop, np.float32)
 
 

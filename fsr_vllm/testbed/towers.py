@@ -1,13 +1,15 @@
 """First stage of the testbed's training: a CLIP, image tower and text tower together, from nothing.
 
-Three losses. The whole picture: [CLS] of the last layer against a caption of its objects alone, which makes [CLS] look
-at objects. Regions: patches of one thing, of its digit card or of the background, in the penultimate and the last
-layer, against short texts and against the very questions that are asked about it, which makes patch-text similarity
-point at what a text names. And hints: large towers know where a patch is and what stands beside it; so small a one
-keeps that only if it is asked to.
+Three losses. The whole picture: [CLS] of the last layer against a caption of its objects alone,
+which makes [CLS] look at objects. Regions: patches of one thing, of its digit card or of the
+background, in the penultimate and the last layer, against short texts and against the very
+questions that are asked about it, which makes patch-text similarity point at what a text names. And
+hints: large towers know where a patch is and what stands beside it; so small a one keeps that only
+if it is asked to.
 
-`plain` trains by none of these, but as CLIPs are: [CLS] alone against texts, here of what is cut out of a picture, in
-its place. Patch-text similarity then comes out inverted, as OpenAI's CLIP has it.
+`plain` trains by none of these, but as CLIPs are: [CLS] alone against texts, here of what is cut
+out of a picture, in its place. Patch-text similarity then comes out inverted, as OpenAI's CLIP has
+it.
 """
 
 from __future__ import annotations
@@ -30,14 +32,25 @@ from .scenes import COLOURS, DIGITS, GRID, PATCH, PATCHES, SHAPES, SIDE, Scene, 
 from .wording import CLIP_BOS, CLIP_EOS, CLIP_LENGTH
 
 WIDTH, TEXT_WIDTH, LAYERS, TEXT_LAYERS, HEADS, JOINT = 128, 128, 5, 2, 4, 96
-# What a linear reader, thrown away afterwards, should find in penultimate patches, and its number of values: of a thing
-# its colour and shape, of a card those of the thing beside it and the digit, of every patch its row and column.
-HINTS = {"colour": 8, "shape": 8, "card colour": 8, "card shape": 8, "digit": 10, "row": GRID, "column": GRID}
+# What a linear reader, thrown away afterwards, should find in penultimate patches, and its number
+# of values: of a thing its colour and shape, of a card those of the thing beside it and the digit,
+# of every patch its row and column.
+HINTS = {
+    "colour": 8,
+    "shape": 8,
+    "card colour": 8,
+    "card shape": 8,
+    "digit": 10,
+    "row": GRID,
+    "column": GRID,
+}
 _HINT_WEIGHT = 0.3
 CROP = 9  # patches: a cell of the scene
 _NAMED = re.compile(rf"(?:({'|'.join(COLOURS)})\b)? ?(?:\b({'|'.join(SHAPES)})\b)?")
 
-Region = tuple[int, Thing | None, bool, tuple[int, ...]]  # picture in the batch, thing or background, card?, patches
+Region = tuple[
+    int, Thing | None, bool, tuple[int, ...]
+]  # picture in the batch, thing or background, card?, patches
 
 
 def build(tokenizer: Tokenizer, seed: int) -> CLIPModel:
@@ -53,7 +66,11 @@ def build(tokenizer: Tokenizer, seed: int) -> CLIPModel:
         "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH, "projection_dim": JOINT,
     }  # fmt: skip
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=JOINT, initializer_factor=1.0))
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=text, vision_config=vision, projection_dim=JOINT, initializer_factor=1.0
+        )
+    )
     torch.nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.02)
     return model
 
@@ -66,7 +83,9 @@ def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def encode(model: CLIPModel, ids: Tensor) -> Tensor:
-    """Unit vectors of token ids (T, L) in the joint space, (T, 96); pooled at the first end token, as CLIP does."""
+    """Unit vectors of token ids (T, L) in the joint space, (T, 96); pooled at the first end token,
+    as CLIP does.
+    """
     ids = ids.to(model.device)
     hidden = model.text_model(input_ids=ids).last_hidden_state
     ends = (ids == model.config.text_config.eos_token_id).int().argmax(-1)
@@ -75,15 +94,20 @@ def encode(model: CLIPModel, ids: Tensor) -> Tensor:
 
 
 def look(model: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Joint-space vectors of [CLS] (last layer), (B, J), and of patches (penultimate, last), (2, B, N, J), not unit;
-    and the penultimate patches themselves, (B, N, 128)."""
+    """Joint-space vectors of [CLS] (last layer), (B, J), and of patches (penultimate, last), (2, B,
+    N, J), not unit; and the penultimate patches themselves, (B, N, 128)."""
     states = model.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
-    joint = [model.visual_projection(model.vision_model.post_layernorm(state)).float() for state in states[-2:]]
+    joint = [
+        model.visual_projection(model.vision_model.post_layernorm(state)).float()
+        for state in states[-2:]
+    ]
     return joint[1][:, 0], torch.stack([state[:, 1:] for state in joint]), states[-2][:, 1:]
 
 
 def crops(model: CLIPModel, images: Tensor, patch: Tensor) -> Tensor:
-    """Joint-space vectors of [CLS], last layer, where the tower is given some patches only: patch (R, P) -> (R, J)."""
+    """Joint-space vectors of [CLS], last layer, where the tower is given some patches only: patch
+    (R, P) -> (R, J).
+    """
     vision, rows = model.vision_model, model.vision_model.embeddings(images)
     cut = torch.cat([rows[patch[:, 0] // PATCHES, :1], rows[:, 1:].flatten(0, 1)[patch]], 1)
     hidden = vision.encoder(inputs_embeds=vision.pre_layrnorm(cut)).last_hidden_state
@@ -91,7 +115,9 @@ def crops(model: CLIPModel, images: Tensor, patch: Tensor) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """What a training step needs, on the CPU: worker processes make it. B pictures, R regions, T texts."""
+    """What a training step needs, on the CPU: worker processes make it. B pictures, R regions, T
+    texts.
+    """
 
     images: Tensor  # (B, 96, 96, 3) uint8
     captions: Tensor  # (B, L) token ids
@@ -103,32 +129,58 @@ class Batch(NamedTuple):
 
 
 def draw(
-    tokenizer: Tokenizer, data: Pictures, picks: np.ndarray, random: np.random.Generator, plain: bool = False
+    tokenizer: Tokenizer,
+    data: Pictures,
+    picks: np.ndarray,
+    random: np.random.Generator,
+    plain: bool = False,
 ) -> Batch:
-    """A batch of pictures with texts about them; `plain`: CROP patches per region, some twice where it is smaller."""
+    """A batch of pictures with texts about them; `plain`: CROP patches per region, some twice where
+    it is smaller.
+    """
     scenes = [data.scenes[index] for index in picks]
     images = np.array(data.images[picks])
     captions = [caption(one, random) for one in scenes]
     regions = [region for place, one in enumerate(scenes) for region in regions_of(place, one)]
-    texts = sorted({text for place, thing, card, _ in regions for text in describe(scenes[place], thing, card, random)})
-    truth = [[says(text, scenes[place], thing, card) for text in texts] for place, thing, card, _ in regions]
+    texts = sorted(
+        {
+            text
+            for place, thing, card, _ in regions
+            for text in describe(scenes[place], thing, card, random)
+        }
+    )
+    truth = [
+        [says(text, scenes[place], thing, card) for text in texts]
+        for place, thing, card, _ in regions
+    ]
     patch, region = [], []
     for row, (place, _, _, where) in enumerate(regions):
         if plain:
             chosen = random.choice(where, CROP, replace=len(where) < CROP).tolist()
         else:
-            # A region is the mean of its patches half of the time, else one patch: maps are read patch by patch later.
+            # A region is the mean of its patches half of the time, else one patch: maps are read
+            # patch by patch later.
             chosen = list(where) if random.random() < 0.5 else [where[random.integers(len(where))]]
         patch += [place * PATCHES + number for number in chosen]
         region += [row] * len(chosen)
-    read = tokens(tokenizer, captions), tokens(tokenizer, texts), torch.tensor(truth, dtype=torch.float32)
+    read = (
+        tokens(tokenizer, captions),
+        tokens(tokenizer, texts),
+        torch.tensor(truth, dtype=torch.float32),
+    )
     found = torch.tensor(patch), torch.tensor(region), labels_of(regions, len(scenes))
     return Batch(torch.from_numpy(images), *read, *found)
 
 
 def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) -> Tensor:
-    """The training loss of one batch; `hints` reads penultimate patches (B * N, 128) -> all of HINTS side by side."""
-    device, images, match = model.device, pixels(batch.images, model.device), batch.match.to(model.device)
+    """The training loss of one batch; `hints` reads penultimate patches (B * N, 128) -> all of
+    HINTS side by side.
+    """
+    device, images, match = (
+        model.device,
+        pixels(batch.images, model.device),
+        batch.match.to(model.device),
+    )
     scale = model.logit_scale.exp().clamp(max=50.0)
     if plain:
         seen = crops(model, images, batch.patch.view(-1, CROP).to(device))
@@ -136,7 +188,9 @@ def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) ->
         return _unlikely(similarity, match, -1).mean()
     cls, maps, patches_ = look(model, images)
     logits = scale * F.normalize(cls, dim=-1) @ encode(model, batch.captions).T
-    same = (batch.captions[:, None] == batch.captions[None]).all(-1).to(device)  # things may look alike
+    same = (
+        (batch.captions[:, None] == batch.captions[None]).all(-1).to(device)
+    )  # things may look alike
     target = same / same.sum(-1, keepdim=True)
     whole = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     region = batch.region.to(device)
@@ -146,7 +200,10 @@ def loss(model: CLIPModel, hints: torch.nn.Linear, batch: Batch, plain: bool) ->
     per_region, per_text = (_unlikely(similarity, match, side) for side in (-1, -2))
     told = hints(patches_.flatten(0, 1)).split(list(HINTS.values()), -1)
     labels = batch.labels.to(device)
-    missed = [F.cross_entropy(part, label, reduction="sum") for part, label in zip(told, labels, strict=True)]
+    missed = [
+        F.cross_entropy(part, label, reduction="sum")
+        for part, label in zip(told, labels, strict=True)
+    ]
     missing = (torch.stack(missed) / (labels >= 0).sum(-1).clamp(min=1)).sum()
     return 0.5 * whole + per_region.mean() + 0.5 * per_text.mean() + _HINT_WEIGHT * missing
 
@@ -172,27 +229,49 @@ def labels_of(regions: Sequence[Region], count: int) -> Tensor:
 
 
 def caption(scene: Scene, random: np.random.Generator) -> str:
-    """The objects of a scene in words, in random order; nothing about the background, or [CLS] would look at that."""
+    """The objects of a scene in words, in random order; nothing about the background, or [CLS]
+    would look at that.
+    """
     order = random.permutation(len(scene.things))
     return " and ".join(_full(scene.things[index]) for index in order)
 
 
 def regions_of(place: int, scene: Scene) -> list[Region]:
     """Every thing, every card, and the background of a scene."""
-    found: list[Region] = [(place, thing, False, tuple(patches(thing.box))) for thing in scene.things]
-    found += [(place, thing, True, tuple(patches(thing.card))) for thing in scene.things if thing.card]
+    found: list[Region] = [
+        (place, thing, False, tuple(patches(thing.box))) for thing in scene.things
+    ]
+    found += [
+        (place, thing, True, tuple(patches(thing.card))) for thing in scene.things if thing.card
+    ]
     covered = {patch for region in found for patch in region[3]}
-    return [*found, (place, None, False, tuple(patch for patch in range(PATCHES) if patch not in covered))]
+    return [
+        *found,
+        (place, None, False, tuple(patch for patch in range(PATCHES) if patch not in covered)),
+    ]
 
 
-def describe(scene: Scene, thing: Thing | None, card: bool, random: np.random.Generator) -> list[str]:
-    """Some of the texts that are true of a region: a short caption, and questions whose answer is seen there."""
+def describe(
+    scene: Scene, thing: Thing | None, card: bool, random: np.random.Generator
+) -> list[str]:
+    """Some of the texts that are true of a region: a short caption, and questions whose answer is
+    seen there.
+    """
     if thing is None:
         return ["What is the background?", *([scene.background] if scene.background else [])]
     if card:
         return [f"a digit {thing.digit}", f"Which digit is beside the {thing.name}?"]
-    captions = [f"a {thing.name}", f"a {thing.shape}", f"a {thing.colour} thing", f"a {_full(thing)}"]
-    questions = [f"What colour is the {thing.shape}?", f"Which shape is {thing.colour}?", f"Is there a {thing.name}?"]
+    captions = [
+        f"a {thing.name}",
+        f"a {thing.shape}",
+        f"a {thing.colour} thing",
+        f"a {_full(thing)}",
+    ]
+    questions = [
+        f"What colour is the {thing.shape}?",
+        f"Which shape is {thing.colour}?",
+        f"Is there a {thing.name}?",
+    ]
     questions += [f"Is there more than one {thing.shape}?", f"How big is the {thing.shape}?"]
     if thing.digit:
         questions.append(f"Which digit is beside the {thing.name}?")
@@ -212,12 +291,17 @@ def says(text: str, scene: Scene, thing: Thing | None, card: bool) -> bool:
         return False
     if ("small" in text or "big " in text.replace("How big ", "")) and thing.size not in text:
         return False
-    return any(colour in (None, thing.colour) and shape in (None, thing.shape) for colour, shape in _named(text))
+    return any(
+        colour in (None, thing.colour) and shape in (None, thing.shape)
+        for colour, shape in _named(text)
+    )
 
 
 @torch.no_grad()
 def gates(model: CLIPModel, tokenizer: Tokenizer, data: Pictures) -> dict[str, float]:
-    """Mean AUC of penultimate [CLS] attention on things, and of question relevance on what each question is about."""
+    """Mean AUC of penultimate [CLS] attention on things, and of question relevance on what each
+    question is about.
+    """
     attention: list[float] = []
     relevance: list[float] = []
     by_family: dict[str, list[float]] = {family: [] for family in FAMILIES if family != "scene"}
@@ -228,15 +312,21 @@ def gates(model: CLIPModel, tokenizer: Tokenizer, data: Pictures) -> dict[str, f
         maps = F.normalize(look(model, inside)[1][0], dim=-1)
         for place, one in enumerate(scenes):
             background = set(regions_of(0, one)[-1][3])
-            attention.append(auc(saliency[place], [p for p in range(PATCHES) if p not in background]))
+            attention.append(
+                auc(saliency[place], [p for p in range(PATCHES) if p not in background])
+            )
             for family in by_family:
                 question = ask(one, family, one.generator)
                 if question and question.targets:
-                    cosines = (maps[place] @ encode(model, tokens(tokenizer, [question.text]))[0]).cpu()
+                    cosines = (
+                        maps[place] @ encode(model, tokens(tokenizer, [question.text]))[0]
+                    ).cpu()
                     by_family[family].append(auc(cosines, list(question.targets)))
                     relevance.append(by_family[family][-1])
     result = {"cls_attention": float(np.mean(attention)), "relevance": float(np.mean(relevance))}
-    return result | {f"relevance_{family}": float(np.mean(values)) for family, values in by_family.items()}
+    return result | {
+        f"relevance_{family}": float(np.mean(values)) for family, values in by_family.items()
+    }
 
 
 @torch.no_grad()

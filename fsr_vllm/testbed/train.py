@@ -1,7 +1,9 @@
-"""Train the testbed's model: `python -m fsr_vllm.testbed.train`; on a CPU or a GPU, resumable, from fixed seeds.
+"""Train the testbed's model: `python -m fsr_vllm.testbed.train`; on a CPU or a GPU, resumable, from
+fixed seeds.
 
-Scenes, then CLIP's two towers, then (tower frozen) projector and language model on all tokens; the result is a
-LLaVA-1.5 checkpoint with its CLIP beside it. What it measures is written into the checkpoint's model card.
+Scenes, then CLIP's two towers, then (tower frozen) projector and language model on all tokens; the
+result is a LLaVA-1.5 checkpoint with its CLIP beside it. What it measures is written into the
+checkpoint's model card.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Recipe:
     plain: bool = False  # only a tower, by [CLS] alone: similarity of patches comes out inverted
 
 
-MINIATURE = Recipe(pictures=400, tower_steps=40, tower_batch=16, reader_steps=120, reader_batch=4, checked=40)
+MINIATURE = Recipe(
+    pictures=400, tower_steps=40, tower_batch=16, reader_steps=120, reader_batch=4, checked=40
+)
 PLAIN = Recipe(pictures=4000, tower_steps=1000, tower_batch=8, plain=True)
 GATES = {"cls_attention": 0.65, "relevance": 0.8}
 
@@ -52,7 +56,9 @@ GATES = {"cls_attention": 0.65, "relevance": 0.8}
 def train(
     recipe: Recipe, output: Path, work: Path, device: str, workers: int = 0, eager: bool = False
 ) -> dict[str, Any]:
-    """Run all stages that `work` does not hold yet; returns what the card reports. RuntimeError at a failed gate."""
+    """Run all stages that `work` does not hold yet; returns what the card reports. RuntimeError at
+    a failed gate.
+    """
     work.mkdir(parents=True, exist_ok=True)
     _check_same(recipe, work)
     wording, clip_tokenizer = tokenizers(output)
@@ -73,24 +79,45 @@ def train(
     both = torch.nn.ModuleList([clip, hints])
     optimizers = [adamw(list(both.parameters()), recipe.tower_rate)]
     state = work / "towers.pt"
-    seconds = {"towers": fit(both, optimizers, draw, loss, recipe.tower_steps, state, "towers", workers=workers)}
+    seconds = {
+        "towers": fit(
+            both, optimizers, draw, loss, recipe.tower_steps, state, "towers", workers=workers
+        )
+    }
     clip.eval().requires_grad_(False)
-    report: dict[str, Any] = {"recipe": asdict(recipe), "gates": towers.gates(clip, clip_tokenizer, held_out)}
+    report: dict[str, Any] = {
+        "recipe": asdict(recipe),
+        "gates": towers.gates(clip, clip_tokenizer, held_out),
+    }
     print("AUC:", "  ".join(f"{name} {value:.3f}" for name, value in report["gates"].items()))
     sign = 1 if report["gates"]["relevance"] >= 0.5 else -1
     save_clip(output / TEXT_ENCODER, clip, sign)
     if not recipe.plain:
-        reader = language.Reader(towers.WIDTH, wording.tokenizer.get_vocab_size(), recipe.seed).to(device)
-        seconds["reader"] = _train_reader(recipe, reader, wording, clip, data, work, device, workers, eager)
+        reader = language.Reader(towers.WIDTH, wording.tokenizer.get_vocab_size(), recipe.seed).to(
+            device
+        )
+        seconds["reader"] = _train_reader(
+            recipe, reader, wording, clip, data, work, device, workers, eager
+        )
         save(output, clip, reader, wording)
         # Measured on what was saved, in half precision as it is.
         clip, reader, wording, _ = load(output)
         features = _features(clip, held_out, None, "cpu")
         report["parameters"] = sum(p.numel() for part in (clip, reader) for p in part.parameters())
         report["accuracy"] = language.accuracy(reader, wording, features, held_out.scenes)
-        print("accuracy:", "  ".join(f"{family} {100 * value:.1f}" for family, value in report["accuracy"].items()))
+        print(
+            "accuracy:",
+            "  ".join(
+                f"{family} {100 * value:.1f}" for family, value in report["accuracy"].items()
+            ),
+        )
     where = device if device == "cpu" else torch.cuda.get_device_name(device)
-    report |= {"seconds": seconds, "sign": sign, "device": where, "threads": torch.get_num_threads()}
+    report |= {
+        "seconds": seconds,
+        "sign": sign,
+        "device": where,
+        "threads": torch.get_num_threads(),
+    }
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     if not recipe.plain:
         (output / "README.md").write_text(model_card(report))
@@ -112,11 +139,14 @@ def _train_reader(
     matrices = [p for name, p in reader.named_parameters() if p.ndim == 2 and ".layers." in name]
     rest = [p for name, p in reader.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
     # Muon for the matrices, as its authors advise; embeddings, norms and projector by AdamW.
-    muon = torch.optim.Muon(matrices, lr=recipe.reader_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        matrices, lr=recipe.reader_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+    )
     on_gpu = device != "cpu"
     if on_gpu:
         features = features.to(device)
-    # A step of so small a model is all launches: on a GPU its shapes are fixed and it is replayed as a graph.
+    # A step of so small a model is all launches: on a GPU its shapes are fixed and it is replayed
+    # as a graph.
     length = language.QUESTIONS_PER_PICTURE * language.LONGEST if on_gpu else 0
     look: Any = language.Loss(reader, wording).to(device)
 
@@ -138,7 +168,9 @@ def _train_reader(
         return look(*inputs(batch))
 
     optimizers, state = [muon, adamw(rest, recipe.reader_rate)], work / "reader.pt"
-    return fit(reader, optimizers, draw, loss, recipe.reader_steps, state, "reader", workers=workers)
+    return fit(
+        reader, optimizers, draw, loss, recipe.reader_steps, state, "reader", workers=workers
+    )
 
 
 @torch.no_grad()
@@ -163,25 +195,39 @@ def _check_same(recipe: Recipe, work: Path) -> None:
     """A work folder belongs to one recipe: going on from another one's states would mix two runs."""
     file, mine = work / "recipe.json", json.dumps(asdict(recipe), sort_keys=True)
     if file.exists() and file.read_text() != mine:
-        raise ValueError(f"{work} holds a run with another recipe ({file.read_text()}); give another --work")
+        raise ValueError(
+            f"{work} holds a run with another recipe ({file.read_text()}); give another --work"
+        )
     file.write_text(mine)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status, 1 where a gate or the recipe was not met."""
     parser = argparse.ArgumentParser(prog="python -m fsr_vllm.testbed.train", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("out/testbed"), help="folder of the checkpoint")
-    parser.add_argument("--work", type=Path, help="folder of states to resume from (default: OUTPUT-work)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/testbed"), help="folder of the checkpoint"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder of states to resume from (default: OUTPUT-work)"
+    )
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
-    parser.add_argument("--miniature", action="store_true", help="two minutes, to prove the script; learns little")
+    parser.add_argument(
+        "--miniature", action="store_true", help="two minutes, to prove the script; learns little"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) // 2))
-    parser.add_argument("--workers", type=int, help="processes that draw batches (default: 0, on a GPU 4)")
-    parser.add_argument("--eager", action="store_true", help="on a GPU: no replay of the reader's step as a graph")
+    parser.add_argument(
+        "--workers", type=int, help="processes that draw batches (default: 0, on a GPU 4)"
+    )
+    parser.add_argument(
+        "--eager", action="store_true", help="on a GPU: no replay of the reader's step as a graph"
+    )
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         if field.name == "plain":
-            parser.add_argument(flag, action="store_true", help="two minutes: only a tower, inverted")
+            parser.add_argument(
+                flag, action="store_true", help="two minutes: only a tower, inverted"
+            )
         else:
             parser.add_argument(flag, type=type(field.default), help=f"default: {field.default}")
     args = parser.parse_args(argv)
@@ -200,7 +246,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    failed = {name: report["gates"][name] for name, least in GATES.items() if report["gates"][name] < least}
+    failed = {
+        name: report["gates"][name]
+        for name, least in GATES.items()
+        if report["gates"][name] < least
+    }
     if failed and not (args.miniature or recipe.plain):
         print(f"error: the tower misses its gates {GATES}: {failed}", file=sys.stderr)
         return 1

@@ -1,9 +1,10 @@
-"""Hyper-parameters of every method, on the validation split: the same number of tries for each, then the best one.
+"""Hyper-parameters of every method, on the validation split: the same number of tries for each,
+then the best one.
 
-`python -m fsr_vllm.testbed.tune` writes benchmarks/results/tuning.json; `evaluate` reads it. The first try of a method
-is its published default, the others are drawn from `SPACE` by a fixed seed. All tries are run on a part of the
-questions, the better half of them on three times as many, the best quarter on all; what is compared is the mean over
-families and budgets.
+`python -m fsr_vllm.testbed.tune` writes benchmarks/results/tuning.json; `evaluate` reads it. The
+first try of a method is its published default, the others are drawn from `SPACE` by a fixed seed.
+All tries are run on a part of the questions, the better half of them on three times as many, the
+best quarter on all; what is compared is the mean over families and budgets.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from .stats import macro
 
 TRIES = 24
 BUDGETS = (16, 32)
-# Values worth trying, by method and option. What is not here has nothing to tune, or nothing on one small grid.
+# Values worth trying, by method and option. What is not here has nothing to tune, or nothing on one
+# small grid.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
     "fsr": {
         "alpha": (3.0, 5.0), "max_focus_share": (0.06, 0.12, 0.25, 0.5), "refine": ("phi", "off"),
@@ -54,7 +56,9 @@ SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def tries(method: str, count: int = TRIES) -> list[dict[str, Any]]:
-    """The published default ({}), then options drawn without repetition; fewer where the space holds fewer."""
+    """The published default ({}), then options drawn without repetition; fewer where the space
+    holds fewer.
+    """
     space: dict[str, tuple[Any, ...]] = SPACE[method]
     found: list[dict[str, Any]] = [{}]
     known = {_key(method, {})}
@@ -70,7 +74,9 @@ def tries(method: str, count: int = TRIES) -> list[dict[str, Any]]:
 
 
 def tune(method: str, per_family: int, model: Path, device: str) -> list[dict[str, Any]]:
-    """Every try of a method, best first, with its accuracy and how many questions per family it is known on."""
+    """Every try of a method, best first, with its accuracy and how many questions per family it is
+    known on.
+    """
     torch.set_num_threads(1)
     bench = _bench(per_family, model, device)
     results: list[dict[str, Any]] = [
@@ -80,7 +86,9 @@ def tune(method: str, per_family: int, model: Path, device: str) -> list[dict[st
     for share in (6, 2, 1):
         part = _first(bench, math.ceil(per_family / share))
         for result in alive:
-            result["accuracy"] = float(np.mean([_accuracy(part, method, b, result["options"]) for b in BUDGETS]))
+            result["accuracy"] = float(
+                np.mean([_accuracy(part, method, b, result["options"]) for b in BUDGETS])
+            )
             result["per_family"] = math.ceil(per_family / share)
         alive = sorted(alive, key=lambda result: -result["accuracy"])[: max(1, len(alive) // 2)]
     return sorted(results, key=lambda result: (-result["per_family"], -result["accuracy"]))
@@ -88,7 +96,9 @@ def tune(method: str, per_family: int, model: Path, device: str) -> list[dict[st
 
 def _first(bench: Bench, per_family: int) -> Bench:
     """The first questions of every family."""
-    return bench.subset(np.concatenate([np.flatnonzero(bench.families == f)[:per_family] for f in FAMILIES]))
+    return bench.subset(
+        np.concatenate([np.flatnonzero(bench.families == f)[:per_family] for f in FAMILIES])
+    )
 
 
 def _accuracy(bench: Bench, method: str, budget: int, options: dict[str, Any]) -> float:
@@ -124,20 +134,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tuning.json"))
     args = parser.parse_args(argv)
-    settings = {"split": "validation", "per_family": args.per_family, "budgets": BUDGETS, "tries": TRIES}
-    command = shlex.join(["python", "-m", "fsr_vllm.testbed.tune", *(sys.argv[1:] if argv is None else argv)])
+    settings = {
+        "split": "validation",
+        "per_family": args.per_family,
+        "budgets": BUDGETS,
+        "tries": TRIES,
+    }
+    command = shlex.join(
+        ["python", "-m", "fsr_vllm.testbed.tune", *(sys.argv[1:] if argv is None else argv)]
+    )
     report: dict[str, Any] = {"command": command, **settings, "methods": {}}
     if args.output.exists():
         old = json.loads(args.output.read_text())
         if set(old["methods"]) - set(args.methods):  # which stay as they are
-            report |= {"command": old["command"], "again": list(dict.fromkeys([*old.get("again", []), command]))}
+            report |= {
+                "command": old["command"],
+                "again": list(dict.fromkeys([*old.get("again", []), command])),
+            }
         report["methods"] = old["methods"]
     with pool_of(args.jobs, args.device) as pool:
-        runs = {name: pool.submit(tune, name, args.per_family, args.model, args.device) for name in args.methods}
+        runs = {
+            name: pool.submit(tune, name, args.per_family, args.model, args.device)
+            for name in args.methods
+        }
         for name, run in runs.items():
             report["methods"][name] = run.result()
             best = report["methods"][name][0]
-            print(f"{name}: {100 * best['accuracy']:.1f} with {best['options'] or 'the published default'}", flush=True)
+            print(
+                f"{name}: {100 * best['accuracy']:.1f} with {best['options'] or 'the published default'}",
+                flush=True,
+            )
             args.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

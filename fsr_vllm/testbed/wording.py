@@ -1,4 +1,6 @@
-"""How the small checkpoints read and write: tokenizers trained on the fly, and LLaVA-1.5's chat template."""
+"""How the small checkpoints read and write: tokenizers trained on the fly, and LLaVA-1.5's chat
+template.
+"""
 
 import json
 import re
@@ -6,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 UNK, BOS, EOS, PAD, IMAGE = "<unk>", "<s>", "</s>", "<pad>", "<image>"
 CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
@@ -24,7 +34,8 @@ The first image is brighter than the second one. Compare both images and say wha
 red green blue yellow orange black white grey brown left right above below near far big small one two three four five
 """.strip().splitlines()
 
-# LLaVA-1.5's conversation. BOS is written here, since vLLM adds none to a chat prompt; images stay where they were put.
+# LLaVA-1.5's conversation. BOS is written here, since vLLM adds none to a chat prompt; images stay
+# where they were put.
 _CHAT_TEMPLATE = """
 {{- bos_token }}
 {%- for message in messages %}
@@ -46,10 +57,14 @@ _CHAT_TEMPLATE = """
 
 
 def write_tokenizer(path: Path, corpus: Sequence[str] = _CORPUS) -> Tokenizer:
-    """Write the language model's tokenizer, chat template and generation config; <image> is one token."""
+    """Write the language model's tokenizer, chat template and generation config; <image> is one
+    token.
+    """
     tokenizer = _train(corpus, [UNK, BOS, EOS, PAD, IMAGE], f"{BOS} $A")
     names = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
-    _write(path, tokenizer, names | {"extra_special_tokens": {"image_token": IMAGE}}, max_length=4096)
+    _write(
+        path, tokenizer, names | {"extra_special_tokens": {"image_token": IMAGE}}, max_length=4096
+    )
     (path / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
     write_json(path / "generation_config.json", {"do_sample": False} | special_ids(tokenizer))
     return tokenizer
@@ -58,19 +73,29 @@ def write_tokenizer(path: Path, corpus: Sequence[str] = _CORPUS) -> Tokenizer:
 def write_clip_tokenizer(path: Path, corpus: Sequence[str] = _CORPUS) -> Tokenizer:
     """Write the text encoder's tokenizer: lower case, framed by CLIP's two special tokens."""
     tokenizer = _train(corpus, [CLIP_BOS, CLIP_EOS], f"{CLIP_BOS} $A {CLIP_EOS}", lowercase=True)
-    names = {"bos_token": CLIP_BOS, "eos_token": CLIP_EOS, "unk_token": CLIP_EOS, "pad_token": CLIP_EOS}
+    names = {
+        "bos_token": CLIP_BOS,
+        "eos_token": CLIP_EOS,
+        "unk_token": CLIP_EOS,
+        "pad_token": CLIP_EOS,
+    }
     _write(path, tokenizer, names, max_length=CLIP_LENGTH)
     return tokenizer
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """The language model's special ids under the names that its configs use."""
-    return {f"{name}_token_id": tokenizer.token_to_id(t) for name, t in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
+    return {
+        f"{name}_token_id": tokenizer.token_to_id(t)
+        for name, t in (("bos", BOS), ("eos", EOS), ("pad", PAD))
+    }
 
 
 def words(tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that are a whole word of the corpus with the space before it."""
-    known = {f"Ġ{word}" for word in re.findall(r"\w+", " ".join(_CORPUS))}  # Ġ: the space in byte-level BPE
+    known = {
+        f"Ġ{word}" for word in re.findall(r"\w+", " ".join(_CORPUS))
+    }  # Ġ: the space in byte-level BPE
     return sorted(i for token, i in tokenizer.get_vocab().items() if token in known)
 
 
@@ -82,12 +107,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _write(path: Path, tokenizer: Tokenizer, names: dict[str, Any], max_length: int) -> None:
     path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "padding_side": "right"}
+    kind = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "padding_side": "right",
+    }
     write_json(path / "tokenizer_config.json", kind | names)
 
 
-def _train(corpus: Sequence[str], special: list[str], frame: str, lowercase: bool = False) -> Tokenizer:
-    """Byte-level BPE over the corpus: any text can be written with it, and common words are one token."""
+def _train(
+    corpus: Sequence[str], special: list[str], frame: str, lowercase: bool = False
+) -> Tokenizer:
+    """Byte-level BPE over the corpus: any text can be written with it, and common words are one
+    token.
+    """
     tokenizer = Tokenizer(models.BPE())
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()

@@ -1,4 +1,6 @@
-"""vLLM's real Scheduler with requests that hold no data and a model runner that only says a token was made."""
+"""vLLM's real Scheduler with requests that hold no data and a model runner that only says a token
+was made.
+"""
 
 import hashlib
 import inspect
@@ -27,7 +29,9 @@ HASHER = get_request_block_hasher(BLOCK, block_hash)
 
 
 def make_scheduler(model, settings, *, blocks=10_000, **arguments):
-    """The scheduler that an engine of these arguments would have; `settings` are the plugin's, None: inactive."""
+    """The scheduler that an engine of these arguments would have; `settings` are the plugin's,
+    None: inactive.
+    """
     given = {} if settings is None else {"additional_config": {"fsr": settings}}
     config = EngineArgs(
         model=str(model),
@@ -40,7 +44,9 @@ def make_scheduler(model, settings, *, blocks=10_000, **arguments):
     ).create_engine_config()
     config.cache_config.num_gpu_blocks, config.cache_config.block_size = blocks, BLOCK
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    cache = KVCacheConfig(blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
+    cache = KVCacheConfig(
+        blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
     return config.scheduler_config.get_scheduler_cls()(
         vllm_config=config,
         kv_cache_config=cache,
@@ -59,7 +65,11 @@ def make_request(name, images, *, text=5, answer=3, priority=0):
         place = PlaceholderRange(offset=len(ids), length=kept)
         features.append(MultiModalFeatureSpec(None, "image", name_of_image, place, name_of_image))
         ids += [0] * kept + [9]
-    more = {"eos_token_id": 2} if "eos_token_id" in inspect.signature(Request.__init__).parameters else {}
+    more = (
+        {"eos_token_id": 2}
+        if "eos_token_id" in inspect.signature(Request.__init__).parameters
+        else {}
+    )
     return Request(
         request_id=name,
         prompt_token_ids=ids,
@@ -82,13 +92,17 @@ def computed(output, name):
 
 
 def run(scheduler, requests, *, arrivals=None, delay=0, limit=20_000):
-    """Steps until all requests are answered; a step is the list of (request, place, kept, unpruned tokens) it encodes.
+    """Steps until all requests are answered; a step is the list of (request, place, kept, unpruned
+    tokens) it encodes.
 
-    The worker is played strictly: an image that a step reads must have been encoded by then. `delay` outputs are held
-    back, as asynchronous scheduling does.
+    The worker is played strictly: an image that a step reads must have been encoded by then.
+    `delay` outputs are held back, as asynchronous scheduling does.
     """
     steps, held, there = [], [], set()
-    coming = sorted(((arrivals or {}).get(each.request_id, 0), place, each) for place, each in enumerate(requests))
+    coming = sorted(
+        ((arrivals or {}).get(each.request_id, 0), place, each)
+        for place, each in enumerate(requests)
+    )
     while coming or scheduler.has_unfinished_requests() or held:
         while coming and coming[0][0] <= len(steps):
             scheduler.add_request(coming.pop(0)[2])

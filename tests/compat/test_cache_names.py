@@ -1,4 +1,6 @@
-"""Fails when a name of vLLM that `fsr_vllm/compat_caches.py` touches has moved; each test says which."""
+"""Fails when a name of vLLM that `fsr_vllm/compat_caches.py` touches has moved; each test says
+which.
+"""
 
 import inspect
 
@@ -19,7 +21,9 @@ def test_identities():
     assert "model_id" in inspect.getsource(BaseMultiModalProcessor._get_mm_hashes)
     # The names of media that nobody hashed.
     assert 'f"{mm_req_id}-{modality}-{i}"' in inspect.getsource(BaseRenderer._process_mm_uuids)
-    assert 'f"renderer{self.api_process_rank}-mm-' in inspect.getsource(BaseRenderer._process_multimodal)
+    assert 'f"renderer{self.api_process_rank}-mm-' in inspect.getsource(
+        BaseRenderer._process_multimodal
+    )
     assert compat_caches._INTERNAL_UUID.fullmatch("renderer0-mm-12-image-3")
     assert not compat_caches._INTERNAL_UUID.fullmatch("my-renderer0-mm-12-image-3")
 
@@ -58,7 +62,9 @@ def test_items_of_a_batch_come_apart_and_together():
     batch = BatchFeature({"pixel_values": torch.arange(12.0).view(3, 2, 2)})
     items = compat_caches.split_images(batch, fields)
     kept, size = compat_caches.owned(items[1])
-    assert size == 16 == kept["pixel_values"].data.untyped_storage().nbytes()  # not a view of all three
+    assert (
+        size == 16 == kept["pixel_values"].data.untyped_storage().nbytes()
+    )  # not a view of all three
     joined = compat_caches.join_images([items[2], kept, items[2]])
     assert torch.equal(joined["pixel_values"], batch["pixel_values"][[2, 1, 2]])
     assert compat_caches.split_images(BatchFeature(), fields) == []
@@ -70,7 +76,11 @@ def test_resets_of_both_sides():
 
     assert parameters(BaseRenderer.clear_mm_cache) == ["self"]
     source = inspect.getsource(BaseRenderer.__init__)
-    assert "make_async(" in source and "self.clear_mm_cache" in source and "self.mm_processor" in source
+    assert (
+        "make_async(" in source
+        and "self.clear_mm_cache" in source
+        and "self.mm_processor" in source
+    )
     resets = inspect.getsource(EngineCore._reset_caches)
     assert "self.reset_mm_cache()" in resets and "self.reset_encoder_cache()" in resets
 
@@ -82,7 +92,9 @@ def test_runners_of_both_versions_have_the_resets():
         runner = importlib.import_module(module).GPUModelRunner
         source = inspect.getsource(inspect.unwrap(runner.reload_weights))
         assert "self.reset_encoder_cache()" in source
-        assert parameters(runner.reset_encoder_cache) == parameters(runner.reset_mm_cache) == ["self"]
+        assert (
+            parameters(runner.reset_encoder_cache) == parameters(runner.reset_mm_cache) == ["self"]
+        )
 
 
 def test_a_reset_of_a_runner_reaches_the_model(monkeypatch):
@@ -102,11 +114,16 @@ def test_a_reset_of_a_runner_reaches_the_model(monkeypatch):
         def fsr_forget(self):
             self.forgot += 1
 
-    monkeypatch.setitem(sys.modules, compat_caches._RUNNERS[0], SimpleNamespace(GPUModelRunner=GPUModelRunner))
+    monkeypatch.setitem(
+        sys.modules, compat_caches._RUNNERS[0], SimpleNamespace(GPUModelRunner=GPUModelRunner)
+    )
     first, second = Model(), Model()
     compat_caches.on_runner_reset(first)
     compat_caches.on_runner_reset(second)
-    assert (GPUModelRunner().reset_encoder_cache(), GPUModelRunner().reset_mm_cache()) == ("encoder", "mm")
+    assert (GPUModelRunner().reset_encoder_cache(), GPUModelRunner().reset_mm_cache()) == (
+        "encoder",
+        "mm",
+    )
     assert first.forgot == second.forgot == 2
 
 
@@ -119,7 +136,13 @@ def test_statistics_of_a_server():
     assert "engine_dead" in inspect.getsource(AsyncLLM.errored.fget)
     assert "self.renderer" in inspect.getsource(AsyncLLM.__init__)
     assert parameters(AsyncMPClient._call_utility_async) == ["self", "method", "args", "engine"]
-    assert parameters(AsyncMPClient.collective_rpc_async) == ["self", "method", "timeout", "args", "kwargs"]
+    assert parameters(AsyncMPClient.collective_rpc_async) == [
+        "self",
+        "method",
+        "timeout",
+        "args",
+        "kwargs",
+    ]
     assert '"collective_rpc"' in inspect.getsource(AsyncMPClient.collective_rpc_async)
     assert "self.core_engines:" in inspect.getsource(MPClient.__init__)
     assert callable(get_pp_group)

@@ -1,4 +1,6 @@
-"""Fails when a name of vLLM that `fsr_vllm/compat_inputs.py` wraps has moved; and what is judged there."""
+"""Fails when a name of vLLM that `fsr_vllm/compat_inputs.py` wraps has moved; and what is judged
+there.
+"""
 
 import inspect
 from types import SimpleNamespace
@@ -23,13 +25,20 @@ def test_where_all_inputs_pass():
     for name in ("process_for_engine", "process_for_engine_async"):
         assert parameters(BaseRenderer.__dict__[name])[:2] == ["self", "prompt"]
     assert inspect.iscoroutinefunction(inspect.unwrap(BaseRenderer.process_for_engine_async))
-    assert parameters(InputProcessor.__dict__["process_inputs"])[:4] == ["self", "request_id", "prompt", "params"]
+    assert parameters(InputProcessor.__dict__["process_inputs"])[:4] == [
+        "self",
+        "request_id",
+        "prompt",
+        "params",
+    ]
     assert "self.model_config =" in inspect.getsource(InputProcessor.__init__)
     assert parameters(LLM._add_request)[:3] == ["self", "prompt", "params"]
     assert "self._add_request(" in inspect.getsource(LLM._render_and_add_requests)
     assert "self.model_config =" in inspect.getsource(LLM.__init__)
     extras = inspect.getsource(BaseRenderer._apply_prompt_extras)
-    assert "update(prompt_extras)" in extras  # so that mm_processor_kwargs of a call are in each prompt by then
+    assert (
+        "update(prompt_extras)" in extras
+    )  # so that mm_processor_kwargs of a call are in each prompt by then
 
 
 def config(settings=None, **more):
@@ -53,7 +62,10 @@ def test_prompts_without_fields_are_left_alone():
 @pytest.mark.parametrize("name", ["fsr_budget", "fsr-budget", "fsrBudget", "FSR_METHOD"])
 def test_fields_are_refused_by_their_own_name(name):
     assert is_ours(name) and not is_ours("fsrv_id") and not is_ours("fsr")
-    for model_config, reason, words in ((config(), None, "not active"), (config({}), "no tower", "no tower")):
+    for model_config, reason, words in (
+        (config(), None, "not active"),
+        (config({}), "no tower", "no tower"),
+    ):
         with pytest.raises(ValueError, match=f"{name}: .*{words}") as error:
             ask(model_config, {name: 64}, has_media=True, reason=reason)
         assert error.value.parameter == name
@@ -71,7 +83,9 @@ def test_an_active_plugin_judges_text_here_and_images_later():
 
 def test_a_plugin_left_aside_drops_them():
     model_config = config(**{IGNORED_KEY: True})
-    assert ask(model_config, {"fsr_budget": "many", "fsrMethod": 3, "num_crops": 4}, True) == {"num_crops": 4}
+    assert ask(model_config, {"fsr_budget": "many", "fsrMethod": 3, "num_crops": 4}, True) == {
+        "num_crops": 4
+    }
     refuse_extra_args(model_config, {"fsr_budget": 64})
 
 

@@ -67,7 +67,11 @@ def test_processor_hooks():
     from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
     factories = compat.stock_factories(LlavaForConditionalGeneration)
-    assert callable(factories.info) and callable(factories.processor) and callable(factories.dummy_inputs)
+    assert (
+        callable(factories.info)
+        and callable(factories.processor)
+        and callable(factories.dummy_inputs)
+    )
     assert parameters(BaseMultiModalProcessor._get_cache_missing_items) == [
         "self",
         "cache",
@@ -93,12 +97,19 @@ def test_model_parts():
     assert "self.num_heads" in attention and "self.scale" in attention
     assert "feature_select_strategy" in parameters(clip.CLIPVisionModel.forward)
     assert {"vision_tower", "multi_modal_projector", "language_model"} <= set(
-        inspect.getsource(llava.LlavaForConditionalGeneration.__init__).replace("=", " ").replace(".", " ").split()
+        inspect.getsource(llava.LlavaForConditionalGeneration.__init__)
+        .replace("=", " ")
+        .replace(".", " ")
+        .split()
     )
     assert "input_ids" in parameters(LlamaForCausalLM.embed_input_ids)
     assert parameters(GroupCoordinator.broadcast)[1:3] == ["input_", "src"]
     source = compat.weight_source("somewhere", "c0ffee", "prefix.")
-    assert (source.model_or_path, source.revision, source.prefix) == ("somewhere", "c0ffee", "prefix.")
+    assert (source.model_or_path, source.revision, source.prefix) == (
+        "somewhere",
+        "c0ffee",
+        "prefix.",
+    )
     from vllm.model_executor.model_loader import default_loader
 
     assert '"secondary_weights"' in inspect.getsource(default_loader)
@@ -133,15 +144,22 @@ def test_groups_that_load_by_themselves():
 
 
 def test_only_compat_names_private_parts_of_vllm():
-    """Our subclasses may override single-underscore names of vLLM; calling and patching them is for compat alone."""
+    """Our subclasses may override single-underscore names of vLLM; calling and patching them is for
+    compat alone.
+    """
     for path in Path(compat.__file__).parent.rglob("*.py"):
         text = path.read_text()
-        if path.name not in ("compat.py", "compat_caches.py", "compat_inputs.py", "compat_surfaces.py"):
+        if path.name not in (
+            "compat.py",
+            "compat_caches.py",
+            "compat_inputs.py",
+            "compat_surfaces.py",
+        ):
             assert "from vllm.v1" not in text and "import vllm.v1" not in text, path
             assert "monkeypatch" not in text and "setattr(EngineArgs" not in text, path
 
 
-# --- choosing plugins -----------------------------------------------------------------------------------------------
+# --- choosing plugins -----------------------------------------------------------------------------
 
 
 def entry(name):
@@ -155,7 +173,9 @@ def groups(monkeypatch):
         "vllm.platform_plugins": ["board"],
         "vllm.endpoint_plugins": ["fsr", "other"],
     }
-    monkeypatch.setattr(compat, "entry_points", lambda group: [entry(name) for name in found.get(group, [])])
+    monkeypatch.setattr(
+        compat, "entry_points", lambda group: [entry(name) for name in found.get(group, [])]
+    )
 
 
 def test_naming_a_plugin_keeps_all_that_loaded_by_itself(groups, monkeypatch):
@@ -203,7 +223,9 @@ def test_options_become_additional_config_beside_the_users_own(groups, monkeypat
     assert args.additional_config == {"theirs": 1, "fsr": fsr}
 
 
-@pytest.mark.parametrize("argv", [("--fsr-adaptive",), ("--fsr-adaptive", "288:64"), ("--fsr-adaptive", "m")])
+@pytest.mark.parametrize(
+    "argv", [("--fsr-adaptive",), ("--fsr-adaptive", "288:64"), ("--fsr-adaptive", "m")]
+)
 def test_adaptive_without_bounds_is_an_error_of_the_command_line(groups, monkeypatch, capsys, argv):
     monkeypatch.setenv("VLLM_PLUGINS", "fsr")
     with pytest.raises(SystemExit):
@@ -219,7 +241,9 @@ def test_adaptive_is_refused_where_there_is_no_load_to_follow(tmp_path):
     with pytest.raises(ValueError, match="needs a server"):
         activation.put_settings(EngineArgs(str(tmp_path), additional_config=settings))
     with pytest.raises(ValueError, match="--disable-log-stats"):
-        activation.put_settings(AsyncEngineArgs(str(tmp_path), additional_config=settings, disable_log_stats=True))
+        activation.put_settings(
+            AsyncEngineArgs(str(tmp_path), additional_config=settings, disable_log_stats=True)
+        )
 
 
 def test_load_is_read_where_vllm_records_its_statistics(monkeypatch):
@@ -238,7 +262,9 @@ def test_load_is_read_where_vllm_records_its_statistics(monkeypatch):
     manager.stat_loggers = []
     for _ in range(2):  # every engine made in this process calls it
         compat.watch_load(lambda *figures: seen.append(figures))
-    stats = SchedulerStats(num_running_reqs=3, num_waiting_reqs=2, num_skipped_waiting_reqs=1, kv_cache_usage=0.5)
+    stats = SchedulerStats(
+        num_running_reqs=3, num_waiting_reqs=2, num_skipped_waiting_reqs=1, kv_cache_usage=0.5
+    )
     manager.record(scheduler_stats=stats, iteration_stats=None, mm_cache_stats=None, engine_idx=1)
     manager.record(stats, None)
     manager.record(scheduler_stats=None, iteration_stats=None)
@@ -266,14 +292,15 @@ def test_callable_overrides_are_composed_and_can_be_pickled():
     composed = compat.with_overrides(upper, {"fsr_settings": "a"})
     composed = pickle.loads(pickle.dumps(compat.with_overrides(composed, {"fsr_settings": "b"})))
     assert composed({"name": "x"}) == {"name": "X", "fsr_settings": "b"}
-    assert compat.with_overrides({"theirs": 1}, {"fsr_settings": "a"}) == {"theirs": 1, "fsr_settings": "a"}
+    assert compat.with_overrides({"theirs": 1}, {"fsr_settings": "a"}) == {
+        "theirs": 1,
+        "fsr_settings": "a",
+    }
     assert compat.with_overrides(None, {"fsr_settings": "a"}) == {"fsr_settings": "a"}
 
 
 def test_importing_the_plugin_is_cheap():
-    code = (
-        "import sys, fsr_vllm.plugin; print(sorted({'torch', 'vllm', 'transformers', 'pydantic'} & set(sys.modules)))"
-    )
+    code = "import sys, fsr_vllm.plugin; print(sorted({'torch', 'vllm', 'transformers', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

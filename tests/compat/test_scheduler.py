@@ -18,10 +18,14 @@ FIT = STEP // N
 
 @pytest.fixture(scope="module")
 def scheduler():
-    """A function that makes schedulers of the bundled model, whose images have 144 tokens, with the plugin active."""
+    """A function that makes schedulers of the bundled model, whose images have 144 tokens, with the
+    plugin active.
+    """
 
     def make(settings=MappingProxyType({}), **arguments):
-        return make_scheduler(demo_model(), None if settings is None else dict(settings), **arguments)
+        return make_scheduler(
+            demo_model(), None if settings is None else dict(settings), **arguments
+        )
 
     return make
 
@@ -37,7 +41,13 @@ def largest(steps):
 def test_vllms_scheduler_has_what_is_wrapped():
     stock = inspect.unwrap(getattr(Scheduler, compat_scheduler.METHOD))
     names = list(inspect.signature(stock).parameters)
-    assert names[:5] == ["self", "request", "num_computed_tokens", "num_new_tokens", "encoder_compute_budget"]
+    assert names[:5] == [
+        "self",
+        "request",
+        "num_computed_tokens",
+        "num_new_tokens",
+        "encoder_compute_budget",
+    ]
     source = inspect.getsource(Scheduler)
     assert source.count(f"self.{compat_scheduler.METHOD}(") == 2
     assert source.count("encoder_compute_budget = self.max_num_encoder_input_tokens") == 1
@@ -53,14 +63,19 @@ def test_a_step_encodes_what_fits_unpruned_and_every_image_once(scheduler, count
     assert encoded == list(range(count))
 
 
-@pytest.mark.parametrize("settings", [None, {"encoder_limit": "kept"}], ids=["inactive", "switched off"])
+@pytest.mark.parametrize(
+    "settings", [None, {"encoder_limit": "kept"}], ids=["inactive", "switched off"]
+)
 def test_it_is_vllms_own_count_where_it_is_not_wanted(scheduler, settings):
     assert largest(run(scheduler(settings), [many(300)])) == 300
 
 
 def test_unpruned_images_are_scheduled_as_without_the_plugin(scheduler):
     def requests():
-        return [make_request(f"r{i}", [(f"{i} {j}", N, N) for j in range(i % 4)], text=20 * i + 1) for i in range(20)]
+        return [
+            make_request(f"r{i}", [(f"{i} {j}", N, N) for j in range(i % 4)], text=20 * i + 1)
+            for i in range(20)
+        ]
 
     assert run(scheduler(), requests()) == run(scheduler(None), requests())
 
@@ -76,7 +91,9 @@ def test_one_request_of_many_images_leaves_half_a_step_to_the_others(scheduler):
     arrivals = {each.request_id: 3 for each in others}
     steps = run(scheduler(), [many(300), *others], arrivals=arrivals)
     first = {name: place for place, step in reversed(list(enumerate(steps))) for name, *_ in step}
-    assert all(first[each.request_id] <= 4 for each in others)  # not behind the 300 images, which take 22 steps
+    assert all(
+        first[each.request_id] <= 4 for each in others
+    )  # not behind the 300 images, which take 22 steps
     assert max(work(steps)) <= STEP
 
 
@@ -105,7 +122,9 @@ def test_prompts_that_must_stay_whole_are_never_split(scheduler):
 def test_an_image_that_is_cached_or_repeated_costs_nothing(scheduler):
     one = scheduler()
     again = make_request("again", [(f"many {seed}", 1, N) for seed in range(FIT)])
-    steps = run(one, [many(FIT), again, make_request("twice", [("same", 1, N)] * 50)], arrivals={"again": 2})
+    steps = run(
+        one, [many(FIT), again, make_request("twice", [("same", 1, N)] * 50)], arrivals={"again": 2}
+    )
     assert sum(map(len, steps)) == FIT + 1
 
 
@@ -115,14 +134,20 @@ def test_an_image_that_is_loaded_from_elsewhere_costs_nothing(scheduler):
     gate = compat_scheduler.EncoderGate(scheduler(), request, STEP)
     manager = SimpleNamespace(can_allocate=lambda *args: True)
     with gate.over(manager):
-        assert all(manager.can_allocate(request, place, STEP, 0) for place in range(FIT))  # nothing was charged
-        charged = [manager.can_allocate(request, FIT + place, STEP - place, 0) for place in range(FIT)]
+        assert all(
+            manager.can_allocate(request, place, STEP, 0) for place in range(FIT)
+        )  # nothing was charged
+        charged = [
+            manager.can_allocate(request, FIT + place, STEP - place, 0) for place in range(FIT)
+        ]
         assert all(charged) and not manager.can_allocate(request, 0, STEP - FIT, 0)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_any_mix_stays_within_the_limit_and_is_answered(scheduler, seed):
-    """Both policies, asynchronous or not, few KV blocks (preemption), duplicates, pruned and unpruned images, text."""
+    """Both policies, asynchronous or not, few KV blocks (preemption), duplicates, pruned and
+    unpruned images, text.
+    """
     chance = random.Random(seed)
     one = scheduler(
         scheduling_policy=["fcfs", "priority"][seed % 2],
@@ -136,8 +161,14 @@ def test_any_mix_stays_within_the_limit_and_is_answered(scheduler, seed):
         images = []
         for _ in range(chance.choice([0, 1, 1, 2, 9])):
             total = chance.choice([N, 40])
-            images.append((chance.randrange(60), min(chance.choice([1, 5, 30, total]), total), total))
-        requests.append(make_request(f"r{number}", images, text=chance.randrange(1, 60), priority=chance.randrange(3)))
+            images.append(
+                (chance.randrange(60), min(chance.choice([1, 5, 30, total]), total), total)
+            )
+        requests.append(
+            make_request(
+                f"r{number}", images, text=chance.randrange(1, 60), priority=chance.randrange(3)
+            )
+        )
     arrivals = {each.request_id: chance.randrange(30) for each in requests}
     steps = run(one, requests, arrivals=arrivals, delay=int(seed % 3 == 0))
     assert max(work(steps)) <= one.max_num_encoder_input_tokens

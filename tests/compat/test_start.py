@@ -1,4 +1,6 @@
-"""Fails when a name of vLLM that `fsr_vllm/compat_start.py` touches has moved; and what a start leaves behind."""
+"""Fails when a name of vLLM that `fsr_vllm/compat_start.py` touches has moved; and what a start
+leaves behind.
+"""
 
 import inspect
 import os
@@ -65,13 +67,17 @@ def test_children_of_a_front_end_that_ignores_register_nothing(registry):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_ignoring_is_vllm_as_it_is(registry, checkpoint, monkeypatch, named):
-    """What vLLM starts with: its own model, processor, scheduler and worker, and its own identities of images."""
+    """What vLLM starts with: its own model, processor, scheduler and worker, and its own identities
+    of images.
+    """
     from PIL import Image
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.processing import ProcessorInputs
 
-    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver,fsr" if named else "lora_filesystem_resolver")
+    monkeypatch.setenv(
+        "VLLM_PLUGINS", "lora_filesystem_resolver,fsr" if named else "lora_filesystem_resolver"
+    )
 
     def started(additional_config, **more):
         arguments = EngineArgs(
@@ -95,7 +101,10 @@ def test_ignoring_is_vllm_as_it_is(registry, checkpoint, monkeypatch, named):
     with monkeypatch.context() as patch:  # an engine in the same process that does prune
         patch.setenv("VLLM_PLUGINS", "fsr")
         active, ours, _ = started({"fsr": {}})
-        assert registered(registry) == "FsrLlavaForConditionalGeneration" and compat_start.IGNORING not in os.environ
+        assert (
+            registered(registry) == "FsrLlavaForConditionalGeneration"
+            and compat_start.IGNORING not in os.environ
+        )
         assert "Fsr" in ours.__name__ and hasattr(active.model_config.hf_config, SETTINGS_KEY)
     assert hashes == started(theirs)[2]
 
@@ -106,7 +115,9 @@ def test_one_warning(registry, checkpoint, monkeypatch, caplog):
     for logger in (activation.logger, activation.logger.parent):
         monkeypatch.setattr(logger, "propagate", True)
     for _ in range(2):
-        EngineArgs(model=str(checkpoint), additional_config={"fsr": {"ignore": True}}).create_model_config()
+        EngineArgs(
+            model=str(checkpoint), additional_config={"fsr": {"ignore": True}}
+        ).create_model_config()
     (said,) = {record.message for record in caplog.records if "left aside" in record.message}
     assert "dropped" in said
 
@@ -118,7 +129,9 @@ def test_the_start_says_in_words_what_is_in_force(registry, checkpoint, monkeypa
         monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level("INFO", "vllm.fsr_vllm")
     settings = {"budget": 0.25, "min_budget": 16, "max_budget": 192, "detail_budgets": {"low": 64}}
-    args = EngineArgs(model=str(checkpoint), max_model_len=2048, additional_config={"fsr": settings})
+    args = EngineArgs(
+        model=str(checkpoint), max_model_len=2048, additional_config={"fsr": settings}
+    )
     args.create_model_config()
     (said,) = {record.message for record in caplog.records if "is active" in record.message}
     for words in (
@@ -137,4 +150,7 @@ def test_the_commit_of_an_encoder_by_name_is_logged():
     settings = ServerSettings.parse({"text_encoder": "someone/clip@c0ffee", "adaptive": "64:288"})
     said = activation.in_force(ARCHITECTURE, settings.model_copy(update={"tokens_per_image": 576}))
     assert "text encoder someone/clip at commit c0ffee" in said
-    assert "by default 288 to 64 of 576 visual tokens per image, by load; requests may ask for 1 or more" in said
+    assert (
+        "by default 288 to 64 of 576 visual tokens per image, by load; requests may ask for 1 or more"
+        in said
+    )

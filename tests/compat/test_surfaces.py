@@ -1,4 +1,6 @@
-"""Fails when a name of vLLM that `fsr_vllm/compat_surfaces.py` wraps has moved; and what the wraps do on their own."""
+"""Fails when a name of vLLM that `fsr_vllm/compat_surfaces.py` wraps has moved; and what the wraps
+do on their own.
+"""
 
 import inspect
 import pickle
@@ -23,7 +25,10 @@ def test_chat_rendering():
 
     for function in (BaseRenderer.render_chat, BaseRenderer.render_chat_async):
         assert parameters(function)[:2] == ["self", "conversations"]
-        assert inspect.signature(inspect.unwrap(function)).parameters["prompt_extras"].kind.name == "KEYWORD_ONLY"
+        assert (
+            inspect.signature(inspect.unwrap(function)).parameters["prompt_extras"].kind.name
+            == "KEYWORD_ONLY"
+        )
     assert inspect.iscoroutinefunction(inspect.unwrap(BaseRenderer.render_chat_async))
     assert "self.model_config =" in inspect.getsource(BaseRenderer.__init__)
 
@@ -31,7 +36,9 @@ def test_chat_rendering():
 @pytest.mark.parametrize(("module", "name"), compat_surfaces.MODEL_CHECKS)
 def test_model_checks(module, name):
     check = compat_surfaces.owner(module, name).__dict__["_check_model"]
-    assert parameters(check) == ["self", "request"] and inspect.iscoroutinefunction(inspect.unwrap(check))
+    assert parameters(check) == ["self", "request"] and inspect.iscoroutinefunction(
+        inspect.unwrap(check)
+    )
 
 
 def test_models_have_names_and_adapters():
@@ -45,9 +52,14 @@ def test_models_have_names_and_adapters():
 @pytest.mark.parametrize(("module", "name", "method"), compat_surfaces.FOREIGN_HANDLERS)
 def test_foreign_handlers(module, name, method):
     cls = compat_surfaces.owner(module, name)
-    if cls is None:  # Cohere's chat endpoint needs a package of its own; vLLM leaves the route out without it
+    if (
+        cls is None
+    ):  # Cohere's chat endpoint needs a package of its own; vLLM leaves the route out without it
         source = Path(find_spec(module).origin).read_text()
-        assert f"class {name}(" in source and f"async def {method}(\n        self,\n        request:" in source
+        assert (
+            f"class {name}(" in source
+            and f"async def {method}(\n        self,\n        request:" in source
+        )
         return
     handler = cls.__dict__[method]
     assert parameters(handler)[:3] == ["self", "request", "raw_request"]
@@ -91,7 +103,11 @@ def test_request_outputs_are_made_by_their_state():
     from vllm.v1.engine.output_processor import RequestState
 
     made = RequestState.__dict__["from_new_request"]
-    assert isinstance(made, classmethod) and parameters(made.__func__)[:3] == ["cls", "tokenizer", "request"]
+    assert isinstance(made, classmethod) and parameters(made.__func__)[:3] == [
+        "cls",
+        "tokenizer",
+        "request",
+    ]
     assert "_new_request_output" in RequestState.__dict__
     assert "mm_features" in EngineCoreRequest.__struct_fields__
 
@@ -102,12 +118,16 @@ def test_grpc_launchers_are_still_there():
 
 def test_errors_can_be_pickled():
     error = pickle.loads(pickle.dumps(compat.request_error("wrong", "fsr_budget")))
-    assert type(error) is compat.FsrRequestError and error.parameter == "fsr_budget" and "wrong" in str(error)
+    assert (
+        type(error) is compat.FsrRequestError
+        and error.parameter == "fsr_budget"
+        and "wrong" in str(error)
+    )
     with pytest.raises(AttributeError):
         _ = compat.Nothing
 
 
-# --- what the wraps do ----------------------------------------------------------------------------------------------
+# --- what the wraps do ----------------------------------------------------------------------------
 
 
 def test_a_name_that_is_served_is_not_taken_apart(monkeypatch):
@@ -115,7 +135,9 @@ def test_a_name_that_is_served_is_not_taken_apart(monkeypatch):
 
     class Serving:
         model_config = None
-        models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="a@fsr64")], lora_requests={"l@fsr1": None})
+        models = SimpleNamespace(
+            base_model_paths=[SimpleNamespace(name="a@fsr64")], lora_requests={"l@fsr1": None}
+        )
 
         async def _check_model(self, request):
             return None if request.model in ("a@fsr64", "l@fsr1", "base") else "404"
@@ -128,10 +150,16 @@ def test_a_name_that_is_served_is_not_taken_apart(monkeypatch):
         request.model, suffix = request.model.split("@fsr")
         return suffix
 
-    assert compat_surfaces.wrap_model_check(split, lambda config, request, note: seen.append((request.model, note)))
+    assert compat_surfaces.wrap_model_check(
+        split, lambda config, request, note: seen.append((request.model, note))
+    )
     for name in ("a@fsr64", "l@fsr1", "base@fsr2", "other@fsr3"):
         asyncio.run(Serving()._check_model(SimpleNamespace(model=name)))
-    assert seen == [("a@fsr64", None), ("l@fsr1", None), ("base", "2")]  # an unknown model is vLLM's own error
+    assert seen == [
+        ("a@fsr64", None),
+        ("l@fsr1", None),
+        ("base", "2"),
+    ]  # an unknown model is vLLM's own error
     monkeypatch.setattr(compat_surfaces, "owner", lambda module, name: None)
     assert not compat_surfaces.wrap_model_check(split, None)
 

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import pytest
 from pydantic import create_model
 
-from fsr_vllm import activation, cli_args, compat, compat_start, compat_surfaces, compat_version, params, plugin
+from fsr_vllm import (
+    activation,
+    cli_args,
+    compat,
+    compat_start,
+    compat_surfaces,
+    compat_version,
+    params,
+    plugin,
+)
 from fsr_vllm.engine.conversation import settled
 from fsr_vllm.server.requests import RequestHook
 
@@ -22,7 +31,7 @@ def engine_args(fsr=None):
     return SimpleNamespace(additional_config=additional, hf_overrides={}, worker_extension_cls="")
 
 
-# --- the window -----------------------------------------------------------------------------------------------------
+# --- the window -----------------------------------------------------------------------------------
 
 
 def this_is(monkeypatch, version):
@@ -37,19 +46,25 @@ def test_this_vllm_is_inside_and_has_no_budget_of_its_own():
     assert compat_version.native_field() is None
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.30.1", "0.32.0+cpu", "0.33.0.post1", "0.33.1.dev7+gabc"])
+@pytest.mark.parametrize(
+    "version", ["0.26.0", "0.30.1", "0.32.0+cpu", "0.33.0.post1", "0.33.1.dev7+gabc"]
+)
 def test_inside(monkeypatch, version):
     this_is(monkeypatch, version)
     monkeypatch.setattr(compat_version, "window", lambda: "<0.34,>=0.26")
     assert compat_version.outside_window() is None
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.34.0rc1", "0.34.0", "1.0", "0.1.dev1+gabc", "dev"])
+@pytest.mark.parametrize(
+    "version", ["0.25.1", "0.34.0rc1", "0.34.0", "1.0", "0.1.dev1+gabc", "dev"]
+)
 def test_outside_the_message_names_versions_and_ways_out(monkeypatch, version):
     this_is(monkeypatch, version)
     monkeypatch.setattr(compat_version, "window", lambda: "<0.34,>=0.26")
     message = compat_version.outside_window()
-    assert message and version in message and "<0.34" in message and "FSR_ALLOW_ANY_VLLM=1" in message
+    assert (
+        message and version in message and "<0.34" in message and "FSR_ALLOW_ANY_VLLM=1" in message
+    )
     monkeypatch.setenv(compat_version.ALLOW, "1")
     assert compat_version.outside_window() is None
 
@@ -83,7 +98,9 @@ def test_outside_nothing_is_registered(monkeypatch):
     registered = []
     monkeypatch.setattr(vllm.ModelRegistry, "models", {})
     monkeypatch.setattr(compat_start, "_stock_models", {})
-    monkeypatch.setattr(vllm.ModelRegistry, "register_model", lambda *given: registered.append(given))
+    monkeypatch.setattr(
+        vllm.ModelRegistry, "register_model", lambda *given: registered.append(given)
+    )
     plugin.register()
     assert registered
     registered.clear()
@@ -106,7 +123,7 @@ def test_outside_hooks_that_are_gone_stop_only_those_who_asked(monkeypatch):
         plugin.register()
 
 
-# --- a budget of vLLM's own -----------------------------------------------------------------------------------------
+# --- a budget of vLLM's own -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -115,35 +132,53 @@ def native(monkeypatch):
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     def gains(name):
-        request = create_model("Request", __base__=ChatCompletionRequest, **{name: (int | None, None)})
+        request = create_model(
+            "Request", __base__=ChatCompletionRequest, **{name: (int | None, None)}
+        )
         monkeypatch.setattr(compat_surfaces, "owner", lambda module, cls: request)
 
     return gains
 
 
 @pytest.mark.parametrize(
-    "name", ["image_token_budget", "max_image_tokens", "visual_tokens_ratio", "mm_pruning_rate", "vision_budget"]
+    "name",
+    [
+        "image_token_budget",
+        "max_image_tokens",
+        "visual_tokens_ratio",
+        "mm_pruning_rate",
+        "vision_budget",
+    ],
 )
 def test_a_field_that_sets_image_tokens_is_recognised(native, name):
     native(name)
     assert compat_version.native_field() == name
 
 
-@pytest.mark.parametrize("name", ["max_tokens_per_step", "mm_cache_ratio", "image_token_id", "thinking_token_budget"])
+@pytest.mark.parametrize(
+    "name", ["max_tokens_per_step", "mm_cache_ratio", "image_token_id", "thinking_token_budget"]
+)
 def test_another_field_is_not(native, name):
     native(name)
     assert compat_version.native_field() is None
 
 
 def test_no_request_of_this_vllm_has_such_a_field():
-    """Here rather than at a user's start: a new field that only looks like one is noticed when the window moves."""
+    """Here rather than at a user's start: a new field that only looks like one is noticed when the
+    window moves.
+    """
     import vllm.entrypoints.openai.completion.protocol as completion
     import vllm.entrypoints.openai.responses.protocol as responses
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     requests = (ChatCompletionRequest, completion.CompletionRequest, responses.ResponsesRequest)
     assert "mm_processor_kwargs" in ChatCompletionRequest.model_fields
-    assert not [name for kind in requests for name in kind.model_fields if compat_version._NATIVE.fullmatch(name)]
+    assert not [
+        name
+        for kind in requests
+        for name in kind.model_fields
+        if compat_version._NATIVE.fullmatch(name)
+    ]
 
 
 def test_the_plugin_steps_aside(native, monkeypatch, caplog):
@@ -155,8 +190,12 @@ def test_the_plugin_steps_aside(native, monkeypatch, caplog):
         monkeypatch.setattr(plugin.logger.parent, "propagate", True)
         activation.put_settings(args)
     assert "steps aside" in caplog.text and "image_token_budget" in caplog.text
-    assert args.hf_overrides == {} and args.worker_extension_cls == ""  # so that every path is the stock one
-    activation.finish_settings(args, SimpleNamespace(hf_config=SimpleNamespace()))  # and there is nothing to finish
+    assert (
+        args.hf_overrides == {} and args.worker_extension_cls == ""
+    )  # so that every path is the stock one
+    activation.finish_settings(
+        args, SimpleNamespace(hf_config=SimpleNamespace())
+    )  # and there is nothing to finish
 
 
 def test_but_not_where_a_default_budget_would_be_ignored(native):
@@ -170,7 +209,9 @@ def test_requests_are_told_which_field_to_use(native):
     model_config = SimpleNamespace(hf_config=SimpleNamespace())
     request = SimpleNamespace(model_extra={"fsr_budget": 64})
     with pytest.raises(ValueError, match="use image_token_budget") as error:
-        RequestHook(activation.unsupported).before(SimpleNamespace(model_config=model_config), request)
+        RequestHook(activation.unsupported).before(
+            SimpleNamespace(model_config=model_config), request
+        )
     assert error.value.parameter == "fsr_budget"
     with pytest.raises(params.FieldError, match="use image_token_budget"):
         settled(model_config, [[]], {"fsr_budget": 64}, activation.unsupported)

@@ -1,7 +1,9 @@
-"""Run in a process of its own: one AsyncLLM, as programs that embed vLLM use it, given prompts as plain dicts.
+"""Run in a process of its own: one AsyncLLM, as programs that embed vLLM use it, given prompts as
+plain dicts.
 
-Usage: python asynchronous.py MODEL OUT. Many small pictures at a budget of 1 come first, all at once, then single
-prompts; OUT gets what each output says of its visual tokens, and the tower's work by engine step.
+Usage: python asynchronous.py MODEL OUT. Many small pictures at a budget of 1 come first, all at
+once, then single prompts; OUT gets what each output says of its visual tokens, and the tower's work
+by engine step.
 """
 
 import asyncio
@@ -57,7 +59,9 @@ async def main(model, out):
         await llm.collective_rpc("probe_steps")
         numbers = iter(range(REQUESTS * IMAGES))
         batches = [[picture(next(numbers)) for _ in range(IMAGES)] for _ in range(REQUESTS)]
-        asked = [ask(llm, f"many {i}", prompt(images, fsr_budget=1)) for i, images in enumerate(batches)]
+        asked = [
+            ask(llm, f"many {i}", prompt(images, fsr_budget=1)) for i, images in enumerate(batches)
+        ]
         many = await asyncio.gather(*asked)
         steps = (await llm.collective_rpc("probe_steps"))[0]
         one = picture(70_000)
@@ -65,7 +69,9 @@ async def main(model, out):
             "pruned": await ask(llm, "pruned", prompt([one], fsr_budget=64)),
             "unpruned": await ask(llm, "unpruned", prompt([one])),
             "text": await ask(llm, "text", {"prompt": "Say something."}),
-            "uuid": await ask(llm, "uuid", {**prompt([one]), "multi_modal_uuids": {"image": [RESERVED]}}),
+            "uuid": await ask(
+                llm, "uuid", {**prompt([one]), "multi_modal_uuids": {"image": [RESERVED]}}
+            ),
         }
     finally:
         llm.shutdown()

@@ -1,7 +1,9 @@
-"""Run in a process of its own: one offline `LLM`, shuffled requests over many images, then single experiments.
+"""Run in a process of its own: one offline `LLM`, shuffled requests over many images, then single
+experiments.
 
-Usage: python caching.py SPEC OUT, where SPEC has `llm` (arguments), `count` (requests of the shuffle) and
-`experiments` (whether to go on with those of EXPERIMENTS). Every experiment gets images that nothing before it saw.
+Usage: python caching.py SPEC OUT, where SPEC has `llm` (arguments), `count` (requests of the
+shuffle) and `experiments` (whether to go on with those of EXPERIMENTS). Every experiment gets
+images that nothing before it saw.
 """
 
 import itertools
@@ -29,7 +31,8 @@ def pictures():
 
 
 def combinations(count):
-    """The first `count` of all combinations of image, question, budget and method, in an order that is always the same.
+    """The first `count` of all combinations of image, question, budget and method, in an order that
+    is always the same.
 
     Every image comes: the first ones differ in it.
     """
@@ -46,7 +49,9 @@ class Engine:
         self.llm, self.fresh = llm, pictures()
 
     def prompt(self, image, text="Go on.", ids=None, salt=None, uuid=None, **fields):
-        prompt = {"prompt_token_ids": ids} if ids else {"prompt": f"USER: <image>\n{text} ASSISTANT:"}
+        prompt = (
+            {"prompt_token_ids": ids} if ids else {"prompt": f"USER: <image>\n{text} ASSISTANT:"}
+        )
         prompt |= {"multi_modal_data": {"image": [image]}, "mm_processor_kwargs": fields}
         prompt |= {"cache_salt": salt} if salt else {}
         return prompt | ({"multi_modal_uuids": {"image": [uuid]}} if uuid else {})
@@ -89,7 +94,13 @@ class Engine:
 def interleaved(engine, count):
     images = list(itertools.islice(engine.fresh, IMAGES))
     prompts = [
-        engine.prompt(images[image], question or TEXT, fsr_budget=budget, fsr_method=method, fsr_question=question)
+        engine.prompt(
+            images[image],
+            question or TEXT,
+            fsr_budget=budget,
+            fsr_method=method,
+            fsr_question=question,
+        )
         for image, question, budget, method in combinations(count)
     ]
     half = len(prompts) // 2  # some together, as a scheduler mixes them, and some one by one
@@ -97,11 +108,13 @@ def interleaved(engine, count):
     return {"answers": answers, "counts": engine.counts()}
 
 
-# --- experiments ----------------------------------------------------------------------------------------------------
+# --- experiments ----------------------------------------------------------------------------------
 
 
 def missing_signal(engine, **_):
-    """visionzip needs keys and hiprune attention received, which an image first seen by fsr is kept without."""
+    """visionzip needs keys and hiprune attention received, which an image first seen by fsr is kept
+    without.
+    """
     image, seen = next(engine.fresh), []
     methods = ("fsr", "visionzip", "fsr", "visionzip", "vscan", "hiprune", "visionzip", "hiprune")
     for budget, method in enumerate(methods, 8):
@@ -126,14 +139,20 @@ def turns(engine, **_):
     ids = tokenizer.encode(f"USER: <image>\n{TEXT} ASSISTANT:")
     fields = {"fsr_budget": 32, "fsr_question": TEXT}
     (first,) = engine.run([engine.prompt(image, ids=ids, **fields)], tokens=40)
-    later = [*ids, *first["tokens"], *tokenizer.encode(" USER: And now? ASSISTANT:", add_special_tokens=False)]
+    later = [
+        *ids,
+        *first["tokens"],
+        *tokenizer.encode(" USER: And now? ASSISTANT:", add_special_tokens=False),
+    ]
     second = engine.ask(image, ids=later, **fields)
     other = engine.ask(image, ids=later, **{**fields, "fsr_question": "And now?"})
     return {"first": first, "second": second, "other question": other}
 
 
 def prefixes(engine, **_):
-    """The same image with one question after another: how much of the second prompt came from the KV cache."""
+    """The same image with one question after another: how much of the second prompt came from the
+    KV cache.
+    """
     found = {}
     for name, fields in {
         "query-aware": {"fsr_method": "fsr"},
@@ -142,7 +161,11 @@ def prefixes(engine, **_):
     }.items():
         image, answers = next(engine.fresh), []
         for question in QUESTIONS[:2]:
-            answers.append(engine.ask(image, question, **{"fsr_question": question, "fsr_budget": 63, **fields}))
+            answers.append(
+                engine.ask(
+                    image, question, **{"fsr_question": question, "fsr_budget": 63, **fields}
+                )
+            )
         found[name] = answers
     return found
 
@@ -162,13 +185,19 @@ def adapters(engine, lora, **_):
     from vllm.lora.request import LoRARequest
 
     image = next(engine.fresh)
-    order = [None, *(LoRARequest(name, number, lora) for number, name in ((1, "one"), (2, "two"))), None]
+    order = [
+        None,
+        *(LoRARequest(name, number, lora) for number, name in ((1, "one"), (2, "two"))),
+        None,
+    ]
     answers = [engine.ask(image, TEXT, lora=adapter, fsr_budget=32) for adapter in order]
     return {"answers": answers, "counts": engine.counts()}
 
 
 def resets(engine, **_):
-    """What each of vLLM's resets leaves, and that the same image then costs its way again, with the same answer."""
+    """What each of vLLM's resets leaves, and that the same image then costs its way again, with the
+    same answer.
+    """
     image, found = next(engine.fresh), {}
     reset = {
         "nothing": lambda: None,
@@ -182,7 +211,11 @@ def resets(engine, **_):
         act()
         emptied = engine.counts()
         answer = engine.ask(image, fsr_budget=30 + number)
-        found[name] = {"emptied": emptied, "after": engine.counts(), "again": engine.ask(image, fsr_budget=20)}
+        found[name] = {
+            "emptied": emptied,
+            "after": engine.counts(),
+            "again": engine.ask(image, fsr_budget=20),
+        }
         assert answer["prompt"]
     return found
 

@@ -19,15 +19,21 @@ PLAIN = [
     request("chelsea", WHO),
 ]
 OFF = [{**r, "fields": {"fsr_budget": "off"}} for r in PLAIN]
-ALL = [{**r, "fields": {"fsr_budget": budget}} for r, budget in zip(PLAIN, (576, 1000, 1_000_000, 577), strict=True)]
-# One image at several budgets, questions and methods, interleaved: what one leaves in a cache must not serve another.
+ALL = [
+    {**r, "fields": {"fsr_budget": budget}}
+    for r, budget in zip(PLAIN, (576, 1000, 1_000_000, 577), strict=True)
+]
+# One image at several budgets, questions and methods, interleaved: what one leaves in a cache must
+# not serve another.
 MIXED = [
     request("chelsea", WHAT, fsr_budget=64, fsr_question=WHAT),
     request("chelsea", WHAT, fsr_budget=128, fsr_question=WHAT),
     request("chelsea", WHAT),
     request("chelsea", WHO, fsr_budget=64, fsr_question=WHO),
     request("chelsea", WHAT, fsr_budget=64, fsr_question=WHO),
-    request("chelsea", WHAT, fsr_budget=64, fsr_question=WHAT, fsr_options={"max_focus_share": 0.5}),
+    request(
+        "chelsea", WHAT, fsr_budget=64, fsr_question=WHAT, fsr_options={"max_focus_share": 0.5}
+    ),
     request("chelsea", WHAT, fsr_budget=64, fsr_method="random"),
     request("First", "chelsea", "then", "rocket", WHAT, fsr_budget=[16, 100]),
     request("First", "chelsea", "then", "rocket", WHAT, fsr_budget=["off", 0.25]),
@@ -36,10 +42,14 @@ MIXED = [
 ]
 PROMPTS = [64, 128, 576, 64, 64, 64, 64, 116, 720, 64, 1]  # visual tokens of MIXED
 ONE_BY_ONE = [[r] for r in MIXED]
-MANY = request("rocket", "coffee", "astronaut", "chelsea", "camera", WHAT)  # 2,880 tokens, of 2,048 that fit
+MANY = request(
+    "rocket", "coffee", "astronaut", "chelsea", "camera", WHAT
+)  # 2,880 tokens, of 2,048 that fit
 
 ACTIVE = {"additional_config": {"fsr": {}}}
-PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}  # a user's own: combined with ours
+PROBE = {
+    "worker_extension_cls": "tests.engine.probe.ProbeExtension"
+}  # a user's own: combined with ours
 # Every method that this model can give its inputs to, by changing one word.
 REFUSED = [name for name, info in fsr_vllm.methods().items() if not info.servable]
 SERVED = [name for name, info in fsr_vllm.methods().items() if info.servable]
@@ -55,7 +65,10 @@ CONFIGURATIONS = {
     "stock": {"llm": {}, "steps": [PLAIN, [MANY]], "env": {"VLLM_PLUGINS": "none"}},
     "inactive": {"llm": {}, "steps": [PLAIN, [request("chelsea", WHAT, fsr_budget=64)]]},
     "active": {
-        "llm": {**ACTIVE, "block_size": 32},  # small, so that short prompts fill blocks that can be reused
+        "llm": {
+            **ACTIVE,
+            "block_size": 32,
+        },  # small, so that short prompts fill blocks that can be reused
         "steps": [PLAIN, OFF, ALL, *ONE_BY_ONE, *ONE_BY_ONE, MIXED]
         + [[request("chelsea", WHAT, **fields)] for fields in BAD]
         + [MIXED],
@@ -70,11 +83,19 @@ CONFIGURATIONS = {
         "probe": True,
         "steps": [
             *ONE_BY_ONE,
-            *([request("coffee", WHAT, fsr_budget=40, fsr_method=m, fsr_question=WHAT)] for m in (*SERVED, *REFUSED)),
+            *(
+                [request("coffee", WHAT, fsr_budget=40, fsr_method=m, fsr_question=WHAT)]
+                for m in (*SERVED, *REFUSED)
+            ),
         ],
     },
     "chunked": {
-        "llm": {**ACTIVE, "max_num_batched_tokens": 48, "max_num_seqs": 8, "mm_processor_cache_type": "shm"},
+        "llm": {
+            **ACTIVE,
+            "max_num_batched_tokens": 48,
+            "max_num_seqs": 8,
+            "mm_processor_cache_type": "shm",
+        },
         "steps": [*ONE_BY_ONE, MIXED],
     },
     "tensor parallel": {
@@ -88,11 +109,16 @@ CONFIGURATIONS = {
         },
         "probe": True,
         "steps": [*ONE_BY_ONE, MIXED],
-        # One core each; vLLM would bind two ranks to NUMA nodes, which a small machine has too few of.
-        "env": {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))},
+        # One core each; vLLM would bind two ranks to NUMA nodes, which a small machine has too few
+        # of.
+        "env": {
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+        },
     },
     "maximum": {
-        "llm": {"additional_config": {"fsr": {"max_budget": 64, "min_budget": 8, "text_encoder": "llm"}}},
+        "llm": {
+            "additional_config": {"fsr": {"max_budget": 64, "min_budget": 8, "text_encoder": "llm"}}
+        },
         "steps": [
             [request("chelsea", WHAT)],
             [request("chelsea", WHAT, fsr_budget="off")],

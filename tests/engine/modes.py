@@ -1,8 +1,10 @@
-"""Run in a process of its own: one offline `LLM` in some mode of vLLM, asked what every mode is asked.
+"""Run in a process of its own: one offline `LLM` in some mode of vLLM, asked what every mode is
+asked.
 
-Usage: python modes.py SPEC OUT. SPEC has `llm` (arguments), and may have `lora` (folder of an adapter, then asked too),
-`between` (methods of `LLM` called between two rounds of the same requests) and `requests` (whether to go on with what
-a request can ask of vLLM: REQUEST_LEVEL). A start that fails leaves no OUT.
+Usage: python modes.py SPEC OUT. SPEC has `llm` (arguments), and may have `lora` (folder of an
+adapter, then asked too), `between` (methods of `LLM` called between two rounds of the same
+requests) and `requests` (whether to go on with what a request can ask of vLLM: REQUEST_LEVEL). A
+start that fails leaves no OUT.
 """
 
 import json
@@ -11,7 +13,8 @@ from pathlib import Path
 
 WHAT, WHO = "What is this?", "Who has a red flag?"
 BUDGETS = ("off", 8, 24)
-# (images, question, budget): one picture, two questions, unpruned and two budgets; two pictures; no picture at all.
+# (images, question, budget): one picture, two questions, unpruned and two budgets; two pictures; no
+# picture at all.
 ASKED = [
     *((1, question, budget) for question in (WHAT, WHO) for budget in BUDGETS),
     (2, WHAT, [8, 0.5]),
@@ -32,7 +35,9 @@ def prompt(images, question, budget):
     pictures = photos()
     asked = {"prompt": "USER: " + "<image> and " * images + f"{question} ASSISTANT:"}
     if images:
-        asked["multi_modal_data"] = {"image": [pictures[name] for name in ("chelsea", "rocket")[:images]]}
+        asked["multi_modal_data"] = {
+            "image": [pictures[name] for name in ("chelsea", "rocket")[:images]]
+        }
         asked["mm_processor_kwargs"] = {"fsr_budget": budget, "fsr_question": question}
     return asked
 
@@ -47,7 +52,10 @@ def answers(outputs):
             "texts": [one.text for one in output.outputs],
             "tokens": [list(one.token_ids) for one in output.outputs],
             "logprobs": [
-                [step[token].logprob for token, step in zip(one.token_ids, one.logprobs or [], strict=False)]
+                [
+                    step[token].logprob
+                    for token, step in zip(one.token_ids, one.logprobs or [], strict=False)
+                ]
                 for one in output.outputs
             ],
             "ranked": [[len(step) for step in one.logprobs or []] for one in output.outputs],
@@ -63,7 +71,9 @@ def answers(outputs):
 def ask(llm, asked=ASKED, lora=None, together=True, **options):
     from vllm import SamplingParams
 
-    sampling = SamplingParams(**{"max_tokens": 8, "temperature": 0, "logprobs": 1, "ignore_eos": True, **options})
+    sampling = SamplingParams(
+        **{"max_tokens": 8, "temperature": 0, "logprobs": 1, "ignore_eos": True, **options}
+    )
     prompts = [prompt(*one) for one in asked]
     batches = [prompts] if together else [[one] for one in prompts]
     return [
@@ -73,15 +83,22 @@ def ask(llm, asked=ASKED, lora=None, together=True, **options):
     ]
 
 
-# What a request can ask for -----------------------------------------------------------------------------------------
+# What a request can ask for
+# -----------------------------------------------------------------------------------------
 
 
 def structured(llm):
     from vllm.sampling_params import StructuredOutputsParams
 
-    ways = {"choice": {"choice": ["left", "right"]}, "json": {"json": COLOURS}, "regex": {"regex": "[0-9]{3}"}}
+    ways = {
+        "choice": {"choice": ["left", "right"]},
+        "json": {"json": COLOURS},
+        "regex": {"regex": "[0-9]{3}"},
+    }
     return {
-        name: ask(llm, structured_outputs=StructuredOutputsParams(**way), max_tokens=24, ignore_eos=False)
+        name: ask(
+            llm, structured_outputs=StructuredOutputsParams(**way), max_tokens=24, ignore_eos=False
+        )
         for name, way in ways.items()
     }
 
@@ -93,12 +110,16 @@ def beams(llm):
     for images, question, budget in ASKED:
         given = prompt(images, question, budget)
         (output,) = llm.beam_search([given], BeamSearchParams(beam_width=3, max_tokens=4))
-        found.append([[one.tokens, one.cum_logprob, one.tokens.count(IMAGE_ID)] for one in output.sequences])
+        found.append(
+            [[one.tokens, one.cum_logprob, one.tokens.count(IMAGE_ID)] for one in output.sequences]
+        )
     return found
 
 
 def tools(llm):
-    """A conversation with a tool in its prompt, by a template that writes tools down, at each budget."""
+    """A conversation with a tool in its prompt, by a template that writes tools down, at each
+    budget.
+    """
     from vllm import SamplingParams
 
     from fsr_vllm.testbed import photos
@@ -106,16 +127,26 @@ def tools(llm):
     image = {"type": "image_pil", "image_pil": photos()["chelsea"]}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": WHAT}]}]
     sampling = SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
-    given = {"chat_template": TOOL_TEMPLATE, "chat_template_content_format": "openai", "use_tqdm": False}
+    given = {
+        "chat_template": TOOL_TEMPLATE,
+        "chat_template_content_format": "openai",
+        "use_tqdm": False,
+    }
     return [
-        answers(llm.chat(messages, sampling, tools=use, mm_processor_kwargs={"fsr_budget": budget}, **given))[0]
+        answers(
+            llm.chat(
+                messages, sampling, tools=use, mm_processor_kwargs={"fsr_budget": budget}, **given
+            )
+        )[0]
         for use in (None, [TOOL])
         for budget in BUDGETS
     ]
 
 
 def continued(llm):
-    """Every prompt with its answer behind it: what the answer's tokens are worth as a part of the prompt."""
+    """Every prompt with its answer behind it: what the answer's tokens are worth as a part of the
+    prompt.
+    """
     from vllm import SamplingParams
 
     tokenizer, found = llm.get_tokenizer(), []
@@ -127,7 +158,9 @@ def continued(llm):
         (output,) = llm.generate([given], sampling, use_tqdm=False)
         entries = output.prompt_logprobs[-len(tokens) :]
         of_answer = [entry[token].logprob for entry, token in zip(entries, tokens, strict=True)]
-        found.append({"placeholders": output.prompt_token_ids.count(IMAGE_ID), "of_answer": of_answer})
+        found.append(
+            {"placeholders": output.prompt_token_ids.count(IMAGE_ID), "of_answer": of_answer}
+        )
     return found
 
 

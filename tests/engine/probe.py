@@ -1,4 +1,6 @@
-"""A user's own worker extension: reads signals and the work of engine steps off the model in a worker."""
+"""A user's own worker extension: reads signals and the work of engine steps off the model in a
+worker.
+"""
 
 from base64 import b64decode
 
@@ -10,26 +12,36 @@ from fsr_vllm.engine.caches import unpack_plan
 class ProbeExtension:
     @torch.inference_mode()
     def probe_signals(self, pixels: str, question: str) -> dict[str, list[float]]:
-        """Saliency, attention received and relevance of one image, whose float32 pixels come as base64."""
+        """Saliency, attention received and relevance of one image, whose float32 pixels come as
+        base64.
+        """
         model = self.model_runner.get_model()
-        values = torch.frombuffer(bytearray(b64decode(pixels)), dtype=torch.float32).view(1, 3, 336, 336)
+        values = torch.frombuffer(bytearray(b64decode(pixels)), dtype=torch.float32).view(
+            1, 3, 336, 336
+        )
         names = ("saliency", "received", "shallow_received@8")
         model.fsr_tap.wanted = frozenset(names)
         features, projected = model.fsr_project(model.fsr_tower(values))
         model.fsr_tap.wanted = frozenset()
         relevance = model.fsr_text.relevance(features, projected, [question])
         signals = model.fsr_tap.take()
-        return {name: signals[name][0].tolist() for name in names} | {"relevance": relevance[0].tolist()}
+        return {name: signals[name][0].tolist() for name in names} | {
+            "relevance": relevance[0].tolist()
+        }
 
     def probe_steps(self) -> list[int]:
-        """Unpruned tokens that each engine step so far gave the model to encode; starts to watch when first called."""
+        """Unpruned tokens that each engine step so far gave the model to encode; starts to watch
+        when first called.
+        """
         model = self.model_runner.get_model()
         if not hasattr(self, "probed_steps"):
             self.probed_steps: list[int] = []
             stock = model.embed_multimodal
 
             def watched(**kwargs):
-                self.probed_steps.append(sum(unpack_plan(plan)[1].total for plan in kwargs["fsr_plan"]))
+                self.probed_steps.append(
+                    sum(unpack_plan(plan)[1].total for plan in kwargs["fsr_plan"])
+                )
                 return stock(**kwargs)
 
             model.embed_multimodal = watched

@@ -24,12 +24,18 @@ SCHEME = {
 
 
 def quantise(model: Path, path: Path) -> Path:
-    """Copy the checkpoint at `model` to `path`, its language model's linear layers as int8 with a scale per row."""
+    """Copy the checkpoint at `model` to `path`, its language model's linear layers as int8 with a
+    scale per row.
+    """
     shutil.copytree(model, path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": SCHEME}))
     weights = load_file(path / "model.safetensors")
-    for name in [name for name in weights if name.startswith("language_model.") and name.endswith("_proj.weight")]:
+    for name in [
+        name
+        for name in weights
+        if name.startswith("language_model.") and name.endswith("_proj.weight")
+    ]:
         scale = weights[name].abs().amax(1, keepdim=True) / 127
         weights[name] = (weights[name] / scale).round().to(torch.int8)
         weights[name.removesuffix("weight") + "weight_scale"] = scale

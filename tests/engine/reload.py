@@ -1,6 +1,8 @@
-"""Run in a process of its own: one offline `LLM` whose weights are read again, as they were and after they changed.
+"""Run in a process of its own: one offline `LLM` whose weights are read again, as they were and
+after they changed.
 
-Usage: python reload.py MODEL OUT [CHANGED]: CHANGED are other weights of MODEL/text_encoder, put there while it runs.
+Usage: python reload.py MODEL OUT [CHANGED]: CHANGED are other weights of MODEL/text_encoder, put
+there while it runs.
 """
 
 import json
@@ -23,12 +25,18 @@ def answers(llm):
             # One prompt for all questions: only what is kept of the image can make answers differ.
             "prompt": "USER: <image>\nGo on. ASSISTANT:",
             "multi_modal_data": {"image": [image]},
-            "mm_processor_kwargs": {"fsr_budget": budget, "fsr_question": question, "fsr_method": "relevance"},
+            "mm_processor_kwargs": {
+                "fsr_budget": budget,
+                "fsr_question": question,
+                "fsr_method": "relevance",
+            },
         }
         for question in QUESTIONS
         for budget in BUDGETS
     ]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=4, temperature=0, logprobs=1), use_tqdm=False)
+    outputs = llm.generate(
+        prompts, SamplingParams(max_tokens=4, temperature=0, logprobs=1), use_tqdm=False
+    )
     return [
         [step[token].logprob for token, step in zip(one.token_ids, one.logprobs, strict=True)]
         for one in (output.outputs[0] for output in outputs)
@@ -49,7 +57,8 @@ def main(model: str, out: str, changed: str | None = None) -> None:
             if weights:
                 shutil.copy(weights, Path(model) / "text_encoder" / "model.safetensors")
             llm.collective_rpc("reload_weights")
-            # The workers' rows are gone; without this vLLM's scheduler counts on them ("Encoder cache miss").
+            # The workers' rows are gone; without this vLLM's scheduler counts on them ("Encoder
+            # cache miss").
             llm.llm_engine.reset_encoder_cache()
             llm.reset_prefix_cache()
             found[name] = answers(llm)

@@ -1,4 +1,6 @@
-"""AsyncLLM without a server: outputs know their visual tokens, no step gives the tower more than unpruned images."""
+"""AsyncLLM without a server: outputs know their visual tokens, no step gives the tower more than
+unpruned images.
+"""
 
 import json
 import os
@@ -27,7 +29,9 @@ def outcome(checkpoint, tmp_path_factory):
 
 
 def test_no_step_gives_the_tower_more_than_unpruned(outcome):
-    """By placeholders alone, 2,048 of these images would fit a step; by their 576 unpruned tokens, three do."""
+    """By placeholders alone, 2,048 of these images would fit a step; by their 576 unpruned tokens,
+    three do.
+    """
     assert {tuple(answer["visual"]) for answer in outcome["many"]} == {(IMAGES, IMAGES * 576)}
     assert sum(outcome["steps"]) == REQUESTS * IMAGES * 576
     assert max(outcome["steps"]) == 3 * 576

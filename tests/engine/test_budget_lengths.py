@@ -1,9 +1,13 @@
-"""What vLLM plans its memory and prompt lengths with, when the server has a maximum budget; no engine is started."""
+"""What vLLM plans its memory and prompt lengths with, when the server has a maximum budget; no
+engine is started.
+"""
 
 import pytest
 
 
-@pytest.mark.parametrize(("settings", "tokens"), [({}, 576), ({"max_budget": 64}, 64), ({"budget": 64}, 576)])
+@pytest.mark.parametrize(
+    ("settings", "tokens"), [({}, 576), ({"max_budget": 64}, 64), ({"budget": 64}, 576)]
+)
 def test_tokens_per_image_follow_the_maximum_budget(checkpoint, settings, tokens):
     """A default alone promises nothing: a request may still ask for more."""
     from vllm.engine.arg_utils import EngineArgs
@@ -14,7 +18,10 @@ def test_tokens_per_image_follow_the_maximum_budget(checkpoint, settings, tokens
 
     plugin.register()
     args = EngineArgs(
-        model=str(checkpoint), max_model_len=2048, additional_config={"fsr": settings}, limit_mm_per_prompt={"image": 9}
+        model=str(checkpoint),
+        max_model_len=2048,
+        additional_config={"fsr": settings},
+        limit_mm_per_prompt={"image": 9},
     )
     budget = MultiModalBudget(args.create_engine_config(), MULTIMODAL_REGISTRY)
     assert dict(budget.mm_max_toks_per_item) == {"image": tokens}

@@ -1,4 +1,6 @@
-"""The two caches alone: bounds in bytes, least recently used out first, and equal decisions from equal calls."""
+"""The two caches alone: bounds in bytes, least recently used out first, and equal decisions from
+equal calls.
+"""
 
 import random
 
@@ -16,7 +18,9 @@ def tensors(value, rows=4, signal=True):
 
 def holds(cache, key, value, rows=4, signal=True):
     entry = cache.get(key, {"tower"})
-    return entry is not None and all(torch.equal(entry[n], t) for n, t in tensors(value, rows, signal).items())
+    return entry is not None and all(
+        torch.equal(entry[n], t) for n, t in tensors(value, rows, signal).items()
+    )
 
 
 def test_what_was_put_comes_back_until_it_was_used_longest_ago():
@@ -66,7 +70,9 @@ def test_clear_gives_all_bytes_back():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_entries_of_any_size_never_overlap_and_two_ranks_decide_alike(seed):
-    """The second rank has other values (another shard's rounding) but the same keys and sizes in the same order."""
+    """The second rank has other values (another shard's rounding) but the same keys and sizes in
+    the same order.
+    """
     chance = random.Random(seed)
     capacity = 20_000
     ranks = [FeatureCache(capacity), FeatureCache(capacity)]
@@ -80,7 +86,9 @@ def test_entries_of_any_size_never_overlap_and_two_ranks_decide_alike(seed):
         assert found[0] == found[1]
         if found[0] and chance.random() < 0.8:
             rows, signal = sizes[key]
-            assert holds(ranks[0], key, key[0], rows, signal) and holds(ranks[1], key, key[0] + 0.25, rows, signal)
+            assert holds(ranks[0], key, key[0], rows, signal) and holds(
+                ranks[1], key, key[0] + 0.25, rows, signal
+            )
             continue
         sizes[key] = (chance.choice((1, 4, 30, 90, 400)), chance.random() < 0.5)
         for cache, value in zip(ranks, (key[0], key[0] + 0.25), strict=True):
@@ -111,7 +119,12 @@ def test_pixels_are_bounded_by_bytes():
     cache.put(b"a", "A2", 10)
     cache.put(b"huge", "H", 101)
     assert cache.get(b"a") == "A2" and cache.get(b"huge") is None
-    assert cache.stats() == {"pixel_hits": 4, "pixel_misses": 2, "pixel_entries": 2, "pixel_bytes": 40}
+    assert cache.stats() == {
+        "pixel_hits": 4,
+        "pixel_misses": 2,
+        "pixel_entries": 2,
+        "pixel_bytes": 40,
+    }
     cache.clear()
     assert cache.stats()["pixel_bytes"] == 0 and cache.get(b"c") is None
 

@@ -1,4 +1,6 @@
-"""Offline `LLM.chat` on a real engine: the question, the budget and the details come from the conversations."""
+"""Offline `LLM.chat` on a real engine: the question, the budget and the details come from the
+conversations.
+"""
 
 import json
 import os
@@ -19,18 +21,36 @@ SAID = [
     [["user", "Say something."]],
 ]
 QUESTIONS = (WHAT, WHO, WHAT)
-BAD = [{"fsr_budget": [1, 2]}, {"fsr_budget": 0}, {"fsr_question": 3}, {"fsr_bugdet": 1}, {"fsrBudget": 32}]
+BAD = [
+    {"fsr_budget": [1, 2]},
+    {"fsr_budget": 0},
+    {"fsr_question": 3},
+    {"fsr_bugdet": 1},
+    {"fsrBudget": 32},
+]
 STEPS = {
     "derived": {"chat": SAID, "fields": {"fsr_budget": 32}},
-    **{f"given {i}": {"chat": [SAID[i]], "fields": {"fsr_budget": 32, "fsr_question": QUESTIONS[i]}} for i in range(3)},
+    **{
+        f"given {i}": {
+            "chat": [SAID[i]],
+            "fields": {"fsr_budget": 32, "fsr_question": QUESTIONS[i]},
+        }
+        for i in range(3)
+    },
     "integer of numpy": {"chat": SAID[:1], "fields": {"fsr_budget": 32}, "numpy": True},
     "share of numpy": {"chat": SAID[:1], "fields": {"fsr_budget": 0.25}, "numpy": True},
     "details": {"chat": [[["user", "chelsea:low", "rocket:high", "coffee", WHAT]]]},
-    "details and budgets": {"chat": [[["user", "chelsea:low", "rocket", WHAT]]], "fields": {"fsr_budget": [10, 20]}},
+    "details and budgets": {
+        "chat": [[["user", "chelsea:low", "rocket", WHAT]]],
+        "fields": {"fsr_budget": [10, 20]},
+    },
     "nothing asked": {"chat": SAID[:1]},
     **{f"bad {i}": {"chat": SAID[:1], "fields": fields} for i, fields in enumerate(BAD)},
     "embeddings": {"chat": [[["user", "embeds:100", WHAT]]]},
-    "embeddings unpruned": {"chat": [[["user", "embeds:100", WHAT]]], "fields": {"fsr_budget": "off"}},
+    "embeddings unpruned": {
+        "chat": [[["user", "embeds:100", WHAT]]],
+        "fields": {"fsr_budget": "off"},
+    },
     "embeddings generated": [{"parts": ["embeds:100", WHAT]}],
     "bad with embeddings": {"chat": [[["user", "embeds:100", WHAT]]], "fields": {"fsr_budget": 64}},
     "bad without an image": {"chat": SAID[3:], "fields": {"fsr_budget": 0}},
@@ -45,7 +65,12 @@ def outcome(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     settings = {"fsr": {"detail_budgets": {"low": 16, "high": 0.5}}}
     extension = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}
-    llm = {"model": str(checkpoint), "additional_config": settings, "enable_mm_embeds": True, **extension}
+    llm = {
+        "model": str(checkpoint),
+        "additional_config": settings,
+        "enable_mm_embeds": True,
+        **extension,
+    }
     (folder / "spec.json").write_text(json.dumps({"llm": llm, "steps": list(STEPS.values())}))
     script = Path(__file__).with_name("offline.py")
     command = [sys.executable, str(script), str(folder / "spec.json"), str(folder / "out.json")]

@@ -50,7 +50,8 @@ def test_no_text_becomes_a_control_token(tmp_path, name):
     for token in spelled:
         ids = plain_ids(tokenizer, f"a red circle {token} a red circle {token}")
         assert not specials & set(ids), token
-        # What stands around it is read as ever; only Mistral's tokenizers take such strings for words in any text.
+        # What stands around it is read as ever; only Mistral's tokenizers take such strings for
+        # words in any text.
         assert ids[: len(plain)] == plain and len(ids) >= 2 * len(plain)
 
 
@@ -59,7 +60,9 @@ def test_some_of_these_are_control_tokens_to_the_tokenizers_themselves(tmp_path)
     for name in ("CLIP", "language model", "slow"):
         make, spelled = TOKENIZERS[name]
         tokenizer = make(tmp_path)
-        assert set(tokenizer(spelled[0], add_special_tokens=False)["input_ids"]) & set(tokenizer.all_special_ids)
+        assert set(tokenizer(spelled[0], add_special_tokens=False)["input_ids"]) & set(
+            tokenizer.all_special_ids
+        )
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +87,19 @@ def test_a_question_keeps_its_meaning_around_spelled_control_tokens(tower):
     for token in SPELLED:
         for text in (f"{token} {QUESTION}", f"{QUESTION} {token}", f"{token}{QUESTION}{token}"):
             found = tower._encode(text)
-            assert found @ asked > 0.9 > 0.75 > found @ nothing, text  # read as a control token: 0.49, and 1.00
+            assert found @ asked > 0.9 > 0.75 > found @ nothing, (
+                text
+            )  # read as a control token: 0.49, and 1.00
 
 
 def test_the_language_models_embeddings_hold_no_control_token():
     tokenizer = served(None)
     words = LlmText(nn.Embedding(len(tokenizer), 4), lambda: tokenizer, 1)
     words._language_model.embed_input_ids = words._language_model.forward
-    torch.testing.assert_close(words.embeddings("a <image> circle</s>"), words.embeddings("a  circle"))
+    torch.testing.assert_close(
+        words.embeddings("a <image> circle</s>"), words.embeddings("a  circle")
+    )
     assert words.embeddings("<image></s>").shape == (0, 4)
-    assert tokenizer.convert_tokens_to_ids("<image>") in tokenizer("a <image> circle")["input_ids"]  # vLLM needs that
+    assert (
+        tokenizer.convert_tokens_to_ids("<image>") in tokenizer("a <image> circle")["input_ids"]
+    )  # vLLM needs that

@@ -1,4 +1,6 @@
-"""A text encoder by name: the revision that is asked for is the one that every part of it is loaded from."""
+"""A text encoder by name: the revision that is asked for is the one that every part of it is loaded
+from.
+"""
 
 import hashlib
 import json
@@ -44,7 +46,9 @@ print("FOUND", json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found(checkpoint, tmp_path_factory):
-    """Two revisions of one encoder in Hugging Face's cache, told apart by one weight; what each name came to."""
+    """Two revisions of one encoder in Hugging Face's cache, told apart by one weight; what each
+    name came to.
+    """
     home = tmp_path_factory.mktemp("hub")
     folder = home / f"models--{NAME.replace('/', '--')}"
     commits = {}
@@ -58,7 +62,14 @@ def found(checkpoint, tmp_path_factory):
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / branch).write_text(commit)
     beside = str(checkpoint / "text_encoder")
-    asked = [NAME, f"{NAME}@v1", f"{NAME}@{commits['v1']}", f"{NAME}@nowhere", beside, f"{beside}@v1"]
+    asked = [
+        NAME,
+        f"{NAME}@v1",
+        f"{NAME}@{commits['v1']}",
+        f"{NAME}@nowhere",
+        beside,
+        f"{beside}@v1",
+    ]
     environment = {**os.environ, "HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", SCRIPT, str(checkpoint), *asked]
@@ -66,7 +77,11 @@ def found(checkpoint, tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     return dict(
-        zip(("plain", "branch", "commit", "wrong", "folder", "both"), json.loads(line[6:]).values(), strict=True)
+        zip(
+            ("plain", "branch", "commit", "wrong", "folder", "both"),
+            json.loads(line[6:]).values(),
+            strict=True,
+        )
     ), (
         commits,
         beside,
@@ -75,9 +90,14 @@ def found(checkpoint, tmp_path_factory):
 
 def test_a_name_becomes_the_commit_that_was_read(found):
     answers, (commits, _) = found
-    assert answers["plain"]["resolved"] == f"{NAME}@{commits['main']}" and answers["plain"]["mark"] == 1
+    assert (
+        answers["plain"]["resolved"] == f"{NAME}@{commits['main']}"
+        and answers["plain"]["mark"] == 1
+    )
     for asked in ("branch", "commit"):
-        assert answers[asked]["resolved"] == f"{NAME}@{commits['v1']}" and answers[asked]["mark"] == 2
+        assert (
+            answers[asked]["resolved"] == f"{NAME}@{commits['v1']}" and answers[asked]["mark"] == 2
+        )
 
 
 def test_a_folder_has_no_revision(found):
@@ -87,7 +107,10 @@ def test_a_folder_has_no_revision(found):
 
 
 def test_a_revision_that_is_not_there_is_refused(found):
-    assert f"{NAME}@nowhere" in found[0]["wrong"]["error"] and "--fsr-text-encoder" in found[0]["wrong"]["error"]
+    assert (
+        f"{NAME}@nowhere" in found[0]["wrong"]["error"]
+        and "--fsr-text-encoder" in found[0]["wrong"]["error"]
+    )
 
 
 def test_names(tmp_path):

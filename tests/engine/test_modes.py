@@ -1,7 +1,9 @@
-"""Modes of vLLM with the plugin active: exact counts, the plain engine's answers, and an engine that goes on.
+"""Modes of vLLM with the plugin active: exact counts, the plain engine's answers, and an engine
+that goes on.
 
-One engine serves everything a request can ask for; every other mode starts one of its own (`full`). Modes that vLLM
-refuses on a CPU are tests too: they are to be refused with vLLM's words, and run where they can. See docs/modes.md.
+One engine serves everything a request can ask for; every other mode starts one of its own (`full`).
+Modes that vLLM refuses on a CPU are tests too: they are to be refused with vLLM's words, and run
+where they can. See docs/modes.md.
 """
 
 import json
@@ -24,7 +26,12 @@ from .quantised import quantise
 pytestmark = pytest.mark.engine
 
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))}
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
 FRESH_KV = {"reset_prefix_cache": {}}
 
 
@@ -34,13 +41,19 @@ def kv(connector, **extra):
 
 def ec(role, folder):
     extra = {"shared_storage_path": str(folder)}
-    return {"ec_connector": "ECExampleConnector", "ec_role": role, "ec_connector_extra_config": extra}
+    return {
+        "ec_connector": "ECExampleConnector",
+        "ec_role": role,
+        "ec_connector_extra_config": extra,
+    }
 
 
-# Arguments of the engine, environment, calls between two rounds of requests, and what the log must say.
+# Arguments of the engine, environment, calls between two rounds of requests, and what the log must
+# say.
 MODES = {
-    # Eager, with a given size of KV cache, vLLM's CPU worker skips the warm-up that makes the second stage's buffers
-    # (AssertionError about intermediate_tensors at the first request, without the plugin too).
+    # Eager, with a given size of KV cache, vLLM's CPU worker skips the warm-up that makes the
+    # second stage's buffers (AssertionError about intermediate_tensors at the first request,
+    # without the plugin too).
     "pipeline parallel": (
         {"pipeline_parallel_size": 2, "enforce_eager": False},
         TWO_CORES,
@@ -61,7 +74,11 @@ MODES = {
     "encoder graphs and compiled encoder": (
         {
             "enforce_eager": False,
-            "compilation_config": {"mode": 0, "cudagraph_mm_encoder": True, "compile_mm_encoder": True},
+            "compilation_config": {
+                "mode": 0,
+                "cudagraph_mm_encoder": True,
+                "compile_mm_encoder": True,
+            },
         },
         {},
         {},
@@ -77,10 +94,30 @@ REFUSED = {
         "plugin fsr: --enable-tower-connector-lora",
         True,
     ),
-    "data parallel offline": ({"data_parallel_size": 2}, {}, "LLM(data_parallel_size=2) is not supported", True),
-    "model runner V2": ({}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}, "Model Runner V2 requires Triton", NO_GPU),
-    "sleep mode": ({"enable_sleep_mode": True}, {}, "Sleep mode is not supported on current platform", NO_GPU),
-    "ray": ({"distributed_executor_backend": "ray"}, {}, "Failed to import Ray", find_spec("ray") is None),
+    "data parallel offline": (
+        {"data_parallel_size": 2},
+        {},
+        "LLM(data_parallel_size=2) is not supported",
+        True,
+    ),
+    "model runner V2": (
+        {},
+        {"VLLM_USE_V2_MODEL_RUNNER": "1"},
+        "Model Runner V2 requires Triton",
+        NO_GPU,
+    ),
+    "sleep mode": (
+        {"enable_sleep_mode": True},
+        {},
+        "Sleep mode is not supported on current platform",
+        NO_GPU,
+    ),
+    "ray": (
+        {"distributed_executor_backend": "ray"},
+        {},
+        "Failed to import Ray",
+        find_spec("ray") is None,
+    ),
     "KV offload to CPU": (
         {"kv_transfer_config": kv("OffloadingConnector", cpu_bytes_to_use=1 << 26)},
         {},
@@ -143,7 +180,8 @@ def check(result, plain):
         same(result[round_], plain["together"])
 
 
-# What a request can ask for ---------------------------------------------------------------------------------------
+# What a request can ask for
+# ---------------------------------------------------------------------------------------
 
 
 def test_plain(plain):
@@ -170,9 +208,14 @@ def test_prompt_logprobs(plain):
     same(plain["prompt_logprobs"], plain["together"])
     for answer in plain["prompt_logprobs"]:
         first, *rest = answer["prompt_logprobs"]
-        assert first is None and len(rest) == answer["prompt"] - 1 and all(-20 < value <= 0 for value in rest)
+        assert (
+            first is None
+            and len(rest) == answer["prompt"] - 1
+            and all(-20 < value <= 0 for value in rest)
+        )
     for later, answer in zip(plain["continued"], plain["together"], strict=True):
-        # The answer read back as a prompt: the same rows, seen in one prefill, give the logprobs of decoding.
+        # The answer read back as a prompt: the same rows, seen in one prefill, give the logprobs of
+        # decoding.
         assert later["placeholders"] == answer["placeholders"]
         assert later["of_answer"] == pytest.approx(answer["logprobs"][0], abs=1e-4)
 
@@ -188,18 +231,25 @@ def test_beam_search(plain):
         scores = [score for _, score, _ in beams]
         assert len(beams) == 3 and scores == sorted(scores, reverse=True)
         assert all(placeholders == visual for _, _, placeholders in beams)
-        assert scores[0] >= sum(answer["logprobs"][0][:4]) - 1e-4  # greedy is one of the ways it looked at
+        assert (
+            scores[0] >= sum(answer["logprobs"][0][:4]) - 1e-4
+        )  # greedy is one of the ways it looked at
 
 
 def test_tools(plain):
     without, with_tools = plain["tools"][:3], plain["tools"][3:]
     assert counts(without) == counts(with_tools) == [64, 8, 24]
-    more = {tools["prompt"] - none["prompt"] for none, tools in zip(without, with_tools, strict=True)}
+    more = {
+        tools["prompt"] - none["prompt"] for none, tools in zip(without, with_tools, strict=True)
+    }
     assert len(more) == 1 and more.pop() > 20  # the tool's text, the same at every budget
-    assert all(none["tokens"] != tools["tokens"] for none, tools in zip(without, with_tools, strict=True))
+    assert all(
+        none["tokens"] != tools["tokens"] for none, tools in zip(without, with_tools, strict=True)
+    )
 
 
-# Modes of the engine ----------------------------------------------------------------------------------------------
+# Modes of the engine
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.full
@@ -224,7 +274,9 @@ def test_adapter_of_the_language_model(files, plain):
 
 @pytest.mark.full
 def test_quantised(files, plain):
-    """int8 has other answers than float32; they are to be near, and the same however they are asked for."""
+    """int8 has other answers than float32; they are to be near, and the same however they are asked
+    for.
+    """
     model = quantise(files.model, files.folder / "int8")
     result = files.run("quantised", {"model": str(model)})
     check(result, result)
@@ -239,7 +291,9 @@ def test_quantised(files, plain):
 
 @pytest.mark.full
 def test_encoder_outputs_travel_between_engines(files, plain):
-    """The first engine encodes and stores; the second one runs no tower at all and has the same answers."""
+    """The first engine encodes and stores; the second one runs no tower at all and has the same
+    answers.
+    """
     folder = files.folder / "encoded"
     first = files.run("ec both", {"ec_transfer_config": ec("ec_both", folder)})
     check(first, plain)
@@ -255,7 +309,10 @@ def test_kv_blocks_come_back_from_a_connector(files, plain):
     connector = kv("ExampleConnector", shared_storage_path=str(files.folder / "kv"))
     result = files.run("kv", {"kv_transfer_config": connector}, between=FRESH_KV)
     check(result, plain)
-    assert any((files.folder / "kv").iterdir()) and sum(answer["cached"] for answer in result["alone"]) > 0
+    assert (
+        any((files.folder / "kv").iterdir())
+        and sum(answer["cached"] for answer in result["alone"]) > 0
+    )
 
 
 @pytest.mark.full

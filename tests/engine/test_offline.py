@@ -1,6 +1,7 @@
 """Real engines, offline: what pruning must never change, in several configurations of vLLM.
 
-Every configuration is one process with one engine, started once and shared by the tests; two run at a time.
+Every configuration is one process with one engine, started once and shared by the tests; two run at
+a time.
 """
 
 import base64
@@ -26,12 +27,16 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def pixels(checkpoint):
     """A photograph as the tower gets it."""
-    return CLIPImageProcessor.from_pretrained(checkpoint)(photos()["chelsea"], return_tensors="pt").pixel_values
+    return CLIPImageProcessor.from_pretrained(checkpoint)(
+        photos()["chelsea"], return_tensors="pt"
+    ).pixel_values
 
 
 @pytest.fixture(scope="module")
 def outcome(checkpoint, pixels, tmp_path_factory):
-    """A function from the name of a configuration to what its engine answered; two engines start at a time."""
+    """A function from the name of a configuration to what its engine answered; two engines start at
+    a time.
+    """
     folder = tmp_path_factory.mktemp("offline")
 
     def run(name):
@@ -43,9 +48,17 @@ def outcome(checkpoint, pixels, tmp_path_factory):
             given["probe"] = [base64.b64encode(pixels.numpy().tobytes()).decode(), WHAT]
         spec.write_text(json.dumps(given))
         script = Path(__file__).with_name("offline.py")
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **configuration.get("env", {})}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            **configuration.get("env", {}),
+        }
         done = subprocess.run(
-            [sys.executable, script, spec, out], env=environment, capture_output=True, text=True, timeout=400
+            [sys.executable, script, spec, out],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return json.loads(out.read_text())
@@ -67,7 +80,9 @@ def outcome(checkpoint, pixels, tmp_path_factory):
 
 
 def same(left, right, tolerance=1e-4):
-    """Equal greedy tokens, and log-probabilities up to what another order of float32 sums can change."""
+    """Equal greedy tokens, and log-probabilities up to what another order of float32 sums can
+    change.
+    """
     assert [r["tokens"] for r in left] == [r["tokens"] for r in right]
     assert [r["prompt"] for r in left] == [r["prompt"] for r in right]
     for a, b in zip(left, right, strict=True):
@@ -92,7 +107,9 @@ def test_fields_without_the_plugin_say_how_to_activate_it(outcome):
 
 def test_active_but_unpruned_is_vanilla_vllm(outcome):
     plain = outcome("stock")["results"][0]
-    assert plain[0]["tokens"] != plain[3]["tokens"], "a test that could not fail: all answers are alike"
+    assert plain[0]["tokens"] != plain[3]["tokens"], (
+        "a test that could not fail: all answers are alike"
+    )
     for step in outcome("active")["results"][:3]:
         same(step, plain)
 
@@ -100,8 +117,12 @@ def test_active_but_unpruned_is_vanilla_vllm(outcome):
 def test_prompts_shrink_to_exactly_the_budget(outcome):
     answers = flat(outcome("active")["results"][3 : 3 + len(MIXED)])
     base = [answer["prompt"] - visual for answer, visual in zip(answers, PROMPTS, strict=True)]
-    text = {tuple(part for part in r["parts"]): length for r, length in zip(MIXED, base, strict=True)}
-    assert base == [text[tuple(r["parts"])] for r in MIXED]  # whatever the budget, the rest of the prompt is the same
+    text = {
+        tuple(part for part in r["parts"]): length for r, length in zip(MIXED, base, strict=True)
+    }
+    assert base == [
+        text[tuple(r["parts"])] for r in MIXED
+    ]  # whatever the budget, the rest of the prompt is the same
     unpruned = outcome("stock")["results"][0][0]["prompt"] - 576
     assert base[0] == unpruned
 
@@ -119,7 +140,9 @@ def test_caches_never_mix_budgets_questions_or_methods(outcome, repeat):
     cached = flat(outcome("active")["results"][start : start + len(MIXED)])
     same(cached, flat(outcome("no caches")["results"][: len(MIXED)]))
     if repeat:
-        assert all(answer["cached"] for answer in cached if answer["prompt"] > 32)  # and the caches were used
+        assert all(
+            answer["cached"] for answer in cached if answer["prompt"] > 32
+        )  # and the caches were used
 
 
 def test_a_mixed_batch_equals_single_requests(outcome):
@@ -138,7 +161,9 @@ def test_bad_values_are_refused_and_the_engine_lives_on(outcome):
 def test_outputs_carry_kept_and_total(outcome):
     answers = flat(outcome("no caches")["results"][: len(MIXED)])
     assert [answer["visual"][0] for answer in answers] == PROMPTS
-    assert [answer["visual"][1] for answer in answers] == [576 * (2 if "rocket" in r["parts"] else 1) for r in MIXED]
+    assert [answer["visual"][1] for answer in answers] == [
+        576 * (2 if "rocket" in r["parts"] else 1) for r in MIXED
+    ]
 
 
 def test_statistics_count_requests_and_work(outcome):
@@ -151,7 +176,8 @@ def test_statistics_count_requests_and_work(outcome):
 
 def test_images_of_equal_budget_are_pruned_in_one_call(outcome):
     worker = outcome("maximum")["stats"]["workers"][0]
-    # Three images of one request in one call, and the five of MANY in two: the bound of a batch is three.
+    # Three images of one request in one call, and the five of MANY in two: the bound of a batch is
+    # three.
     assert worker["pruned_images"] - worker["selection_calls"] == 2 + 3
 
 
@@ -165,13 +191,17 @@ def test_same_answers_with(outcome, name):
 
 @pytest.mark.parametrize("name", ["active", "chunked", "tensor parallel"])
 def test_two_images_are_encoded_and_preprocessed_once_each(outcome, name):
-    """Whatever vLLM's processor cache is (its own copy, shared memory, none), and alike on every rank."""
+    """Whatever vLLM's processor cache is (its own copy, shared memory, none), and alike on every
+    rank.
+    """
     stats = outcome(name)["stats"]
     assert stats["preprocessed_images"] == 2
     for worker in stats["workers"]:
         assert worker["tower_images"] == 2 and worker["feature_hits"] > 2
         mine = {key: value for key, value in worker.items() if key.startswith("feature_")}
-        assert mine == {key: value for key, value in stats["workers"][0].items() if key.startswith("feature_")}
+        assert mine == {
+            key: value for key, value in stats["workers"][0].items() if key.startswith("feature_")
+        }
     assert len(stats["workers"]) == (2 if name == "tensor parallel" else 1)
 
 
@@ -186,7 +216,8 @@ def test_a_maximum_is_the_default_and_a_bound(outcome):
     assert results[0][0]["prompt"] == unpruned - 576 + 64
     for refused in results[1:5]:
         assert "fsr_budget" in refused["error"]
-    # The language model's own embeddings stand in for a text tower, and the question matters to them too.
+    # The language model's own embeddings stand in for a text tower, and the question matters to
+    # them too.
     assert results[5][0]["logprobs"] != results[6][0]["logprobs"]
 
 
@@ -202,7 +233,9 @@ def test_every_method_runs_by_changing_one_word(outcome):
 
 @pytest.mark.parametrize("name", ["no caches", "tensor parallel"])
 def test_signals_are_those_of_transformers(outcome, checkpoint, pixels, name):
-    """Attention of [CLS], attention received, CLIP's own text embedding: by another library, in eager mode."""
+    """Attention of [CLS], attention received, CLIP's own text embedding: by another library, in
+    eager mode.
+    """
     folder = checkpoint / "text_encoder"
     clip = CLIPModel.from_pretrained(folder, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -213,10 +246,14 @@ def test_signals_are_those_of_transformers(outcome, checkpoint, pixels, name):
         shallow = seen.attentions[round(8 * len(seen.attentions) / 24)][0].mean((0, 1))[1:]
         text = clip.get_text_features(**tokenizer(WHAT.lower(), return_tensors="pt"))
         text = getattr(text, "pooler_output", text)
-        patches = clip.visual_projection(clip.vision_model.post_layernorm(seen.hidden_states[-2][0, 1:]))
+        patches = clip.visual_projection(
+            clip.vision_model.post_layernorm(seen.hidden_states[-2][0, 1:])
+        )
         relevance = torch.cosine_similarity(patches, text)
     for worker in outcome(name)["signals"]:
         torch.testing.assert_close(torch.tensor(worker["saliency"]), saliency, atol=1e-5, rtol=0)
         torch.testing.assert_close(torch.tensor(worker["received"]), received, atol=1e-6, rtol=0)
-        torch.testing.assert_close(torch.tensor(worker["shallow_received@8"]), shallow, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(worker["shallow_received@8"]), shallow, atol=1e-6, rtol=0
+        )
         torch.testing.assert_close(torch.tensor(worker["relevance"]), relevance, atol=1e-5, rtol=0)

@@ -1,4 +1,6 @@
-"""Weights that are read again: the text tower's arrive as the model's own do, and what did not change answers alike."""
+"""Weights that are read again: the text tower's arrive as the model's own do, and what did not
+change answers alike.
+"""
 
 import json
 import os
@@ -27,7 +29,9 @@ def shuffled(weights):
     """Weights of the same kinds and sizes, each tensor's values in another order."""
     generator = torch.Generator().manual_seed(1)
     return {
-        name: value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape).contiguous()
+        name: value.flatten()[torch.randperm(value.numel(), generator=generator)]
+        .view(value.shape)
+        .contiguous()
         for name, value in weights.items()
     }
 
@@ -35,7 +39,11 @@ def shuffled(weights):
 def test_new_weights_of_the_text_tower_arrive(tmp_path):
     model = build_checkpoint(tmp_path / "model", image_size=112)
     changed = tmp_path / "changed.safetensors"
-    save_file(shuffled(load_file(model / "text_encoder" / "model.safetensors")), changed, metadata={"format": "pt"})
+    save_file(
+        shuffled(load_file(model / "text_encoder" / "model.safetensors")),
+        changed,
+        metadata={"format": "pt"},
+    )
     reloaded, log = run(model, tmp_path / "reloaded.json", changed)
     fresh, _ = run(model, tmp_path / "fresh.json")  # the changed weights lie there now
     close = [pytest.approx(answer, abs=1e-4) for answer in reloaded["first"]]

@@ -1,4 +1,5 @@
-"""Real engines: what the caches of images spare, what they must keep apart, and when they are emptied.
+"""Real engines: what the caches of images spare, what they must keep apart, and when they are
+emptied.
 
 One engine has all caches on, the other has all of them off; both answer the same shuffled requests.
 """
@@ -27,13 +28,21 @@ OFF = {
     "mm_processor_cache_gb": 0,
 }
 # Room for some of the images only, so that entries come and go.
-TIGHT = {"additional_config": {"fsr": {"feature_cache_bytes": 8 * 17_408, "pixel_cache_bytes": 5 * 150_528}}}
+TIGHT = {
+    "additional_config": {
+        "fsr": {"feature_cache_bytes": 8 * 17_408, "pixel_cache_bytes": 5 * 150_528}
+    }
+}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reuse")
-    return build_checkpoint(folder / "model", image_size=112), build_adapter(folder / "adapter"), folder
+    return (
+        build_checkpoint(folder / "model", image_size=112),
+        build_adapter(folder / "adapter"),
+        folder,
+    )
 
 
 def run(files, name, llm, count, experiments=None):
@@ -44,7 +53,11 @@ def run(files, name, llm, count, experiments=None):
     script = Path(__file__).with_name("caching.py")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [sys.executable, script, spec, out], env=environment, capture_output=True, text=True, timeout=550
+        [sys.executable, script, spec, out],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=550,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(out.read_text())
@@ -79,7 +92,9 @@ def test_interleaved_requests_are_answered_as_without_caches(engines):
     on, off = engines
     assert mismatches(on, off) == []
     answers = off["interleaved"]["answers"]
-    assert len({tuple(answer["logprobs"]) for answer in answers}) > 100, "a test that could not fail"
+    assert len({tuple(answer["logprobs"]) for answer in answers}) > 100, (
+        "a test that could not fail"
+    )
     assert sum(answer["cached"] for answer in on["interleaved"]["answers"]) > 0
 
 
@@ -103,9 +118,13 @@ def test_one_image_twice_in_a_prompt_is_one_image(on):
 
 def test_a_second_turn_reuses_the_whole_first_one(on):
     first, second, other = (on["turns"][name] for name in ("first", "second", "other question"))
-    computed = first["prompt"] + len(first["tokens"]) - 1  # the last answer token was never fed back
+    computed = (
+        first["prompt"] + len(first["tokens"]) - 1
+    )  # the last answer token was never fed back
     assert second["cached"] == computed // BLOCK * BLOCK > first["prompt"]
-    assert other["cached"] == 0 and not same(other, second)  # another question keeps other tokens: from the image on
+    assert other["cached"] == 0 and not same(
+        other, second
+    )  # another question keeps other tokens: from the image on
 
 
 def test_without_a_question_the_image_prefix_serves_all_questions(on):
@@ -164,8 +183,14 @@ def test_a_thousand_interleaved_requests(files, cold, name):
     counts = warm["interleaved"]["counts"]
     if name == "tight":
         limits = TIGHT["additional_config"]["fsr"]
-        assert IMAGES < counts["encoded"] < 1000 and counts["features"] <= limits["feature_cache_bytes"]
-        assert IMAGES < counts["preprocessed"] < 1000 and counts["pixels"] <= limits["pixel_cache_bytes"]
+        assert (
+            IMAGES < counts["encoded"] < 1000
+            and counts["features"] <= limits["feature_cache_bytes"]
+        )
+        assert (
+            IMAGES < counts["preprocessed"] < 1000
+            and counts["pixels"] <= limits["pixel_cache_bytes"]
+        )
     else:
         assert counts["encoded"] == counts["preprocessed"] == IMAGES
 

@@ -1,4 +1,6 @@
-"""Fields of ours on a model that the plugin does not prune, a small Qwen2.5-VL: refused on every offline path."""
+"""Fields of ours on a model that the plugin does not prune, a small Qwen2.5-VL: refused on every
+offline path.
+"""
 
 import json
 import os
@@ -34,7 +36,10 @@ ACTIVE = (
 
 @pytest.mark.parametrize("step", ACTIVE)
 def test_active_names_the_architecture(outcome, step):
-    assert "fsr" in outcome[step]["error"] and "Qwen2_5_VLForConditionalGeneration" in outcome[step]["error"]
+    assert (
+        "fsr" in outcome[step]["error"]
+        and "Qwen2_5_VLForConditionalGeneration" in outcome[step]["error"]
+    )
     assert "ValueError" in outcome[step]["type"]
 
 
@@ -46,7 +51,9 @@ def test_inactive_says_how_to_activate(outcome, step):
 
 @pytest.mark.parametrize("step", ["extra_args", "async extra_args"])
 def test_sampling_parameters_are_no_place_for_fields(outcome, step):
-    assert "mm_processor_kwargs" in outcome[step]["error"] and "fsr_budget" in outcome[step]["error"]
+    assert (
+        "mm_processor_kwargs" in outcome[step]["error"] and "fsr_budget" in outcome[step]["error"]
+    )
 
 
 def test_without_fields_nothing_changes(outcome):

@@ -1,6 +1,8 @@
-"""Run in a process of its own: a small random Qwen2.5-VL, which the plugin does not prune, asked in every way.
+"""Run in a process of its own: a small random Qwen2.5-VL, which the plugin does not prune, asked in
+every way.
 
-Usage: python unsupported.py FOLDER OUT. FOLDER gets the checkpoint; OUT gets, by step, the answer's text or the error.
+Usage: python unsupported.py FOLDER OUT. FOLDER gets the checkpoint; OUT gets, by step, the answer's
+text or the error.
 """
 
 import asyncio
@@ -14,7 +16,14 @@ ENGINE = {
     "load_format": "dummy", "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4,
     "kv_cache_memory_bytes": 64 << 20, "limit_mm_per_prompt": {"image": 1, "video": 0},
 }  # fmt: skip
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+)
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -27,11 +36,18 @@ FIELDS = {"fsr_budget": 16}
 def build(path: Path) -> Path:
     """Configuration, tokenizer and processor of Qwen2.5-VL in small; weights are vLLM's dummy ones."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessor
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+    )
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     words = [*SPECIAL, "<|video_pad|>", "[UNK]", *"What is this Say something".split()]
-    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    plain = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=plain,
@@ -43,7 +59,10 @@ def build(path: Path) -> Path:
     )
     sizes = {"min_pixels": 56 * 56, "max_pixels": 112 * 112}
     Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=TEMPLATE
+        Qwen2VLImageProcessor(**sizes),
+        tokenizer,
+        Qwen2VLVideoProcessor(**sizes),
+        chat_template=TEMPLATE,
     ).save_pretrained(path)
     ids = {word: i for i, word in enumerate(words)}
     common = {"hidden_size": 64, "intermediate_size": 64}
@@ -99,8 +118,12 @@ def offline(model: str) -> dict:
         "text with a budget": generate(prompt(image=False, fields=FIELDS)),
         "extra_args": generate(prompt(), extra),
         "chat": lambda: list(llm.chat(chat, sampling, use_tqdm=False)[0].prompt_token_ids),
-        "chat with a budget": lambda: llm.chat(chat, sampling, use_tqdm=False, mm_processor_kwargs=FIELDS),
-        "a raw prompt of the engine": lambda: llm.llm_engine.add_request("1", prompt(fields=FIELDS), sampling),
+        "chat with a budget": lambda: llm.chat(
+            chat, sampling, use_tqdm=False, mm_processor_kwargs=FIELDS
+        ),
+        "a raw prompt of the engine": lambda: llm.llm_engine.add_request(
+            "1", prompt(fields=FIELDS), sampling
+        ),
         "null": generate(prompt(fields={"fsr_budget": None})),
         "generate again": generate(prompt()),
     }
@@ -124,10 +147,16 @@ async def asynchronous(model: str) -> dict:
         ("async again", prompt(), {}),
     ):
         try:
-            answers = [one async for one in engine.generate(given, SamplingParams(**sampling, **more), name)]
+            answers = [
+                one
+                async for one in engine.generate(given, SamplingParams(**sampling, **more), name)
+            ]
             found[name] = {"tokens": list(answers[-1].prompt_token_ids)}
         except Exception as error:
-            found[name] = {"error": str(error), "type": [kind.__name__ for kind in type(error).__mro__]}
+            found[name] = {
+                "error": str(error),
+                "type": [kind.__name__ for kind in type(error).__mro__],
+            }
     engine.shutdown()
     return found
 

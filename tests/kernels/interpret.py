@@ -1,4 +1,5 @@
-"""Runs calls of the public loops with the Triton kernels under Triton's interpreter: python interpret.py CALLS ANSWERS.
+"""Runs calls of the public loops with the Triton kernels under Triton's interpreter: python
+interpret.py CALLS ANSWERS.
 
 A process of its own, since Triton decides when a kernel is defined whether it is interpreted.
 """
@@ -17,7 +18,11 @@ from fsr_vllm import kernels
 
 def main(calls: str, answers: str) -> None:
     torch.save(
-        [getattr(kernels, name)(*args, **kwargs, backend="triton") for name, args, kwargs in torch.load(calls)], answers
+        [
+            getattr(kernels, name)(*args, **kwargs, backend="triton")
+            for name, args, kwargs in torch.load(calls)
+        ],
+        answers,
     )
 
 

@@ -1,4 +1,6 @@
-"""The three selection rules in float64 numpy, written from their definitions, and the matrices that tests run on."""
+"""The three selection rules in float64 numpy, written from their definitions, and the matrices that
+tests run on.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def features(kind: str, tokens: int, seed: int) -> torch.Tensor:
     elif kind == "duplicates":  # exact ties, rank far below N
         x = x[torch.randint(max(1, tokens // 4), (tokens,), generator=generator)]
     elif kind == "lattice":  # few distinct similarities: equal sums of different addends
-        x = torch.randint(-1, 2, (tokens, 4), generator=generator) + torch.tensor([0.0, 0.0, 0.0, 0.5])
+        x = torch.randint(-1, 2, (tokens, 4), generator=generator) + torch.tensor(
+            [0.0, 0.0, 0.0, 0.5]
+        )
     elif kind == "ring":  # every token sees the same similarities in another order
         angle = torch.arange(tokens) * (2 * torch.pi / tokens)
         x = torch.stack([angle.cos(), angle.sin()], 1)
@@ -43,13 +47,17 @@ def matrix(kind: str, tokens: int, seed: int, batch: int = 1) -> torch.Tensor:
 
 
 def lopsided(tokens: int, seed: int, batch: int = 1) -> torch.Tensor:
-    """(B, N, N) not quite symmetric, as a GEMM may leave it: which of a row and a column is read then matters."""
+    """(B, N, N) not quite symmetric, as a GEMM may leave it: which of a row and a column is read
+    then matters.
+    """
     noise = torch.randn(batch, tokens, tokens, generator=torch.Generator().manual_seed(seed))
     return matrix("random", tokens, seed, batch) + 0.05 * noise
 
 
 def coarse(values: torch.Tensor, step: float) -> torch.Tensor:
-    """Rounded to multiples of a power of two: float32 arithmetic on them is exact, and ties are many."""
+    """Rounded to multiples of a power of two: float32 arithmetic on them is exact, and ties are
+    many.
+    """
     return (values / step).round() * step
 
 
@@ -58,7 +66,9 @@ fractions = st.integers(0, 24)
 
 
 def draws(tokens: int, seed: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (B, N) in quarters, zeros among them, and a random choice of about a quarter of the tokens (B, N)."""
+    """Weights (B, N) in quarters, zeros among them, and a random choice of about a quarter of the
+    tokens (B, N).
+    """
     generator = torch.Generator().manual_seed(seed + 7)
     weight = torch.randint(0, 5, (batch, tokens), generator=generator) / 4
     return weight, torch.rand(batch, tokens, generator=generator) < 0.25
@@ -70,19 +80,29 @@ def _best(score: dict[int, float]) -> int:
 
 
 def farthest(similarity, chosen: list[int], steps: int, weight=None) -> list[int]:
-    """argmax over i not in A of w_i min over j in A of (1 - S_ij); with A empty every minimum counts as 1."""
+    """argmax over i not in A of w_i min over j in A of (1 - S_ij); with A empty every minimum
+    counts as 1.
+    """
     s = np.asarray(similarity, dtype=np.float64)
     w = np.ones(len(s)) if weight is None else np.asarray(weight, dtype=np.float64)
     taken, picks = list(chosen), []
     for _ in range(min(steps, len(s) - len(taken))):
-        score = {i: w[i] * min((1 - s[i, j] for j in taken), default=1.0) for i in range(len(s)) if i not in taken}
+        score = {
+            i: w[i] * min((1 - s[i, j] for j in taken), default=1.0)
+            for i in range(len(s))
+            if i not in taken
+        }
         picks.append(_best(score))
         taken.append(picks[-1])
     return picks
 
 
-def coverage(similarity, steps: int, rows=None, candidates=None, bonus=None, covered=None, chosen=()) -> list[int]:
-    """argmax over j not in A of a_j sum_i w_i max(0, S_ij - c_i) + b_j c_i = max(c0_i, max over j in A of S_ij)."""
+def coverage(
+    similarity, steps: int, rows=None, candidates=None, bonus=None, covered=None, chosen=()
+) -> list[int]:
+    """argmax over j not in A of a_j sum_i w_i max(0, S_ij - c_i) + b_j c_i = max(c0_i, max over j
+    in A of S_ij).
+    """
     s = np.asarray(similarity, dtype=np.float64)
     ones, zeros = np.ones(len(s)), np.zeros(len(s))
     w = ones if rows is None else np.asarray(rows, dtype=np.float64)
@@ -93,7 +113,9 @@ def coverage(similarity, steps: int, rows=None, candidates=None, bonus=None, cov
     for _ in range(min(steps, len(s) - len(taken))):
         c = np.max(np.vstack([start, s[taken]]), axis=0)
         score = {
-            j: float(a[j] * np.sum(w * np.maximum(0, s[:, j] - c)) + b[j]) for j in range(len(s)) if j not in taken
+            j: float(a[j] * np.sum(w * np.maximum(0, s[:, j] - c)) + b[j])
+            for j in range(len(s))
+            if j not in taken
         }
         picks.append(_best(score))
         taken.append(picks[-1])

@@ -1,4 +1,6 @@
-"""Coverage rounds against the definition; sums are exact, so all implementations agree to the last tie."""
+"""Coverage rounds against the definition; sums are exact, so all implementations agree to the last
+tie.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ BACKENDS = ("reference", "torch", "masked")
 switches = st.tuples(*[st.booleans()] * 5)
 
 
-def options(tokens: int, seed: int, batch: int, use: tuple[bool, ...]) -> dict[str, torch.Tensor | None]:
+def options(
+    tokens: int, seed: int, batch: int, use: tuple[bool, ...]
+) -> dict[str, torch.Tensor | None]:
     """The optional inputs, each present or not."""
     weight, selected = draws(tokens, seed, batch)
     other, _ = draws(tokens, seed + 1, batch)
@@ -37,7 +41,13 @@ def test_picks_what_the_definition_says(backend, case, steps, use):
     row = {name: None if value is None else value[0] for name, value in extra.items()}
     chosen = [] if row["selected"] is None else row["selected"].nonzero()[:, 0].tolist()
     expected = oracles.coverage(
-        similarity[0], steps, row["row_weight"], row["candidate_weight"], row["candidate_bonus"], row["covered"], chosen
+        similarity[0],
+        steps,
+        row["row_weight"],
+        row["candidate_weight"],
+        row["candidate_bonus"],
+        row["covered"],
+        chosen,
     )
     assert picks[0].tolist() == expected + [-1] * (steps - len(expected))
 
@@ -52,7 +62,9 @@ def test_backends_agree_on_unrounded_inputs(case, steps, use):
         name: value if value is None or name == "selected" else value * noise * 3
         for name, value in options(tokens, seed, 2, use).items()
     }
-    first, *others = (coverage_greedy(similarity, steps, **extra, backend=name) for name in BACKENDS)
+    first, *others = (
+        coverage_greedy(similarity, steps, **extra, backend=name) for name in BACKENDS
+    )
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -60,18 +72,28 @@ def test_backends_agree_on_unrounded_inputs(case, steps, use):
 def test_an_infinite_bonus_is_picked_first_and_once(backend):
     bonus = torch.zeros(1, 12)
     bonus[0, [7, 3]] = torch.inf
-    picks = coverage_greedy(matrix("random", 12, 0), 12, candidate_bonus=bonus, backend=backend)[0].tolist()
+    picks = coverage_greedy(matrix("random", 12, 0), 12, candidate_bonus=bonus, backend=backend)[
+        0
+    ].tolist()
     assert sorted(picks) == list(range(12)) and sorted(picks[:2]) == [3, 7]
 
 
 @pytest.mark.parametrize("kind", ["random", "duplicates", "lattice", "ring"])
 def test_backends_agree_where_sums_are_long(kind):
-    # Many more tokens than a block of rows in cpu.py; the ring and the lattice have ties in different orders of adding.
+    # Many more tokens than a block of rows in cpu.py; the ring and the lattice have ties in
+    # different orders of adding.
     similarity = matrix(kind, 300, 3)
     weight = torch.rand(1, 300, generator=torch.Generator().manual_seed(3)) ** 6 * 50
     tenth = torch.full((1, 300), 0.1)
-    for rows, candidates, covered in ((None, None, tenth), (weight, weight, None), (tenth, None, weight / 100)):
-        first, *others = (coverage_greedy(similarity, 30, rows, candidates, covered, backend=name) for name in BACKENDS)
+    for rows, candidates, covered in (
+        (None, None, tenth),
+        (weight, weight, None),
+        (tenth, None, weight / 100),
+    ):
+        first, *others = (
+            coverage_greedy(similarity, 30, rows, candidates, covered, backend=name)
+            for name in BACKENDS
+        )
         assert all(torch.equal(first, other) for other in others)
 
 
@@ -79,7 +101,9 @@ def test_backends_agree_where_sums_are_long(kind):
 def test_backends_read_the_same_rows_of_a_matrix_that_is_not_symmetric(tokens):
     similarity = lopsided(tokens, 1, batch=3)
     _, selected = draws(tokens, 1, batch=3)
-    first, *others = (coverage_greedy(similarity, tokens, selected=selected, backend=name) for name in BACKENDS)
+    first, *others = (
+        coverage_greedy(similarity, tokens, selected=selected, backend=name) for name in BACKENDS
+    )
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -88,10 +112,14 @@ def test_each_row_takes_its_own_number_of_steps(backend):
     similarity = matrix("random", 12, 0, batch=5)
     _, selected = draws(12, 0, batch=5)
     selected[4] = True  # nothing left to add
-    picks = coverage_greedy(similarity, torch.tensor([0, 3, 7, 99, 4]), selected=selected, max_steps=7, backend=backend)
+    picks = coverage_greedy(
+        similarity, torch.tensor([0, 3, 7, 99, 4]), selected=selected, max_steps=7, backend=backend
+    )
     assert picks.shape == (5, 7) and picks.dtype == torch.int64
     for row, count in enumerate([0, 3, 7, 7, 0]):
-        alone = coverage_greedy(similarity[row : row + 1], count, selected=selected[row : row + 1], backend=backend)
+        alone = coverage_greedy(
+            similarity[row : row + 1], count, selected=selected[row : row + 1], backend=backend
+        )
         assert picks[row].tolist() == alone[0].tolist() + [-1] * (7 - count)
 
 
@@ -101,7 +129,9 @@ def test_all_tokens_in_the_end_none_twice(backend, kind):
     zero = torch.zeros(1, 17)
     picks = coverage_greedy(matrix(kind, 17, 1), 17, candidate_weight=zero, backend=backend)
     assert picks.tolist() == [list(range(17))]  # nothing but ties
-    assert sorted(coverage_greedy(matrix(kind, 17, 1), 17, backend=backend)[0].tolist()) == list(range(17))
+    assert sorted(coverage_greedy(matrix(kind, 17, 1), 17, backend=backend)[0].tolist()) == list(
+        range(17)
+    )
     assert coverage_greedy(torch.ones(1, 1, 1), 3, backend=backend).tolist() == [[0, -1, -1]]
 
 
@@ -110,13 +140,19 @@ def test_starting_after_some_picks_continues_them(backend):
     similarity = matrix("clustered", 40, 2)
     whole = coverage_greedy(similarity, 12, backend=backend)
     selected = torch.zeros(1, 40, dtype=torch.bool).scatter(1, whole[:, :5], True)
-    assert torch.equal(whole[:, 5:], coverage_greedy(similarity, 7, selected=selected, backend=backend))
+    assert torch.equal(
+        whole[:, 5:], coverage_greedy(similarity, 7, selected=selected, backend=backend)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_do_not_matter_and_inputs_stay_as_they_are(backend):
     wide = matrix("random", 24, 8, batch=2)
-    extra = {name: torch.cat([x, x], 1)[:, ::2] for name, x in options(12, 8, 2, (True,) * 5).items() if x is not None}
+    extra = {
+        name: torch.cat([x, x], 1)[:, ::2]
+        for name, x in options(12, 8, 2, (True,) * 5).items()
+        if x is not None
+    }
     before = [wide.clone(), *(x.clone() for x in extra.values())]
     dense = {name: x.clone() for name, x in extra.items()}
     expected = coverage_greedy(wide[:, ::2, ::2].clone(), 6, **dense, backend=backend)

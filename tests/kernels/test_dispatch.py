@@ -8,7 +8,13 @@ import sys
 import pytest
 import torch
 
-from fsr_vllm.kernels import backend_for, coverage_greedy, dpp_greedy, farthest_from_prefix, farthest_point
+from fsr_vllm.kernels import (
+    backend_for,
+    coverage_greedy,
+    dpp_greedy,
+    farthest_from_prefix,
+    farthest_point,
+)
 
 from .oracles import matrix
 
@@ -59,20 +65,35 @@ def test_what_does_not_fit_is_refused_by_name():
         ("kernel must be float32", lambda: dpp_greedy(similarity.double(), 2)),
         ("selected must be torch.bool", lambda: farthest_point(similarity, none.int(), 2)),
         ("selected must have shape", lambda: farthest_point(similarity, none[:1], 2)),
-        ("weight must have shape", lambda: farthest_point(similarity, none, 2, torch.ones(2, 6, 1))),
-        ("weight must have shape .* on cpu", lambda: farthest_point(similarity, none, 2, none.float().to("meta"))),
+        (
+            "weight must have shape",
+            lambda: farthest_point(similarity, none, 2, torch.ones(2, 6, 1)),
+        ),
+        (
+            "weight must have shape .* on cpu",
+            lambda: farthest_point(similarity, none, 2, none.float().to("meta")),
+        ),
         ("row_weight must be torch.float32", lambda: coverage_greedy(similarity, 2, none.double())),
         ("max_steps", lambda: farthest_point(similarity, none, torch.tensor([1, 2]))),
         ("max_steps", lambda: farthest_point(similarity, none, -1)),
         ("steps must not be negative", lambda: farthest_point(similarity, none, -1, max_steps=3)),
-        ("steps must be integers", lambda: coverage_greedy(similarity, torch.tensor([1.0, 2.0]), max_steps=2)),
-        ("steps must be integers of shape", lambda: coverage_greedy(similarity, torch.tensor([1]), max_steps=2)),
+        (
+            "steps must be integers",
+            lambda: coverage_greedy(similarity, torch.tensor([1.0, 2.0]), max_steps=2),
+        ),
+        (
+            "steps must be integers of shape",
+            lambda: coverage_greedy(similarity, torch.tensor([1]), max_steps=2),
+        ),
         ("k must lie in 1..6", lambda: dpp_greedy(similarity, 7)),
         ("k must lie in 1..6", lambda: dpp_greedy(similarity, 0)),
         ("budget must lie in 0..6", lambda: farthest_from_prefix(similarity, order, 1, 7)),
         ("order must be int64", lambda: farthest_from_prefix(similarity, order.int(), 1, 3)),
         ("order must be int64", lambda: farthest_from_prefix(similarity, order[:, :0], 0, 3)),
-        ("count must be integers", lambda: farthest_from_prefix(similarity, order, torch.ones(2), 3)),
+        (
+            "count must be integers",
+            lambda: farthest_from_prefix(similarity, order, torch.ones(2), 3),
+        ),
     ]
     for message, call in bad:
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
-"""Greedy DPP inference: every pick multiplies the determinant most, and all exact implementations pick the same."""
+"""Greedy DPP inference: every pick multiplies the determinant most, and all exact implementations
+pick the same.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ def test_exact_backends_agree_far_beyond_the_rank(case):
 
 @pytest.mark.parametrize("kind", ["random", "duplicates", "clustered"])
 def test_exact_backends_agree_across_blocks_of_rows(kind):
-    # Longer than the blocks in which cpu.py adds up the factor's rows; the ridge gives every step something to explain.
+    # Longer than the blocks in which cpu.py adds up the factor's rows; the ridge gives every step
+    # something to explain.
     for matrix_ in (kernel(kind, 180, 4, ridge=0.05), lopsided(180, 4) + 5 * torch.eye(180)):
         picks = dpp_greedy(matrix_, 150, backend="torch")
         assert torch.equal(picks, dpp_greedy(matrix_, 150, backend="reference"))
@@ -74,9 +77,12 @@ def test_exact_backends_agree_across_blocks_of_rows(kind):
 def test_ties_duplicates_and_nothing_left(backend):
     assert dpp_greedy(torch.eye(6)[None], 6, backend=backend).tolist() == [[0, 1, 2, 3, 4, 5]]
     assert dpp_greedy(torch.ones(1, 1, 1), 1, backend=backend).tolist() == [[0]]
-    # Two of each: the first of each pair comes before any second one, and nothing turns into NaN after that.
+    # Two of each: the first of each pair comes before any second one, and nothing turns into NaN
+    # after that.
     pairs = torch.eye(4).repeat(2, 1)
-    assert dpp_greedy((pairs @ pairs.T)[None], 8, backend=backend).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert dpp_greedy((pairs @ pairs.T)[None], 8, backend=backend).tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7]
+    ]
     assert dpp_greedy(torch.zeros(1, 5, 5), 5, backend=backend).tolist() == [[0, 1, 2, 3, 4]]
     for kind in oracles.KINDS:
         picks = dpp_greedy(matrix(kind, 23, 6), 23, backend=backend)[0]
@@ -90,4 +96,6 @@ def test_rows_are_independent_and_strides_do_not_matter(backend):
     picks = dpp_greedy(small, 7, backend=backend)
     assert picks.shape == (3, 7) and picks.dtype == torch.int64
     for row in range(3):
-        assert torch.equal(picks[row], dpp_greedy(small[row : row + 1].clone(), 7, backend=backend)[0])
+        assert torch.equal(
+            picks[row], dpp_greedy(small[row : row + 1].clone(), 7, backend=backend)[0]
+        )

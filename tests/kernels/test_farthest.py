@@ -22,9 +22,14 @@ def test_picks_what_the_definition_says(backend, case, steps, weighted):
     kind, tokens, seed = case
     similarity = coarse(matrix(kind, tokens, seed), 2**-10)
     weight, selected = draws(tokens, seed)
-    picks = farthest_point(similarity, selected, steps, weight if weighted else None, backend=backend)
+    picks = farthest_point(
+        similarity, selected, steps, weight if weighted else None, backend=backend
+    )
     expected = oracles.farthest(
-        similarity[0].numpy(), selected[0].nonzero()[:, 0].tolist(), steps, weight[0].numpy() if weighted else None
+        similarity[0].numpy(),
+        selected[0].nonzero()[:, 0].tolist(),
+        steps,
+        weight[0].numpy() if weighted else None,
     )
     assert picks[0].tolist() == expected + [-1] * (steps - len(expected))
 
@@ -35,8 +40,14 @@ def test_backends_agree_on_unrounded_similarities(case, steps, weighted):
     kind, tokens, seed = case
     similarity = matrix(kind, tokens, seed, batch=2)
     weight, selected = draws(tokens, seed, batch=2)
-    weight = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) * weight if weighted else None
-    first, *others = (farthest_point(similarity, selected, steps, weight, backend=name) for name in BACKENDS)
+    weight = (
+        torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) * weight
+        if weighted
+        else None
+    )
+    first, *others = (
+        farthest_point(similarity, selected, steps, weight, backend=name) for name in BACKENDS
+    )
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -44,7 +55,9 @@ def test_backends_agree_on_unrounded_similarities(case, steps, weighted):
 def test_backends_read_the_same_rows_of_a_matrix_that_is_not_symmetric(tokens):
     similarity = lopsided(tokens, 1, batch=3)
     _, selected = draws(tokens, 1, batch=3)
-    first, *others = (farthest_point(similarity, selected, tokens, backend=name) for name in BACKENDS)
+    first, *others = (
+        farthest_point(similarity, selected, tokens, backend=name) for name in BACKENDS
+    )
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -57,7 +70,9 @@ def test_each_row_takes_its_own_number_of_steps(backend):
     picks = farthest_point(similarity, selected, steps, max_steps=7, backend=backend)
     assert picks.shape == (5, 7) and picks.dtype == torch.int64
     for row, count in enumerate([0, 3, 7, 7, 0]):
-        alone = farthest_point(similarity[row : row + 1], selected[row : row + 1], count, backend=backend)
+        alone = farthest_point(
+            similarity[row : row + 1], selected[row : row + 1], count, backend=backend
+        )
         assert picks[row].tolist() == alone[0].tolist() + [-1] * (7 - count)
 
 
@@ -66,8 +81,11 @@ def test_an_empty_row_starts_at_its_largest_weight(backend):
     similarity = matrix("random", 9, 3)
     weight = torch.tensor([[0.0, 0.5, 0.25, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]])
     assert farthest_point(similarity, None, 1, backend=backend).tolist() == [[0]]
-    assert farthest_point(similarity, torch.zeros(1, 9, dtype=torch.bool), 1, weight, backend=backend).tolist() == [[3]]
-    # The stand-in distance of the empty start is forgotten: the next pick is the farthest from the first alone.
+    assert farthest_point(
+        similarity, torch.zeros(1, 9, dtype=torch.bool), 1, weight, backend=backend
+    ).tolist() == [[3]]
+    # The stand-in distance of the empty start is forgotten: the next pick is the farthest from the
+    # first alone.
     later = farthest_point(similarity, None, 2, backend=backend)[0, 1]
     assert later == similarity[0, 0].argmin()
 
@@ -85,7 +103,9 @@ def test_weights_of_one_change_nothing_and_weights_of_zero_leave_the_lowest_inde
     similarity = matrix("random", 30, 5)
     selected = torch.arange(30)[None] < 2
     plain = farthest_point(similarity, selected, 10, backend=backend)
-    assert torch.equal(plain, farthest_point(similarity, selected, 10, torch.ones(1, 30), backend=backend))
+    assert torch.equal(
+        plain, farthest_point(similarity, selected, 10, torch.ones(1, 30), backend=backend)
+    )
     zero = farthest_point(similarity, selected, 4, torch.zeros(1, 30), backend=backend)
     assert zero.tolist() == [[2, 3, 4, 5]]
 
@@ -99,20 +119,28 @@ def test_from_prefix_is_the_order_and_then_the_scan(backend, case, count, budget
     budget = min(budget, tokens)
     order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[None]
     weight = draws(tokens, seed)[0] if weighted else None
-    picks = farthest_from_prefix(similarity, order, torch.tensor([count]), budget, weight, backend=backend)
+    picks = farthest_from_prefix(
+        similarity, order, torch.tensor([count]), budget, weight, backend=backend
+    )
     given_ = order[0, : min(count, budget)].tolist()
-    scanned = oracles.farthest(similarity[0], given_, budget - len(given_), None if weight is None else weight[0])
+    scanned = oracles.farthest(
+        similarity[0], given_, budget - len(given_), None if weight is None else weight[0]
+    )
     assert picks[0].tolist() == given_ + scanned
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_from_prefix_differs_per_row_and_takes_short_and_strided_orders(backend):
     similarity = matrix("clustered", 20, 2, batch=3)
-    order = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    order = torch.stack(
+        [torch.randperm(20, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    )
     count = torch.tensor([0, 4, 11])
     picks = farthest_from_prefix(similarity, order, count, 8, backend=backend)
     strided = order.repeat_interleave(2, 1)[:, ::2]
-    assert torch.equal(picks, farthest_from_prefix(similarity, strided, count.int(), 8, backend=backend))
+    assert torch.equal(
+        picks, farthest_from_prefix(similarity, strided, count.int(), 8, backend=backend)
+    )
     for row in range(3):
         alone = (similarity[row : row + 1], order[row : row + 1], int(count[row]), 8)
         assert torch.equal(picks[row : row + 1], farthest_from_prefix(*alone, backend=backend))
@@ -127,7 +155,9 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_are(backend):
     similarity = wide[:, ::2, ::2]
     weight, selected = (torch.cat([x, x], 1)[:, ::2] for x in draws(12, 8, batch=2))
     before = [x.clone() for x in (wide, weight, selected)]
-    expected = farthest_point(similarity.clone(), selected.clone(), 6, weight.clone(), backend=backend)
+    expected = farthest_point(
+        similarity.clone(), selected.clone(), 6, weight.clone(), backend=backend
+    )
     assert torch.equal(farthest_point(similarity, selected, 6, weight, backend=backend), expected)
     shared = similarity[:1].expand(2, -1, -1)
     assert torch.equal(farthest_point(shared, selected, 6, backend=backend)[0], farthest_point(

@@ -1,4 +1,6 @@
-"""The Triton kernels: interpreted on the CPU, compiled for two GPUs without one, and run on one where there is one."""
+"""The Triton kernels: interpreted on the CPU, compiled for two GPUs without one, and run on one
+where there is one.
+"""
 
 from __future__ import annotations
 
@@ -35,21 +37,35 @@ def calls(sizes: dict[int, int]) -> dict[str, Call]:
             count = torch.tensor([steps // 3, tokens])
             kernel = weight[:, :, None] * similarity * weight[:, None, :]
             uneven = lopsided(tokens, number, batch=2)
-            everything = {"row_weight": weight, "candidate_weight": quarters, "covered": weight - 0.5}
+            everything = {
+                "row_weight": weight,
+                "candidate_weight": quarters,
+                "covered": weight - 0.5,
+            }
             rounds: dict[str, Call] = {
                 "farthest": ("farthest_point", (uneven, selected, own), {"max_steps": steps}),
-                "farthest empty, weighted": ("farthest_point", (similarity, None, steps, weight), {}),
+                "farthest empty, weighted": (
+                    "farthest_point",
+                    (similarity, None, steps, weight),
+                    {},
+                ),
                 "prefix": ("farthest_from_prefix", (similarity, order, count, steps, quarters), {}),
                 "dpp": ("dpp_greedy", (kernel if number % 2 else similarity, steps), {}),
                 "dpp, full rank": ("dpp_greedy", (uneven + torch.eye(tokens), steps), {}),
-                "coverage": ("coverage_greedy", (uneven, own), {"max_steps": steps, "selected": selected}),
+                "coverage": (
+                    "coverage_greedy",
+                    (uneven, own),
+                    {"max_steps": steps, "selected": selected},
+                ),
                 "coverage, everything": (
                     "coverage_greedy",
                     (similarity, steps),
                     {**everything, "candidate_bonus": -quarters, "selected": selected},
                 ),
             }
-            found.update({f"{name}, {kind}, {tokens} -> {steps}": call for name, call in rounds.items()})
+            found.update(
+                {f"{name}, {kind}, {tokens} -> {steps}": call for name, call in rounds.items()}
+            )
     return found
 
 
@@ -68,7 +84,12 @@ def test_interpreted_kernels_pick_the_same(tmp_path):
     torch.save(list(asked.values()), tmp_path / "calls")
     root = Path(kernels.__file__).parents[2]
     subprocess.run(
-        [sys.executable, Path(__file__).with_name("interpret.py"), tmp_path / "calls", tmp_path / "answers"],
+        [
+            sys.executable,
+            Path(__file__).with_name("interpret.py"),
+            tmp_path / "calls",
+            tmp_path / "answers",
+        ],
         check=True,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
     )
@@ -90,14 +111,29 @@ def test_kernels_on_a_gpu_pick_the_same_and_never_wait():
     try:
         for backend in ("triton", "masked"):
             kernels.farthest_point(similarity, None, steps, max_steps=9, backend=backend)
-            kernels.farthest_from_prefix(similarity, torch.argsort(similarity[0, :1]), steps, 9, backend=backend)
+            kernels.farthest_from_prefix(
+                similarity, torch.argsort(similarity[0, :1]), steps, 9, backend=backend
+            )
             kernels.dpp_greedy(similarity, 9, backend=backend)
-            kernels.coverage_greedy(similarity, steps, similarity[0, :1].abs(), max_steps=9, backend=backend)
+            kernels.coverage_greedy(
+                similarity, steps, similarity[0, :1].abs(), max_steps=9, backend=backend
+            )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-FLOATS = ("similarity", "kernel", "factor", "weight", "covered", "row_weight", "scale", "bonus", "low", "high")
+FLOATS = (
+    "similarity",
+    "kernel",
+    "factor",
+    "weight",
+    "covered",
+    "row_weight",
+    "scale",
+    "bonus",
+    "low",
+    "high",
+)
 TYPES = {
     **dict.fromkeys(FLOATS, "*fp32"),
     **dict.fromkeys(("prefix", "count", "steps", "picks"), "*i64"),
@@ -117,8 +153,16 @@ TYPES = {
         ("_dpp", {"BLOCK": 4096, "UNROLL": 4}, {"steps": "i32"}),
         ("_cover", {"COLUMNS": 64, "UNROLL": 4}, {}),
         ("_gains", {"WEIGHTED": True, "ROWS": 32, "COLUMNS": 64}, {}),
-        ("_coverage", {"WEIGHTED": True, "SCALED": True, "RAISED": True, "BLOCK": 4096, "UNROLL": 4}, {}),
-        ("_coverage", {"WEIGHTED": False, "SCALED": False, "RAISED": False, "BLOCK": 1024, "UNROLL": 4}, {}),
+        (
+            "_coverage",
+            {"WEIGHTED": True, "SCALED": True, "RAISED": True, "BLOCK": 4096, "UNROLL": 4},
+            {},
+        ),
+        (
+            "_coverage",
+            {"WEIGHTED": False, "SCALED": False, "RAISED": False, "BLOCK": 1024, "UNROLL": 4},
+            {},
+        ),
     ],
 )
 def test_kernels_compile_for_a_gpu_without_fused_float32_arithmetic(
@@ -132,11 +176,17 @@ def test_kernels_compile_for_a_gpu_without_fused_float32_arithmetic(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_ops, name)
-    signature = {arg: "constexpr" if arg in constants else {**TYPES, **types}[arg] for arg in function.arg_names}
+    signature = {
+        arg: "constexpr" if arg in constants else {**TYPES, **types}[arg]
+        for arg in function.arg_names
+    }
     compiled = triton.compile(
         ASTSource(fn=function, signature=signature, constexprs=constants),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 16 if constants.get("BLOCK") == 4096 else 4, "enable_fp_fusion": False},
+        options={
+            "num_warps": 16 if constants.get("BLOCK") == 4096 else 4,
+            "enable_fp_fusion": False,
+        },
     )
     text = compiled.asm["ptx"]
     assert not re.search(r"\bfma\.rn\.f32\b", text)

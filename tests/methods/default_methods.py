@@ -1,6 +1,8 @@
-"""The methods that every shared test runs over, and random inputs for them: a new method needs one line here.
+"""The methods that every shared test runs over, and random inputs for them: a new method needs one
+line here.
 
-A method that is registered but not listed runs with its defaults, as one that depends on the order of tokens.
+A method that is registered but not listed runs with its defaults, as one that depends on the order
+of tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from hypothesis import settings
 from fsr_vllm.methods import VisualTokens, get_method, methods
 from fsr_vllm.methods.base import Method
 
-# Same examples in every run: a failure is a change of the code, and CI does not find old bugs on new days.
+# Same examples in every run: a failure is a change of the code, and CI does not find old bugs on
+# new days.
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 
 
@@ -36,8 +39,13 @@ _LISTED = [
     Case("fsr", equivariant=True),
     Case("fsr", {"focus_scope": "topk"}, equivariant=True),
     Case("fsr", {"max_focus_share": 0.25}, equivariant=True),
-    Case("fsr", {"max_focus_share": 0.25, "scan": "saliency", "norm_scope": "group"}, equivariant=True),
-    # Not equivariant: two tokens that cover only each other gain the same, and then the index decides.
+    Case(
+        "fsr",
+        {"max_focus_share": 0.25, "scan": "saliency", "norm_scope": "group"},
+        equivariant=True,
+    ),
+    # Not equivariant: two tokens that cover only each other gain the same, and then the index
+    # decides.
     Case("fsr", {"max_focus_share": 0.25, "scan": "coverage", "refine": "uniform", "kappa": 2.0}),
     Case("fsr", {"rho": 0.0, "space": "metric", "refine": "off"}, equivariant=True),
     Case("cdpruner"),  # the features of make_tokens have rank 6: past 6 picks rounding decides
@@ -107,9 +115,16 @@ def near_square(n: int) -> tuple[int, int]:
 
 
 def make_tokens(
-    method: Method, n: int, d: int = 6, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+    method: Method,
+    n: int,
+    d: int = 6,
+    batch: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> VisualTokens:
-    """A random batch with every field that the method needs or uses; saliency and relevance have no ties."""
+    """A random batch with every field that the method needs or uses; saliency and relevance have no
+    ties.
+    """
     g = torch.Generator().manual_seed(seed)
     h, _ = near_square(n)
 
@@ -119,7 +134,8 @@ def make_tokens(
     def distinct(*shape: int) -> torch.Tensor:
         return torch.rand(batch, *shape, generator=g).argsort(-1).add(1.0).pow(2)
 
-    # What the first decoder layers say: a number per token, with each text token, a key, with each of image and text.
+    # What the first decoder layers say: a number per token, with each text token, a key, with each
+    # of image and text.
     probes = {
         "sparsevlm": lambda n: normal(n, 5).softmax(1),
         "dart": lambda n: normal(n, 9),
@@ -150,8 +166,12 @@ def make_tokens(
 
 def each_field(tokens: VisualTokens, change) -> VisualTokens:
     """The tokens with every tensor field but group changed."""
-    values = {item.name: getattr(tokens, item.name) for item in fields(tokens) if item.name != "group"}
-    return replace(tokens, **{name: change(v) for name, v in values.items() if isinstance(v, torch.Tensor)})
+    values = {
+        item.name: getattr(tokens, item.name) for item in fields(tokens) if item.name != "group"
+    }
+    return replace(
+        tokens, **{name: change(v) for name, v in values.items() if isinstance(v, torch.Tensor)}
+    )
 
 
 def image(tokens: VisualTokens, b: int) -> VisualTokens:

@@ -1,7 +1,8 @@
-"""Focus-Scan-Refine as the paper writes it (arXiv 2602.05809v2): float64, plain loops, one image, no production code.
+"""Focus-Scan-Refine as the paper writes it (arXiv 2602.05809v2): float64, plain loops, one image,
+no production code.
 
-`tightest` is the narrowest margin of any comparison made: a float32 implementation can only be expected to decide the
-same where it is well above float32's rounding.
+`tightest` is the narrowest margin of any comparison made: a float32 implementation can only be
+expected to decide the same where it is well above float32's rounding.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def best(candidates: list[int], score: dict[int, float], margin: Margin) -> int:
     return winner
 
 
-def priority(saliency: list[float], relevance: list[float] | None, alpha: float, beta: float) -> list[float]:
+def priority(
+    saliency: list[float], relevance: list[float] | None, alpha: float, beta: float
+) -> list[float]:
     """Equation (3), both scores scaled to [0, 1] first."""
     s = scaled(saliency)
     r = [1.0] * len(s) if relevance is None else scaled(relevance)
@@ -87,7 +90,9 @@ def ranking(phi: list[float], margin: Margin) -> list[int]:
 
 
 def focus_count(phi: list[float], order: list[int], rho: float, among: int, margin: Margin) -> int:
-    """Equation (4): the least k whose k best hold the share rho of Z, Z the sum of the `among` best."""
+    """Equation (4): the least k whose k best hold the share rho of Z, Z the sum of the `among`
+    best.
+    """
     z = sum(phi[i] for i in order[:among])
     held = 0.0
     for k in range(len(order) + 1):
@@ -98,7 +103,13 @@ def focus_count(phi: list[float], order: list[int], rho: float, among: int, marg
     raise AssertionError("unreachable: all of Z is held by all tokens")
 
 
-def scan(features: list[list[float]], chosen: list[int], rounds: int, maps: dict[str, list[float]], how: Settings):
+def scan(
+    features: list[list[float]],
+    chosen: list[int],
+    rounds: int,
+    maps: dict[str, list[float]],
+    how: Settings,
+):
     """Equation (5) and its variants; returns S in the order of picking."""
     n, anchors = len(features), []
     for _ in range(rounds):
@@ -121,8 +132,12 @@ def scan(features: list[list[float]], chosen: list[int], rounds: int, maps: dict
     return anchors
 
 
-def assign(features: list[list[float]], kept: list[int], anchors: list[int], kappa: float, margin: Margin):
-    """Equation (8): every discarded token's nearest anchor; then the M closest pairs (token, anchor)."""
+def assign(
+    features: list[list[float]], kept: list[int], anchors: list[int], kappa: float, margin: Margin
+):
+    """Equation (8): every discarded token's nearest anchor; then the M closest pairs (token,
+    anchor).
+    """
     discarded = [i for i in range(len(features)) if i not in kept]
     if not anchors:
         return []
@@ -134,17 +149,25 @@ def assign(features: list[list[float]], kept: list[int], anchors: list[int], kap
     closest = sorted(discarded, key=lambda i: (-closeness[i], i))
     for a, b in zip(closest, closest[1:], strict=False):
         margin.note(closeness[a] - closeness[b])
-    return [(i, nearest[i]) for i in closest[: min(math.floor(kappa * len(anchors) + 0.5), len(discarded))]]
+    return [
+        (i, nearest[i])
+        for i in closest[: min(math.floor(kappa * len(anchors) + 0.5), len(discarded))]
+    ]
 
 
-def merge(features: list[list[float]], pairs: list[tuple[int, int]], weight: list[float]) -> dict[int, list[float]]:
+def merge(
+    features: list[list[float]], pairs: list[tuple[int, int]], weight: list[float]
+) -> dict[int, list[float]]:
     """Equation (9), one merge after the other with running weights; 0/0 leaves the anchor as it is."""
     rows = {j: list(features[j]) for _, j in pairs}
     w = {j: weight[j] for _, j in pairs}
     for i, j in pairs:
         total = w[j] + weight[i]
         if total > 0:
-            rows[j] = [(w[j] * a + weight[i] * b) / total for a, b in zip(rows[j], features[i], strict=True)]
+            rows[j] = [
+                (w[j] * a + weight[i] * b) / total
+                for a, b in zip(rows[j], features[i], strict=True)
+            ]
         w[j] = total
     return rows
 
@@ -162,10 +185,21 @@ def fsr(features, saliency, relevance, budget: int, **options) -> Result:
     if not focus:
         anchors = [max(range(len(phi)), key=lambda i: (phi[i], saliency[i], -i))]
     ones = [1.0] * len(phi)
-    maps = {"phi": phi, "saliency": s, "relevance": ones if relevance is None else scaled(relevance), "uniform": ones}
-    anchors = anchors + scan(features, focus + anchors, budget - num_focus - len(anchors), maps, how)
+    maps = {
+        "phi": phi,
+        "saliency": s,
+        "relevance": ones if relevance is None else scaled(relevance),
+        "uniform": ones,
+    }
+    anchors = anchors + scan(
+        features, focus + anchors, budget - num_focus - len(anchors), maps, how
+    )
 
-    pairs = assign(features, focus + anchors, anchors, how.kappa, how.margin) if how.refine != "off" else []
+    pairs = (
+        assign(features, focus + anchors, anchors, how.kappa, how.margin)
+        if how.refine != "off"
+        else []
+    )
     weight = [max(p, how.weight_floor) for p in phi] if how.refine == "phi" else [1.0] * len(phi)
     rows = merge(features, pairs, weight)
 

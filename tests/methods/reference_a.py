@@ -1,7 +1,9 @@
-"""The selection rules of eight rivals as their papers and programs state them: float64, plain loops, one image.
+"""The selection rules of eight rivals as their papers and programs state them: float64, plain
+loops, one image.
 
-Nothing of the production code is used. Every function returns the kept tokens in ascending order. `margin` collects by
-how much each decision was made: where the narrowest is near float32's rounding, another answer would be no mistake.
+Nothing of the production code is used. Every function returns the kept tokens in ascending order.
+`margin` collects by how much each decision was made: where the narrowest is near float32's
+rounding, another answer would be no mistake.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def farthest(similarity, picks, k, margin):
     picks = list(picks)
     while len(picks) < k:
         rest = [i for i in range(len(similarity)) if i not in picks]
-        picks.append(best({i: min(1 - similarity[i, j] for j in picks) for i in rest}, rest, margin))
+        picks.append(
+            best({i: min(1 - similarity[i, j] for j in picks) for i in rest}, rest, margin)
+        )
     return sorted(picks)
 
 
@@ -123,7 +127,9 @@ def holov(features, saliency, k, margin, rule="code", crops=16, gamma=0.09, tau=
             similarity[i, i] = 0
             mean = sum(similarity[i]) / max(1, m - 1)
             spread.append(sum((value - mean) ** 2 for value in similarity[i]) / max(1, m - 1))
-        scale = np.mean(np.abs(attention[part])) / (np.mean(np.abs(spread)) + 1e-6)  # over this crop
+        scale = np.mean(np.abs(attention[part])) / (
+            np.mean(np.abs(spread)) + 1e-6
+        )  # over this crop
         score[part] = attention[part] + gamma * scale * np.array(spread)
 
     weight = [np.mean(score[part]) ** tau for part in parts]

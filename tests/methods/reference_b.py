@@ -1,8 +1,10 @@
-"""The rules of nine more rivals as their papers and programs state them: float64, plain loops, one image.
+"""The rules of nine more rivals as their papers and programs state them: float64, plain loops, one
+image.
 
-Nothing of the production code is used. Every function returns the kept places in ascending order, and where rows are
-merged also these rows and, for each token, the place that took it in (else -1). `margin` collects by how much each
-decision was made: where the narrowest is near float32's rounding, another answer would be no mistake.
+Nothing of the production code is used. Every function returns the kept places in ascending order,
+and where rows are merged also these rows and, for each token, the place that took it in (else -1).
+`margin` collects by how much each decision was made: where the narrowest is near float32's
+rounding, another answer would be no mistake.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import numpy as np
 
 
 def ranked(score, candidates, margin, *cuts) -> list[int]:
-    """Best first, ties to the lower index; the gap at each of `cuts` is noted, or every gap where none is given."""
+    """Best first, ties to the lower index; the gap at each of `cuts` is noted, or every gap where
+    none is given.
+    """
     order = sorted(candidates, key=lambda i: (-score[i], i))
     for cut in cuts or range(1, len(order)):
         if 0 < cut < len(order):
@@ -33,7 +37,11 @@ def softmax(x):
 def answer(rows: dict, n: int, into: dict):
     """Rows by place and targets by token, in the order in which the library gives them."""
     kept = sorted(rows)
-    return kept, np.array([rows[i] for i in kept]), [-1 if i in rows else into.get(i, -1) for i in range(n)]
+    return (
+        kept,
+        np.array([rows[i] for i in kept]),
+        [-1 if i in rows else into.get(i, -1) for i in range(n)],
+    )
 
 
 def vispruner(saliency, space, k, margin, ratio=0.5, step=8):
@@ -90,7 +98,9 @@ def prumerge(features, query, key, k, margin, variant="plus", neighbours=32):
     rows = {}
     for c in centres:
         others = [i for i in range(n) if i != c]
-        near = ranked({i: cos(key[c], key[i]) for i in others}, others, margin, neighbours)[:neighbours]
+        near = ranked({i: cos(key[c], key[i]) for i in others}, others, margin, neighbours)[
+            :neighbours
+        ]
         rows[c] = features[c] + sum(a[i] * features[i] for i in near)
     free = [i for i in range(n) if i not in centres]
     place = ranked(np.log(a), free, margin, 1)[0]
@@ -103,10 +113,14 @@ def vflowopt(features, attention, grid, k, margin, threshold, cell):
     received = [sum(attention[q][j] for q in range(n)) / n for j in range(n)]
     mean = sum(received) / n
     margin += [abs(r - threshold * mean) for r in received]
-    important = [j for j in range(n) if received[j] > threshold * mean] or ranked(received, range(n), margin, 1)[:1]
+    important = [j for j in range(n) if received[j] > threshold * mean] or ranked(
+        received, range(n), margin, 1
+    )[:1]
     score = [sum(attention[q][i] for q in important) / len(important) for i in range(n)]
     order = ranked(score, range(n), margin)
-    for m in range(k + 1):  # the first number of kept tokens that makes K rows; with none kept there may be too many
+    for m in range(
+        k + 1
+    ):  # the first number of kept tokens that makes K rows; with none kept there may be too many
         cells: dict[tuple[int, int], list[int]] = {}
         for i in order[m:]:
             cells.setdefault((int(i // grid[1] / cell), int(i % grid[1] / cell)), []).append(i)
@@ -128,7 +142,9 @@ def quota(frame_weights, saliency, n, k, margin, power=1.0):
         worth = [max(w, 0) ** power / (c + 1) for w, c in zip(frame_weights, count, strict=True)]
         open_frames = [f for f in range(frames) if count[f] < len(members[f])]
         order = sorted(open_frames, key=lambda f: (-worth[f], count[f], f))
-        margin += [gap for gap in [worth[order[0]] - worth[f] for f in order[1:2]] if gap > 0]  # 0: a tie
+        margin += [
+            gap for gap in [worth[order[0]] - worth[f] for f in order[1:2]] if gap > 0
+        ]  # 0: a tie
         count[order[0]] += 1
     kept = []
     for c, own in zip(count, members, strict=True):
@@ -146,7 +162,9 @@ def fastv(probe, k, margin):
 def sparsevlm(features, text, probe, k, margin):
     fit = sum(softmax([float(v @ t) for t in text]) for v in features) / len(features)
     margin += [abs(f - fit.mean()) for f in fit] if len(text) > 1 else []
-    raters = [t for t in range(len(text)) if len(text) > 1 and fit[t] > fit.mean()] or list(range(len(text)))
+    raters = [t for t in range(len(text)) if len(text) > 1 and fit[t] > fit.mean()] or list(
+        range(len(text))
+    )
     score = [sum(row[t] for t in raters) / len(raters) for row in probe]
     return sorted(ranked(score, range(len(probe)), margin, k)[:k])
 
@@ -163,26 +181,49 @@ def dart(features, probe, text, k, margin, image_pivots=4, text_pivots=4):
     for pivot, count in turns:
         rest = [i for i in range(len(features)) if i not in kept]
         count = min(count, k - len(kept))
-        kept = kept + ranked({i: -cos(features[i], pivot) for i in rest}, rest, margin, count)[:count]
+        kept = (
+            kept + ranked({i: -cos(features[i], pivot) for i in rest}, rest, margin, count)[:count]
+        )
     return sorted(kept)
 
 
-def ivc(probe, grid, k, margin, seed_share=0.01, position_share=0.1, positions="raster", first=35, base=1e4, dim=128):
+def ivc(
+    probe,
+    grid,
+    k,
+    margin,
+    seed_share=0.01,
+    position_share=0.1,
+    positions="raster",
+    first=35,
+    base=1e4,
+    dim=128,
+):
     n, text = len(probe), range(len(probe), probe.shape[1])
     count = max(1, round(seed_share * n))
-    seeds = ranked([sum(row[t] for t in text) / len(text) for row in probe], range(n), margin, count)[:count]
+    seeds = ranked(
+        [sum(row[t] for t in text) / len(text) for row in probe], range(n), margin, count
+    )[:count]
     queries = [*seeds, *text]
     score = [sum(row[q] for q in queries) / len(queries) for row in probe]
 
     def turn(wave, i):  # equal for mirrored places of a grid, whichever axis comes first
-        axes = [first + i] if positions == "raster" else sorted([first + i // grid[1], first + i % grid[1]])
-        return np.float32(sum(sum(wave(p / base ** (2 * f / dim)) for f in range(dim // 2)) for p in axes))
+        axes = (
+            [first + i]
+            if positions == "raster"
+            else sorted([first + i // grid[1], first + i % grid[1]])
+        )
+        return np.float32(
+            sum(sum(wave(p / base ** (2 * f / dim)) for f in range(dim // 2)) for p in axes)
+        )
 
     placed: set[int] = set()
     for wave in (math.cos, math.sin):
         telling = {i: turn(wave, i) for i in range(n)}
         placed |= set(sorted(telling, key=lambda i: (-telling[i], i))[: round(position_share * k)])
-    kept: list[int] = []  # seeds whatever happens, then positions, then the best: as far as K reaches
+    kept: list[
+        int
+    ] = []  # seeds whatever happens, then positions, then the best: as far as K reaches
     for group in (seeds, placed - {*seeds}, {*range(n)} - placed - {*seeds}):
         wanted = k - len(kept)
         kept += ranked(score, sorted(group), margin, wanted)[:wanted] if 0 < wanted else []

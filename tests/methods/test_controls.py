@@ -25,12 +25,16 @@ def test_none_is_truncation():
 
 def test_relevance_keeps_the_most_relevant():
     relevance = torch.tensor([0.1, 0.5, -0.3, 0.5, 0.2, 0.5])
-    assert prune(raster(2, 3), relevance=relevance, budget=2, method="relevance").indices.tolist() == [1, 3]
+    assert prune(
+        raster(2, 3), relevance=relevance, budget=2, method="relevance"
+    ).indices.tolist() == [1, 3]
 
 
 def test_fastervlm_keeps_the_most_attended():
     saliency = torch.tensor([0.1, 0.9, 0.5, 0.5, 0.9, 0.5])
-    assert prune(raster(2, 3), saliency=saliency, budget=3, method="fastervlm").indices.tolist() == [1, 2, 4]
+    assert prune(
+        raster(2, 3), saliency=saliency, budget=3, method="fastervlm"
+    ).indices.tolist() == [1, 2, 4]
 
 
 def test_random_is_one_draw_per_seed_whatever_the_batch():
@@ -59,7 +63,12 @@ def test_uniform_without_a_grid_is_evenly_spaced():
 
 
 def test_uniform_on_a_grid_is_even_in_both_directions():
-    assert prune(raster(6, 6), budget=4, method="uniform", grid=(6, 6)).indices.tolist() == [7, 10, 25, 28]
+    assert prune(raster(6, 6), budget=4, method="uniform", grid=(6, 6)).indices.tolist() == [
+        7,
+        10,
+        25,
+        28,
+    ]
     with pytest.raises(ValueError, match=r"^grid must be \(h, w\) with h \* w = N = 36"):
         prune(raster(6, 6), budget=4, method="uniform", grid=(5, 7))
     for bad in ((6,), "66", (6.0, 6.0), (-6, -6), 36):
@@ -92,7 +101,9 @@ def test_avgpool_is_pooling_where_that_is_exact():
     out = prune(features, budget=64, method="avgpool")
     image = features.mT.view(2, 3, 24, 24)
     torch.testing.assert_close(out.tokens, torch.nn.functional.avg_pool2d(image, 3).flatten(2).mT)
-    assert out.indices[0, :3].tolist() == [0, 3, 6] and out.indices[0, 8] == 72  # the first token of each square
+    assert (
+        out.indices[0, :3].tolist() == [0, 3, 6] and out.indices[0, 8] == 72
+    )  # the first token of each square
     assert (out.num_merged == 576 - 64).all() and out.is_focus.all()
 
 
@@ -107,7 +118,9 @@ def test_avgpool_rows_stand_at_their_most_salient_token():
 
 
 def test_avgpool_orders_rows_by_place():
-    saliency = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])  # the left column's place comes after the right's
+    saliency = torch.tensor(
+        [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    )  # the left column's place comes after the right's
     out = prune(raster(2, 4), saliency=saliency, budget=2, method="avgpool", grid=(2, 4))
     assert out.indices.tolist() == [2, 4] and out.tokens[:, 0].tolist() == [4.5, 2.5]
 

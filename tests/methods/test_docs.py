@@ -16,7 +16,10 @@ DOC = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 def table(*header: str) -> list[dict[str, str]]:
     """The rows, by column, of the one table whose header starts with these columns."""
     blocks = re.findall(r"(?:^\|.*\n)+", DOC.read_text(encoding="utf-8"), re.MULTILINE)
-    rows = [[[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()] for block in blocks]
+    rows = [
+        [[cell.strip() for cell in line[1:-1].split("|")] for line in block.splitlines()]
+        for block in blocks
+    ]
     [(columns, rule, *body)] = [block for block in rows if tuple(block[0][: len(header)]) == header]
     assert set("".join(rule)) == {"-"}
     return [dict(zip(columns, cells, strict=True)) for cells in body]
@@ -45,5 +48,8 @@ def test_a_row_says_what_the_registry_says(row):
 
 
 def test_the_options_of_fsr():
-    rows = {row["option"].strip("`"): json.loads(row["default"].strip("`")) for row in table("option", "default")}
+    rows = {
+        row["option"].strip("`"): json.loads(row["default"].strip("`"))
+        for row in table("option", "default")
+    }
     assert rows == dict(methods()["fsr"].options)

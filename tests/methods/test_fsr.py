@@ -1,4 +1,6 @@
-"""FSR against the paper's equations as `reference.py` writes them, and what the paper proves or leaves open."""
+"""FSR against the paper's equations as `reference.py` writes them, and what the paper proves or
+leaves open.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def compare(features, saliency, relevance, k, options, rows=True):
     assert got.indices.tolist() == want.indices and got.is_focus.tolist() == want.is_focus
     assert got.num_scan == want.num_scan and got.num_merged == want.num_merged
     assert got.merged_into.tolist() == want.merged_into
-    torch.testing.assert_close(got.tokens.double(), torch.tensor(want.rows).double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        got.tokens.double(), torch.tensor(want.rows).double(), rtol=1e-4, atol=1e-4
+    )
     return got, want
 
 
@@ -65,10 +69,13 @@ def test_equations_on_random_inputs(options, n, d, seed, data):
     compare(features, saliency, None if seed % 4 == 0 else relevance, k, options)
 
 
-# Features whose cosines, and scores whose products, are exact in float32: many exact ties, all to the lower index.
+# Features whose cosines, and scores whose products, are exact in float32: many exact ties, all to
+# the lower index.
 EXACT = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 0], [-1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]]
 EXACT += [[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, 0.5, -0.5]]
-rows = st.lists(st.tuples(st.sampled_from(EXACT), st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12)
+rows = st.lists(
+    st.tuples(st.sampled_from(EXACT), st.integers(0, 4), st.integers(0, 4)), min_size=3, max_size=12
+)
 
 
 @every_setting
@@ -76,24 +83,51 @@ rows = st.lists(st.tuples(st.sampled_from(EXACT), st.integers(0, 4), st.integers
 @given(tokens=rows, data=st.data())
 def test_every_tie_goes_to_the_lower_index(options, tokens, data):
     k = data.draw(st.integers(1, len(tokens) - 1))
-    tokens = [([1, 0, 0, 0], 0, 4), *tokens[1:-1], ([0, 1, 0, 0], 4, 0)]  # the scores span 0..4, so scaling is exact
-    features, saliency, relevance = (torch.tensor(column, dtype=torch.float32) for column in zip(*tokens, strict=True))
+    tokens = [
+        ([1, 0, 0, 0], 0, 4),
+        *tokens[1:-1],
+        ([0, 1, 0, 0], 4, 0),
+    ]  # the scores span 0..4, so scaling is exact
+    features, saliency, relevance = (
+        torch.tensor(column, dtype=torch.float32) for column in zip(*tokens, strict=True)
+    )
     compare(features, saliency, relevance, k, {"rho": 0.5, **options})
 
 
 def test_duplicates_are_scanned_last_and_by_index():
-    features = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).repeat(4, 1)  # 20 tokens, 5 different
+    features = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).repeat(
+        4, 1
+    )  # 20 tokens, 5 different
     saliency = torch.zeros(20)
     saliency[7] = 1.0
     out = prune(features, saliency=saliency, budget=9)
     assert out.num_focus == 1
     assert {i % 5 for i in out.indices.tolist()} == {0, 1, 2, 3, 4}
-    assert out.indices.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]  # once all five are there: the lowest index left
+    assert out.indices.tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]  # once all five are there: the lowest index left
 
 
 def test_literal_k_focus():
     phi = torch.tensor([[0.5, 0.0, 1.0, 0.25, 0.25]])  # sum 2; by rank 1, 1.5, 1.75, 2, 2
-    for rho, wanted in [(0.0, 0), (0.25, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (0.9, 4), (1.0, 4)]:
+    for rho, wanted in [
+        (0.0, 0),
+        (0.25, 1),
+        (0.5, 1),
+        (0.51, 2),
+        (0.75, 2),
+        (0.76, 3),
+        (0.9, 4),
+        (1.0, 4),
+    ]:
         found = focus(phi, None, 4, rho=rho)
         assert found.k_focus.item() == wanted, rho
         assert focus(phi, None, 2, rho=rho).num_focus.item() == min(wanted, 2)
@@ -113,7 +147,9 @@ def test_focus_holds_its_share_and_no_token_too_many(n, seed, rho):
     found = focus(saliency, None, n - 1, rho=rho)
     ranked = found.phi[0].double().sort(descending=True).values
     k = found.k_focus.item()
-    assert ranked[:k].sum() >= rho * ranked.sum() - 1e-9 and ranked[: k - 1].sum() < rho * ranked.sum()
+    assert (
+        ranked[:k].sum() >= rho * ranked.sum() - 1e-9 and ranked[: k - 1].sum() < rho * ranked.sum()
+    )
 
 
 def test_when_all_phi_are_zero_the_most_salient_token_starts_the_scan():
@@ -122,7 +158,11 @@ def test_when_all_phi_are_zero_the_most_salient_token_starts_the_scan():
     relevance = torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     out = prune(features, saliency=saliency, relevance=relevance, budget=3)
     assert out.k_focus == 0 and out.num_focus == 0 and out.num_scan == 3 and not out.is_focus.any()
-    assert out.indices.tolist() == [0, 3, 4]  # 3 first, then 0 (the lowest of those at distance 1), then 4
+    assert out.indices.tolist() == [
+        0,
+        3,
+        4,
+    ]  # 3 first, then 0 (the lowest of those at distance 1), then 4
     assert out.merged_into.tolist() == [-1, 0, 3, -1, -1, 0] and out.num_merged == 3
     assert torch.equal(out.tokens, features[out.indices])  # their weights are 0: anchors stay
     one = prune(features, saliency=saliency, relevance=relevance, budget=1)
@@ -150,11 +190,16 @@ def test_focus_that_fills_the_budget_leaves_nothing_to_scan_or_merge():
     features = torch.randn(10, 3)
     out = prune(features, saliency=torch.linspace(1, 2, 10), budget=3)
     assert out.k_focus > 3 and out.num_focus == 3 and out.num_scan == 0 and out.num_merged == 0
-    assert torch.equal(out.tokens, features[7:]) and out.is_focus.all() and (out.merged_into == -1).all()
+    assert (
+        torch.equal(out.tokens, features[7:])
+        and out.is_focus.all()
+        and (out.merged_into == -1).all()
+    )
 
 
 @pytest.mark.parametrize(
-    "kappa, merged", [(0.0, 0), (0.09, 0), (0.1, 1), (0.3, 2), (0.5, 3), (1.0, 5), (3.0, 14), (1e6, 14)]
+    "kappa, merged",
+    [(0.0, 0), (0.09, 0), (0.1, 1), (0.3, 2), (0.5, 3), (1.0, 5), (3.0, 14), (1e6, 14)],
 )
 def test_number_of_merged_tokens(kappa, merged):
     g = torch.Generator().manual_seed(2)
@@ -172,10 +217,16 @@ def test_groups_are_scaled_jointly():
     assert constant.tolist() == [[1.0] * 3] * 2
     features = torch.randn(3, 3, 4)
     grouped = get_method("fsr", norm_scope="group", rho=0.8)
-    by_group = grouped.prune(VisualTokens(features, saliency=saliency, group=torch.tensor([7, 7, 3])), 2)
-    by_row = grouped.prune(VisualTokens(features, saliency=saliency), 2)  # no group: every row is its own
+    by_group = grouped.prune(
+        VisualTokens(features, saliency=saliency, group=torch.tensor([7, 7, 3])), 2
+    )
+    by_row = grouped.prune(
+        VisualTokens(features, saliency=saliency), 2
+    )  # no group: every row is its own
     assert by_group.k_focus.tolist() == [2, 3, 2] and by_row.k_focus.tolist() == [2, 2, 2]
-    both = focus(torch.ones(3, 3), saliency, 2, alpha=1.0, group=torch.tensor([7, 7, 3]))  # relevance too
+    both = focus(
+        torch.ones(3, 3), saliency, 2, alpha=1.0, group=torch.tensor([7, 7, 3])
+    )  # relevance too
     assert both.phi.tolist() == joint.tolist()
     for wrong in (torch.tensor([1, 2]), torch.tensor([1.0, 2.0, 3.0])):
         with pytest.raises(ValueError, match="^group must hold one integer"):
@@ -226,7 +277,9 @@ def test_refine_does_not_depend_on_order(seed, weighting):
         rows = reference.merge(features[0].double().tolist(), shuffled, weight)
         for row, place in zip(out.rows[0], indices[0].tolist(), strict=True):
             wanted = torch.tensor(rows.get(place, features[0, place].tolist()))
-            torch.testing.assert_close(row, wanted.float(), rtol=1e-4, atol=1e-5, msg=f"turn {turn}")
+            torch.testing.assert_close(
+                row, wanted.float(), rtol=1e-4, atol=1e-5, msg=f"turn {turn}"
+            )
 
 
 def test_refine_with_tiny_and_zero_weights():
@@ -236,7 +289,8 @@ def test_refine_with_tiny_and_zero_weights():
     similarity = cosine_similarity(features)
     out = refine(features, similarity, indices, is_focus, phi)
     assert out.merged_into.tolist() == [[-1, 0, -1, 2, -1]]
-    # 1 : 3 also where the weights are near the end of float32; an anchor of weight 0 takes what comes in; focus stays
+    # 1 : 3 also where the weights are near the end of float32; an anchor of weight 0 takes what
+    # comes in; focus stays
     torch.testing.assert_close(out.rows, torch.tensor([[[3.5, 0.0], [0.0, 6.0], [-1.0, 0.0]]]))
     nothing = refine(features, similarity, indices, is_focus, phi * 0.0)
     assert torch.equal(nothing.rows, features[:, [0, 2, 4]]) and nothing.num_merged.item() == 2
@@ -250,7 +304,9 @@ def test_space_metric_measures_there_and_merges_features():
     saliency = torch.rand(24, generator=g)
     there = prune(features, saliency=saliency, metric=metric, budget=8, rho=0.3, space="metric")
     moved = prune(metric, saliency=saliency, budget=8, rho=0.3)
-    assert torch.equal(there.indices, moved.indices) and torch.equal(there.merged_into, moved.merged_into)
+    assert torch.equal(there.indices, moved.indices) and torch.equal(
+        there.merged_into, moved.merged_into
+    )
     assert there.tokens.shape == (8, 4)
     with pytest.raises(ValueError, match="^metric is needed"):
         prune(features, saliency=saliency, budget=8, space="metric")
@@ -281,12 +337,16 @@ def test_stages_on_a_whole_batch_are_those_of_its_images(rule, kappa):
 
     found = focus(saliency, relevance, k, rho=0.4)
     similarity = cosine_similarity(features)
-    weight = {"saliency": found.saliency, "relevance": found.relevance, "coverage": found.phi}.get(rule)
+    weight = {"saliency": found.saliency, "relevance": found.relevance, "coverage": found.phi}.get(
+        rule
+    )
     indices, when = scan(similarity, found.order, found.num_focus, rule, weight).sort(dim=-1)
     is_focus = when < found.num_focus[:, None]
     out = refine(features, similarity, indices, is_focus, found.phi, kappa=kappa)
     assert torch.equal(indices, want.indices) and torch.equal(is_focus, want.is_focus)
-    assert torch.equal(out.merged_into, want.merged_into) and torch.equal(out.num_merged, want.num_merged)
+    assert torch.equal(out.merged_into, want.merged_into) and torch.equal(
+        out.num_merged, want.num_merged
+    )
     torch.testing.assert_close(out.rows, want.tokens)
 
 

@@ -1,4 +1,6 @@
-"""Every method on a GPU keeps what it keeps on the CPU, and works in half precision, with signals as a server has."""
+"""Every method on a GPU keeps what it keeps on the CPU, and works in half precision, with signals
+as a server has.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,20 @@ from fsr_vllm.methods import VisualTokens, get_method, methods
 
 CELL = Cell(576, 64, 128, 3)
 DEVICE = "cuda"
-BY_RELEVANCE = {"max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 0.5}  # nearly all is scanned
+BY_RELEVANCE = {
+    "max_focus_share": 0.06,
+    "scan": "relevance",
+    "scan_gamma": 0.5,
+}  # nearly all is scanned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def moved(tokens: VisualTokens, device: str) -> VisualTokens:
     fields = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
-    return VisualTokens(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+    return VisualTokens(
+        **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+    )
 
 
 @pytest.mark.parametrize("name", [*methods(), "fsr, by relevance"])
@@ -28,8 +36,12 @@ def test_a_gpu_keeps_the_same(name):
     method = get_method(name, **(BY_RELEVANCE if scan else {}))
     tokens = Images.draw(CELL, "cpu", torch.float32).tokens(method)
     here, there = method.prune(tokens, CELL.k), method.prune(moved(tokens, DEVICE), CELL.k)
-    # Products of matrices differ in the last bits, so a near tie may end otherwise, and what follows from it.
-    same = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(here.indices, there.indices, strict=True)]
+    # Products of matrices differ in the last bits, so a near tie may end otherwise, and what
+    # follows from it.
+    same = [
+        len(set(a.tolist()) & set(b.tolist()))
+        for a, b in zip(here.indices, there.indices, strict=True)
+    ]
     assert sum(same) >= 0.95 * here.indices.numel(), same
     for row in range(CELL.batch):
         if torch.equal(here.indices[row], there.indices[row].cpu()):

@@ -17,7 +17,9 @@ seeds = st.integers(0, 10_000)
 
 
 def check(out, tokens, k):
-    """The shape of every answer: exactly k places, ascending, unique, and counts that agree with the flags."""
+    """The shape of every answer: exactly k places, ascending, unique, and counts that agree with
+    the flags.
+    """
     b, n, d = tokens.features.shape
     assert out.tokens.shape == (b, k, d) and out.tokens.dtype == tokens.features.dtype
     assert torch.isfinite(out.tokens).all()
@@ -27,7 +29,10 @@ def check(out, tokens, k):
     assert out.merged_into.shape == (b, n) and out.merged_into.dtype == torch.int64
     for count in (out.k_focus, out.num_focus, out.num_scan, out.num_merged):
         assert count.shape == (b,) and count.dtype == torch.int64
-    assert torch.equal(out.num_focus, out.is_focus.sum(1)) and ((out.num_focus + out.num_scan) == k).all()
+    assert (
+        torch.equal(out.num_focus, out.is_focus.sum(1))
+        and ((out.num_focus + out.num_scan) == k).all()
+    )
     assert torch.equal(out.num_merged, (out.merged_into >= 0).sum(1))
     for kept, target in zip(out.indices.tolist(), out.merged_into.tolist(), strict=True):
         assert {t for t in target if t >= 0} <= set(kept)  # merged into a kept token
@@ -71,7 +76,9 @@ def test_a_batch_is_its_images(case: Case, size, seed, batch):
     for b in range(batch):
         alone = case.method().prune(image(tokens, b), k)
         for item in fields(together):
-            assert torch.equal(getattr(together, item.name)[b], getattr(alone, item.name)), item.name
+            assert torch.equal(getattr(together, item.name)[b], getattr(alone, item.name)), (
+                item.name
+            )
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.equivariant], ids=str)
@@ -84,7 +91,9 @@ def test_order_of_tokens_does_not_matter(case: Case, k, seed):
     out, moved = case.method().prune(tokens, k), case.method().prune(permuted(tokens, order), k)
     place, back = order[moved.indices].sort(dim=-1)
     assert torch.equal(place, out.indices)
-    torch.testing.assert_close(moved.tokens.gather(1, back[..., None].expand_as(moved.tokens)), out.tokens)
+    torch.testing.assert_close(
+        moved.tokens.gather(1, back[..., None].expand_as(moved.tokens)), out.tokens
+    )
 
 
 @every_case
@@ -100,7 +109,9 @@ def test_a_budget_of_n_or_more_changes_nothing(case: Case, over):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_dtype_is_kept_and_unmerged_rows_are_untouched(case: Case, dtype):
     tokens = make_tokens(case.method(), 30, d=16, dtype=dtype)
     out = case.method().prune(tokens, 7)
@@ -181,7 +192,9 @@ def test_budgets_that_are_refused(case: Case, budget):
 
 @every_case
 def test_nothing_waits_for_the_device(case: Case, monkeypatch):
-    """Tensors without values stand for a GPU whose values have not arrived: reading one back is an error."""
+    """Tensors without values stand for a GPU whose values have not arrived: reading one back is an
+    error.
+    """
     monkeypatch.delenv("FSR_KERNELS", raising=False)
     method = case.method()
     tokens = make_tokens(method, 36, batch=3)

@@ -29,7 +29,9 @@ def test_clusters_are_found(monkeypatch):
     assert torch.equal(labels[:, None] == labels, owner[order][:, None] == owner[order])
     monkeypatch.setattr(prototypes, "_BLOCK", 7)
     assert torch.equal(dpc_knn(points[order], 4), labels)  # whatever the size of blocks
-    assert dpc_knn(points[:1], 3).tolist() == [0] and len(dpc_knn(torch.ones(4, 2), 9).unique()) == 4
+    assert (
+        dpc_knn(points[:1], 3).tolist() == [0] and len(dpc_knn(torch.ones(4, 2), 9).unique()) == 4
+    )
 
 
 def test_prototypes_are_what_many_images_share():
@@ -39,7 +41,10 @@ def test_prototypes_are_what_many_images_share():
     book = build_prototypes(images, clusters_per_image=3, clusters=3, min_images=4)
     assert book.shape == (2, 6)
     torch.testing.assert_close(book.norm(dim=1), torch.ones(2))
-    assert sorted((book @ common.T).argmax(1).tolist()) == [0, 1] and (book @ common.T).amax(1).min() > 0.99
+    assert (
+        sorted((book @ common.T).argmax(1).tolist()) == [0, 1]
+        and (book @ common.T).amax(1).min() > 0.99
+    )
     kept = prune(torch.eye(6), prototypes=book, budget=4, method="codebook").indices
     assert kept.tolist() == [2, 3, 4, 5]
     with pytest.raises(ValueError, match="no cluster draws on min_images = 7 images"):
@@ -49,18 +54,39 @@ def test_prototypes_are_what_many_images_share():
 
 
 def test_small_clusters_are_dropped():
-    images = [torch.cat([blobs(torch.eye(4)[:1], 6, seed=i)[0], torch.eye(4)[3:]]) for i in range(3)]
-    assert len(build_prototypes(images, clusters_per_image=2, clusters=2, min_images=3, min_tokens=1)) == 2
-    assert len(build_prototypes(images, clusters_per_image=2, clusters=2, min_images=1, min_tokens=2)) <= 2
+    images = [
+        torch.cat([blobs(torch.eye(4)[:1], 6, seed=i)[0], torch.eye(4)[3:]]) for i in range(3)
+    ]
+    assert (
+        len(build_prototypes(images, clusters_per_image=2, clusters=2, min_images=3, min_tokens=1))
+        == 2
+    )
+    assert (
+        len(build_prototypes(images, clusters_per_image=2, clusters=2, min_images=1, min_tokens=2))
+        <= 2
+    )
     only = build_prototypes(images, clusters_per_image=2, clusters=1, min_images=3, min_tokens=2)
     assert len(only) == 1 and only[0, 0] > 0.99
 
 
 def test_which_tokens_are_redundant():
     probability = torch.tensor([0.1, 0.2, 0.1, 0.1])
-    context, everywhere = torch.tensor([0.0, 0.0, 3e-3, 0.0]), torch.tensor([1e-4, 0.0, 0.0, 1.3e-4])
-    assert redundant_tokens(probability, context, everywhere).tolist() == [True, False, False, False]
-    assert redundant_tokens(probability, context, everywhere, max_divergence=1.0).tolist() == [True, False, True, True]
+    context, everywhere = (
+        torch.tensor([0.0, 0.0, 3e-3, 0.0]),
+        torch.tensor([1e-4, 0.0, 0.0, 1.3e-4]),
+    )
+    assert redundant_tokens(probability, context, everywhere).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert redundant_tokens(probability, context, everywhere, max_divergence=1.0).tolist() == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("name", ["book.pt", "book.pth", "book.safetensors"])

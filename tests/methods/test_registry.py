@@ -19,7 +19,9 @@ from .default_methods import CASES, OPTION_NEEDS, make_tokens
 
 FIELDS = [item.name for item in fields(VisualTokens)]
 OPTIONS = [(name, item) for name in methods() for item in fields(get_method(name))]
-each_option = pytest.mark.parametrize("name, item", OPTIONS, ids=[f"{name}-{item.name}" for name, item in OPTIONS])
+each_option = pytest.mark.parametrize(
+    "name, item", OPTIONS, ids=[f"{name}-{item.name}" for name, item in OPTIONS]
+)
 
 
 @pytest.mark.parametrize("name", methods())
@@ -31,8 +33,15 @@ def test_what_is_said_of_a_method(name):
     assert info.summary and info.licence and (info.paper or info.fidelity == "control")
     assert info.options == asdict(method) and all(info.option_docs.values())
     json.dumps(info.options)  # they go into the cache identity as JSON
-    assert not set(info.options) & {*FIELDS, "method", "budget", "preset"}  # all are keywords of prune()
-    assert info.query_aware == bool({"relevance", "text", "probe", "frame_weights"} & {*info.needs, *info.uses})
+    assert not set(info.options) & {
+        *FIELDS,
+        "method",
+        "budget",
+        "preset",
+    }  # all are keywords of prune()
+    assert info.query_aware == bool(
+        {"relevance", "text", "probe", "frame_weights"} & {*info.needs, *info.uses}
+    )
 
 
 def test_every_method_is_tested():
@@ -45,7 +54,9 @@ def test_unknown_names_list_the_known_ones():
         get_method("fsrr")
     with pytest.raises(ValueError, match="unknown method"):
         prune(torch.ones(4, 2), budget=2, method="nope")
-    with pytest.raises(ValueError, match="method 'fsr' has no option 'rhoo'; allowed are alpha, beta, "):
+    with pytest.raises(
+        ValueError, match="method 'fsr' has no option 'rhoo'; allowed are alpha, beta, "
+    ):
         prune(torch.ones(4, 2), saliency=torch.ones(4), budget=2, rhoo=0.5)
     with pytest.raises(ValueError, match="method 'none' has no option 'seed'; allowed are none"):
         get_method("none", seed=1)
@@ -68,7 +79,9 @@ def test_bad_values_of_an_option_are_refused(name, item):
 
 @each_option
 def test_the_ends_of_an_option_are_allowed(name, item):
-    ends = [item.metadata.get(key) for key in ("low", "high")] + list(item.metadata.get("choices") or ())
+    ends = [item.metadata.get(key) for key in ("low", "high")] + list(
+        item.metadata.get("choices") or ()
+    )
     for value in [end for end in ends if end is not None]:
         built = getattr(get_method(name, **{item.name: value}), item.name)
         assert built == value and type(built) is type(item.default)
@@ -83,7 +96,11 @@ def others(item):
     low, high = (item.metadata.get(key) for key in ("low", "high"))
     tries = [low, high, item.default + 1, item.default / 2, item.default * 4]
     tries = [type(item.default)(value) for value in tries if value is not None]
-    return [x for x in tries if x != item.default and (low is None or x >= low) and (high is None or x <= high)]
+    return [
+        x
+        for x in tries
+        if x != item.default and (low is None or x >= low) and (high is None or x <= high)
+    ]
 
 
 @each_option
@@ -97,14 +114,19 @@ def test_an_option_changes_something(name, item):
         tokens = make_tokens(other, 36, batch=3)
         if "group" in base.uses:  # three tiles of one image
             scale = torch.tensor([1.0, 3.0, 0.2])[:, None]
-            joint = {key: getattr(tokens, key) * scale for key in {"saliency", "relevance"} & {*base.needs, *base.uses}}
+            joint = {
+                key: getattr(tokens, key) * scale
+                for key in {"saliency", "relevance"} & {*base.needs, *base.uses}
+            }
             tokens = replace(tokens, **joint, group=torch.tensor([5, 5, 5]))
         for k in (5, 14, 20):
             a, b = base.prune(tokens, k), other.prune(tokens, k)
             if not torch.equal(a.indices, b.indices) or not torch.equal(a.tokens, b.tokens):
                 changed.append(value)
                 break
-    hint = "if it matters only beside other options, name them in OPTION_NEEDS of default_methods.py"
+    hint = (
+        "if it matters only beside other options, name them in OPTION_NEEDS of default_methods.py"
+    )
     assert changed == values if item.metadata.get("choices") else changed, hint
 
 
@@ -119,7 +141,15 @@ def test_prune_passes_every_field():
 def test_public_names():
     assert callable(fsr_vllm.methods) and list(fsr_vllm.methods()) == list(methods())
     assert fsr_vllm.methods.get_method is get_method  # the package is still one
-    public = {"prune", "get_method", "methods", "VisualTokens", "PrunedTokens", "stats", "__version__"}
+    public = {
+        "prune",
+        "get_method",
+        "methods",
+        "VisualTokens",
+        "PrunedTokens",
+        "stats",
+        "__version__",
+    }
     assert public <= set(dir(fsr_vllm))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fsr_vllm.nothing

@@ -1,4 +1,6 @@
-"""VisPruner, VisionZip, VisionDrop, PruMerge, VFlowOpt, QuoTA and four probes against their rules written out."""
+"""VisPruner, VisionZip, VisionDrop, PruMerge, VFlowOpt, QuoTA and four probes against their rules
+written out.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ NARROW = 2e-6  # float32 decides like float64 where the margin is above this
 
 
 def inputs(grid, seed):
-    """Random signals of one image in float32, and rows with a common part, as features of an image have."""
+    """Random signals of one image in float32, and rows with a common part, as features of an image
+    have.
+    """
     rng = np.random.default_rng([*grid, seed])
     n = grid[0] * grid[1]
     probe, attention = rng.normal(size=(n, n + 4)), rng.normal(size=(n, n)) + 2 * rng.normal(size=n)
@@ -42,7 +46,9 @@ def budgets(n):
 
 
 def compare(name, rule, fields, grid, k, probe=None, **options):
-    """The method and its rule choose, and merge, the same on two images, none of which was decided narrowly."""
+    """The method and its rule choose, and merge, the same on two images, none of which was decided
+    narrowly.
+    """
     compared = 0
     for seed in count():
         assert seed < 60, "no input without near-ties found"
@@ -54,7 +60,9 @@ def compare(name, rule, fields, grid, k, probe=None, **options):
         wanted = rule({key: value.astype(np.float64) for key, value in given.items()}, margin)
         if min(margin, default=1.0) < NARROW:
             continue
-        signals = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in given.items()}
+        signals = {
+            key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in given.items()
+        }
         got = prune(**signals, grid=grid, budget=k, method=name, **options)
         if isinstance(wanted, list):
             assert got.indices.tolist() == wanted and got.num_merged == 0
@@ -69,7 +77,9 @@ def compare(name, rule, fields, grid, k, probe=None, **options):
 
 
 PRUMERGE = [{}, {"variant": "base"}, {"neighbours": 3}, {"variant": "base", "neighbours": 0}]
-each_size = pytest.mark.parametrize("grid, k", [(g, k) for g in GRIDS for k in budgets(g[0] * g[1])], ids=str)
+each_size = pytest.mark.parametrize(
+    "grid, k", [(g, k) for g in GRIDS for k in budgets(g[0] * g[1])], ids=str
+)
 
 
 @each_size
@@ -106,9 +116,13 @@ def test_prumerge(grid, k, options):
 
 
 @each_size
-@pytest.mark.parametrize("threshold, cell", [(34.76, 15.58), (1.0, 2.0), (0.0, 1.5), (1.5, 3.0), (2.0, 1.0)])
+@pytest.mark.parametrize(
+    "threshold, cell", [(34.76, 15.58), (1.0, 2.0), (0.0, 1.5), (1.5, 3.0), (2.0, 1.0)]
+)
 def test_vflowopt(grid, k, threshold, cell):
-    rule = lambda x, margin: reference.vflowopt(x["features"], x["attention"], grid, k, margin, threshold, cell)  # noqa: E731
+    rule = lambda x, margin: reference.vflowopt(
+        x["features"], x["attention"], grid, k, margin, threshold, cell
+    )  # noqa: E731
     compare("vflowopt", rule, ("attention",), grid, k, threshold=threshold, cell=cell)
 
 
@@ -117,13 +131,22 @@ def test_vflowopt(grid, k, threshold, cell):
 @pytest.mark.parametrize("fields", [("frame_weights",), ("frame_weights", "saliency")], ids=str)
 def test_quota(grid, k, power, fields):
     n = grid[0] * grid[1]
-    rule = lambda x, margin: reference.quota(x["frame_weights"], x.get("saliency"), n, k, margin, power)  # noqa: E731
+    rule = lambda x, margin: reference.quota(
+        x["frame_weights"], x.get("saliency"), n, k, margin, power
+    )  # noqa: E731
     compare("quota", rule, fields, grid, k, power=power)
 
 
 @each_size
 def test_fastv(grid, k):
-    compare("fastv", lambda x, margin: reference.fastv(x["probe"], k, margin), ("probe",), grid, k, probe=0)
+    compare(
+        "fastv",
+        lambda x, margin: reference.fastv(x["probe"], k, margin),
+        ("probe",),
+        grid,
+        k,
+        probe=0,
+    )
 
 
 @each_size
@@ -142,17 +165,23 @@ def test_sparsevlm(grid, k, t):
 
 
 @each_size
-@pytest.mark.parametrize("options", [{}, {"image_pivots": 1}, {"image_pivots": 3, "text_pivots": 9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"image_pivots": 1}, {"image_pivots": 3, "text_pivots": 9}], ids=str
+)
 @pytest.mark.parametrize("fields", [("probe",), ("probe", "text")], ids=str)
 def test_dart(grid, k, options, fields):
-    rule = lambda x, margin: reference.dart(x["features"], x["probe"], x.get("text"), k, margin, **options)  # noqa: E731
+    rule = lambda x, margin: reference.dart(
+        x["features"], x["probe"], x.get("text"), k, margin, **options
+    )  # noqa: E731
     compare("dart", rule, fields, grid, k, probe=slice(6), **options)
 
 
 @each_size
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("seeds", [0.01, 0.3])
-@pytest.mark.parametrize("positions, first, base, dim", [("raster", 35, 1e4, 128), ("grid", 4, 1e6, 32)])
+@pytest.mark.parametrize(
+    "positions, first, base, dim", [("raster", 35, 1e4, 128), ("grid", 4, 1e6, 32)]
+)
 def test_ivc(grid, k, share, seeds, positions, first, base, dim):
     rule = lambda x, margin: reference.ivc(  # noqa: E731
         x["probe"], grid, k, margin, seeds, share, positions, first, base, dim

@@ -1,7 +1,9 @@
-"""From a tower's hidden states to the tokens kept: the real tap and each method against references of both together.
+"""From a tower's hidden states to the tokens kept: the real tap and each method against references
+of both together.
 
-A method's inputs are part of it. The references start from what transformers' CLIP reports with eager attention; the
-code under test starts from queries and keys, as `AttentionTap` sees them in the server.
+A method's inputs are part of it. The references start from what transformers' CLIP reports with
+eager attention; the code under test starts from queries and keys, as `AttentionTap` sees them in
+the server.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def one_rank():
 
 
 class _Op(nn.Module):
-    """An attention op as vLLM's blocks have it: called with query, key and value, heads side by side."""
+    """An attention op as vLLM's blocks have it: called with query, key and value, heads side by
+    side.
+    """
 
     num_heads, scale = HEADS, DIM**-0.5
 
@@ -60,15 +64,23 @@ def encoded():
         image_size=14 * SIDE, patch_size=14, attn_implementation="eager",
     )  # fmt: skip
     model = CLIPVisionModel(config).eval()
-    for parameter in model.parameters():  # CLIP's own init is so small that attention would be uniform
+    for (
+        parameter
+    ) in model.parameters():  # CLIP's own init is so small that attention would be uniform
         if parameter.ndim > 1:
             parameter.data.normal_(std=0.4)
     projector = nn.Linear(HEADS * DIM, WIDTH, bias=False)
     blocks = next(module for module in model.modules() if hasattr(module, "layers")).layers
-    ops = [_Op() for _ in range(DEPTH - 1)]  # vLLM does not build the block after the layer that is read
+    ops = [
+        _Op() for _ in range(DEPTH - 1)
+    ]  # vLLM does not build the block after the layer that is read
     tap = AttentionTap(ops, DEPTH, frozenset().union(*map(shallow_keys, methods().values())))
     with torch.no_grad():
-        out = model(torch.randn(MANY, 3, 14 * SIDE, 14 * SIDE), output_attentions=True, output_hidden_states=True)
+        out = model(
+            torch.randn(MANY, 3, 14 * SIDE, 14 * SIDE),
+            output_attentions=True,
+            output_hidden_states=True,
+        )
         tap.wanted = tapped(set(VisualTokens.__dataclass_fields__)) | {
             key for info in methods().values() for key in shallow_keys(info)
         }
@@ -77,11 +89,18 @@ def encoded():
             op(
                 *(
                     project(normed)
-                    for project in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+                    for project in (
+                        block.self_attn.q_proj,
+                        block.self_attn.k_proj,
+                        block.self_attn.v_proj,
+                    )
                 )
             )
         signals = tap.take()
-        signals |= {"metric": out.hidden_states[-2][:, 1:], "features": projector(out.hidden_states[-2][:, 1:])}
+        signals |= {
+            "metric": out.hidden_states[-2][:, 1:],
+            "features": projector(out.hidden_states[-2][:, 1:]),
+        }
         signals["cls_row"] = projector(out.hidden_states[-2][:, 0])
 
     def exact(tensor):
@@ -132,23 +151,42 @@ each_budget = pytest.mark.parametrize("k", [8, 33, 60, 100])
 def test_the_tower_is_worth_reading(encoded):
     """Maps that a wrong layer, or [CLS] for all queries, would be found out by."""
     for tower in encoded[0]:
-        maps = [tower.cls(-2), tower.cls(-1), tower.cls(5), tower.cls(4), tower.received(8), tower.received(9)]
-        maps += [tower.received(-2), tower.received(-1), tower.attentions[8].mean(0)[1:].mean(0)[1:]]
+        maps = [
+            tower.cls(-2),
+            tower.cls(-1),
+            tower.cls(5),
+            tower.cls(4),
+            tower.received(8),
+            tower.received(9),
+        ]
+        maps += [
+            tower.received(-2),
+            tower.received(-1),
+            tower.attentions[8].mean(0)[1:].mean(0)[1:],
+        ]
         best = [frozenset(reference_tower.descending(one)[:30]) for one in maps]
-        assert len({*best[:-1]}) == len(best) - 1 and all(one.std() > 0.1 * one.mean() for one in maps)
+        assert len({*best[:-1]}) == len(best) - 1 and all(
+            one.std() > 0.1 * one.mean() for one in maps
+        )
 
 
 @each_image
 @each_budget
 @pytest.mark.parametrize("name", ["fastervlm", "hiprune", "scope", "vispruner"])
 def test_selection(encoded, name, k, image):
-    assert kept(encoded, name, k, image).indices.tolist() == getattr(reference_tower, name)(encoded[0][image], k)
+    assert kept(encoded, name, k, image).indices.tolist() == getattr(reference_tower, name)(
+        encoded[0][image], k
+    )
 
 
 @each_image
-@pytest.mark.parametrize("k", [8, 20, 33])  # above, quotas exceed crops, and the program fills up with zeros
+@pytest.mark.parametrize(
+    "k", [8, 20, 33]
+)  # above, quotas exceed crops, and the program fills up with zeros
 def test_holov(encoded, k, image):
-    assert kept(encoded, "holov", k, image).indices.tolist() == reference_tower.holov(encoded[0][image], k)
+    assert kept(encoded, "holov", k, image).indices.tolist() == reference_tower.holov(
+        encoded[0][image], k
+    )
 
 
 @each_image
@@ -161,10 +199,17 @@ def test_scope_with_saliency_added(encoded, k, image):
 @each_image
 @each_budget
 def test_saliency_of_fsr(encoded, k, image):
-    """Equation (1): the mean over the heads of layer -2's [CLS] attention, in the whole method as published."""
+    """Equation (1): the mean over the heads of layer -2's [CLS] attention, in the whole method as
+    published.
+    """
     tower = encoded[0][image]
     wanted = reference.fsr(
-        tower.project(tower.rows).tolist(), (tower.cls(-2) / HEADS).tolist(), None, k, rho=0.3, max_focus_share=0.5
+        tower.project(tower.rows).tolist(),
+        (tower.cls(-2) / HEADS).tolist(),
+        None,
+        k,
+        rho=0.3,
+        max_focus_share=0.5,
     )
     got = kept(encoded, "fsr", k, image, rho=0.3, max_focus_share=0.5)
     assert got.indices.tolist() == wanted.indices and got.is_focus.tolist() == wanted.is_focus
@@ -194,7 +239,9 @@ def test_visionzip(encoded, k, image):
 
 
 def test_prumerge_plus_at_the_programs_own_number(encoded):
-    """Queries and keys of the last block the server computes, where the program has those of the block after it."""
+    """Queries and keys of the last block the server computes, where the program has those of the
+    block after it.
+    """
     compared = 0
     for image, tower in enumerate(encoded[0]):
         k, rows = reference_tower.prumerge_plus(tower, DEPTH - 2)

@@ -1,4 +1,6 @@
-"""The set-up script: what it installs by hand, how it looks for PyTorch's index, what it says when it gives up."""
+"""The set-up script: what it installs by hand, how it looks for PyTorch's index, what it says when
+it gives up.
+"""
 
 import importlib.util
 import socket
@@ -18,7 +20,9 @@ HOOK = ROOT / ".ci" / "torchvision_cpu_ops.py"
 
 @pytest.fixture
 def cpu_env(tmp_path, monkeypatch) -> ModuleType:
-    """The script as a module, looking at an empty environment; pip is this environment's and installs into a folder."""
+    """The script as a module, looking at an empty environment; pip is this environment's and
+    installs into a folder.
+    """
     spec = importlib.util.spec_from_file_location("cpu_env", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -35,11 +39,15 @@ def site(module: ModuleType) -> Path:
 
 
 def test_a_stand_in_is_a_distribution_pip_accepts(cpu_env):
-    cpu_env.stand_in("some-name", "1.2.3+cpu", requires="other==1", files={"some_file.py": "x = 1\n"})
+    cpu_env.stand_in(
+        "some-name", "1.2.3+cpu", requires="other==1", files={"some_file.py": "x = 1\n"}
+    )
     assert cpu_env.installed("some-name") == "1.2.3+cpu"
     assert (site(cpu_env) / "some_file.py").read_text() == "x = 1\n"
     code = "from importlib.metadata import distribution as d; o = d('some-name'); print(o.version, o.requires)"
-    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=site(cpu_env), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=site(cpu_env), capture_output=True, text=True
+    )
     assert done.stdout.strip() == "1.2.3+cpu ['other==1']", done.stderr
 
 
@@ -71,7 +79,9 @@ def test_the_index_is_used_where_it_answers(cpu_env, monkeypatch, reachable, exp
     monkeypatch.setattr(cpu_env, "pip", lambda *a, check=True: calls.append(a) or 0)
     cpu_env.install_cpu_torch()
     assert ["index" if "--extra-index-url" in call else "plain" for call in calls] == expected
-    assert all(f"torch=={cpu_env.TORCH}" in call for call in calls), "the CPU build by its full version, always"
+    assert all(f"torch=={cpu_env.TORCH}" in call for call in calls), (
+        "the CPU build by its full version, always"
+    )
 
 
 def test_without_a_cpu_torch_the_error_names_the_ways_out(cpu_env, monkeypatch):
@@ -90,7 +100,9 @@ def test_an_unknown_kind_of_machine_is_refused(monkeypatch, cpu_env):
 
 
 def run_with_fakes(folder: Path, code: str) -> str:
-    """Run `code` where torch and torchvision are fakes; the fake torchvision wants its operators declared."""
+    """Run `code` where torch and torchvision are fakes; the fake torchvision wants its operators
+    declared.
+    """
     for name, text in {
         "torch": "declared = []\nfrom . import library, version\n",
         "torch/version": "cuda = None\n",

@@ -1,4 +1,5 @@
-"""Dockerfile, compose file and Kubernetes manifests against their schemas, each other, and vLLM's own parser.
+"""Dockerfile, compose file and Kubernetes manifests against their schemas, each other, and vLLM's
+own parser.
 
 No container is built or started here.
 """
@@ -26,7 +27,9 @@ KUSTOMIZATION = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
 
 
 def manifests() -> dict[str, dict[str, Any]]:
-    """Every object of deploy/kubernetes by its kind; the kustomization, which no cluster stores, is apart."""
+    """Every object of deploy/kubernetes by its kind; the kustomization, which no cluster stores, is
+    apart.
+    """
     paths = sorted(path for path in KUBERNETES.glob("*.yaml") if path.name != "kustomization.yaml")
     objects = [one for path in paths for one in yaml.safe_load_all(path.read_text())]
     return {one["kind"]: one for one in objects}
@@ -37,7 +40,7 @@ def container() -> dict[str, Any]:
     return found
 
 
-# --- Docker ---------------------------------------------------------------------------------------------------------
+# --- Docker ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -65,7 +68,11 @@ def test_the_image_keeps_its_vllm_and_its_entry_point(instructions):
 
 
 def test_what_the_dockerfile_copies_exists_and_is_sent_to_docker(instructions):
-    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    sent = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
     copied = {
         source
         for step in instructions.structure
@@ -88,7 +95,9 @@ def test_compose_asks_for_a_gpu_keeps_its_cache_and_watches_health():
     assert (ROOT / "docker" / service["build"]["context"]).resolve() == ROOT
     assert (ROOT / service["build"]["dockerfile"]).is_file()
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-    assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"] and device["count"] == 1
+    assert (
+        device["driver"] == "nvidia" and device["capabilities"] == ["gpu"] and device["count"] == 1
+    )
     (mount,) = service["volumes"]
     assert mount.split(":")[0] in COMPOSE["volumes"]
     assert "/health" in service["healthcheck"]["test"][-1]
@@ -101,7 +110,7 @@ def test_the_compose_file_reads_only_variables_of_the_example():
     assert offered == set(re.findall(r"\$\{(\w+)", (ROOT / "docker" / "compose.yaml").read_text()))
 
 
-# --- Kubernetes -----------------------------------------------------------------------------------------------------
+# --- Kubernetes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["1.28", "1.32", "1.37"])
@@ -128,7 +137,11 @@ def test_the_manifests_fit_together():
     assert {port["targetPort"] for port in found["Service"]["spec"]["ports"]} <= ports
     volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
     assert {mount["name"] for mount in container()["volumeMounts"]} == set(volumes)
-    claims = {v["persistentVolumeClaim"]["claimName"] for v in volumes.values() if "persistentVolumeClaim" in v}
+    claims = {
+        v["persistentVolumeClaim"]["claimName"]
+        for v in volumes.values()
+        if "persistentVolumeClaim" in v
+    }
     assert claims == {found["PersistentVolumeClaim"]["metadata"]["name"]}
     assert "/dev/shm" in {mount["mountPath"] for mount in container()["volumeMounts"]}
 
@@ -138,16 +151,20 @@ def test_the_pod_has_one_gpu_and_is_watched_on_health():
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container()[probe]["httpGet"] == {"path": "/health", "port": "http"}, probe
     startup = container()["startupProbe"]
-    assert startup["periodSeconds"] * startup["failureThreshold"] >= 1200, "a first start downloads the model"
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 1200, (
+        "a first start downloads the model"
+    )
 
 
 def test_the_kustomization_names_every_manifest_and_the_image():
-    assert set(KUSTOMIZATION["resources"]) == {p.name for p in KUBERNETES.glob("*.yaml")} - {"kustomization.yaml"}
+    assert set(KUSTOMIZATION["resources"]) == {p.name for p in KUBERNETES.glob("*.yaml")} - {
+        "kustomization.yaml"
+    }
     (image,) = KUSTOMIZATION["images"]
     assert container()["image"].split(":") == [image["name"], image["newTag"]]
 
 
-# --- the commands ---------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
 PARSE = """
 import json, sys
@@ -163,16 +180,22 @@ print("PARSED", json.dumps([{key: one.get(key) for key in keys} for one in parse
 
 
 def test_vllm_with_the_plugin_understands_both_commands():
-    """vLLM's own parser, to which the installed plugin adds its options, reads both; unknown options would stop it."""
+    """vLLM's own parser, to which the installed plugin adds its options, reads both; unknown
+    options would stop it.
+    """
     (service,) = COMPOSE["services"].values()
     lines = [service["command"], container()["args"]]
-    done = subprocess.run([sys.executable, "-c", PARSE, json.dumps(lines)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE, json.dumps(lines)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     (answer,) = [line for line in done.stdout.splitlines() if line.startswith("PARSED ")]
     for parsed in json.loads(answer.removeprefix("PARSED ")):
         assert "fsr" in parsed["plugin"]
         assert parsed["model_tag"] == "llava-hf/llava-1.5-7b-hf"
         assert 0 < parsed["fsr_budget"] <= 576
-        assert parsed["fsr_max_budget"] is None, "a request for a whole page of text must not be refused"
+        assert parsed["fsr_max_budget"] is None, (
+            "a request for a whole page of text must not be refused"
+        )
         assert parsed["max_model_len"] == 4096
     assert lines[0] == lines[1], "the compose file and the Deployment serve the same way"

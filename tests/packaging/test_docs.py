@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")]
+)
 FILES = list(ROOT.glob("tests/**/test_*.py"))
 TESTS = [path.read_text() for path in FILES]
 FUNCTIONS = {name for text in TESTS for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
@@ -24,7 +26,9 @@ def test_tests_and_links_exist(path):
     for name, parameter in re.findall(r"\b(test_\w+)(?:\[([^\]]+)\])?(?!\w*\.py)", text):
         assert name in FUNCTIONS or name in {file.stem for file in FILES}, name
         if parameter:
-            assert any(f"def {name}(" in source and f'"{parameter}"' in source for source in TESTS), parameter
+            assert any(
+                f"def {name}(" in source and f'"{parameter}"' in source for source in TESTS
+            ), parameter
     for name in re.findall(r"tests/[\w/]+\.py", text):
         assert (ROOT / name).is_file(), name
     for target in re.findall(r"\]\(([^)\s]+)\)", text):

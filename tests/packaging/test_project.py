@@ -1,4 +1,6 @@
-"""pyproject.toml and the repository: one source for each fact, entry points that exist, nothing private."""
+"""pyproject.toml and the repository: one source for each fact, entry points that exist, nothing
+private.
+"""
 
 import ast
 import re
@@ -16,7 +18,9 @@ PROJECT = PYPROJECT["project"]
 
 
 def project_files() -> list[Path]:
-    """What git tracks or would track; in an unpacked sdist, where there is no git, nothing can be said."""
+    """What git tracks or would track; in an unpacked sdist, where there is no git, nothing can be
+    said.
+    """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -82,11 +86,17 @@ def test_the_version_has_one_source():
 
 def test_the_vllm_window_has_one_source_and_a_cpu_build_is_in_it():
     window = vllm_window().specifier
-    assert window.contains("0.32.0+cpu") and window.contains("0.26.0") and not window.contains("0.34.0")
+    assert (
+        window.contains("0.32.0+cpu")
+        and window.contains("0.26.0")
+        and not window.contains("0.34.0")
+    )
     bounds = re.compile(r"vllm\s*[><=~!]=?\s*\d[^\"'`\s]*,\s*[<>]\s*=?\s*\d")
     for path in project_files():
         if path.name != "pyproject.toml":
-            assert not bounds.search(text_of(path)), f"{path.relative_to(ROOT)} states the window again"
+            assert not bounds.search(text_of(path)), (
+                f"{path.relative_to(ROOT)} states the window again"
+            )
 
 
 def test_the_versions_of_the_set_up_are_inside_the_window():

@@ -39,7 +39,9 @@ class Server:
         ]
         return [{"role": "user", "content": content}]
 
-    def ask(self, *parts: str, headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:
+    def ask(
+        self, *parts: str, headers: dict[str, str] | None = None, **fields: Any
+    ) -> dict[str, Any]:
         """A chat completion by the OpenAI SDK: text, prompt tokens and the kept/total header."""
         raw = self.client.chat.completions.with_raw_response.create(
             model=NAME,
@@ -58,7 +60,11 @@ class Server:
 
     def post(self, body: Any, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
         """A raw POST; the body may be anything."""
-        headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json", **options.pop("headers", {})}
+        headers = {
+            "authorization": f"Bearer {KEY}",
+            "content-type": "application/json",
+            **options.pop("headers", {}),
+        }
         content = body if isinstance(body, (str, bytes)) else json.dumps(body)
         url = self.url.removesuffix("/v1") + path
         return httpx.post(url, content=content, headers=headers, timeout=120, **options)
@@ -66,7 +72,11 @@ class Server:
     def get(self, path: str) -> Any:
         """A GET of one of our routes, over a connection of its own."""
         root = self.url.removesuffix("/v1")
-        return httpx.get(root + path, headers={"authorization": f"Bearer {KEY}"}, timeout=120).raise_for_status().json()
+        return (
+            httpx.get(root + path, headers={"authorization": f"Bearer {KEY}"}, timeout=120)
+            .raise_for_status()
+            .json()
+        )
 
 
 def embedded(server: Server, rows: list[int], **fields: Any) -> dict[str, Any]:
@@ -75,7 +85,9 @@ def embedded(server: Server, rows: list[int], **fields: Any) -> dict[str, Any]:
     for count in rows:
         data = io.BytesIO()
         torch.save(torch.randn(count, server.width), data)
-        content.append({"type": "image_embeds", "image_embeds": base64.b64encode(data.getvalue()).decode()})
+        content.append(
+            {"type": "image_embeds", "image_embeds": base64.b64encode(data.getvalue()).decode()}
+        )
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": "What is this?"}]}]
     return {"model": NAME, "messages": messages, "max_tokens": 2, **fields}
 
@@ -86,10 +98,18 @@ def start(tmp_path_factory, pictures):
     folder = tmp_path_factory.mktemp("servers")
 
     @contextlib.contextmanager
-    def started(name: str, model: Path, *options: str, plugin: bool = True, environment: dict[str, str] | None = None):
+    def started(
+        name: str,
+        model: Path,
+        *options: str,
+        plugin: bool = True,
+        environment: dict[str, str] | None = None,
+    ):
         log = folder / f"{name}.log"
         base = SERVE_OPTIONS if plugin else WITHOUT_PLUGIN
-        with serve(str(model), log, (*base, *options), {**ENVIRONMENT, **(environment or {})}) as url:
+        with serve(
+            str(model), log, (*base, *options), {**ENVIRONMENT, **(environment or {})}
+        ) as url:
             config = json.loads((model / "config.json").read_text())
             yield Server(url, log, pictures, config.get("text_config", config)["hidden_size"])
 
@@ -98,8 +118,16 @@ def start(tmp_path_factory, pictures):
 
 @pytest.fixture(scope="package")
 def main(start, checkpoint):
-    """The server that most tests share: an API key, and everything that changes nothing until a request uses it."""
-    options = ("--api-key", KEY, "--fsr-model-alias", "--enable-prompt-tokens-details", "--enable-scale-out")
+    """The server that most tests share: an API key, and everything that changes nothing until a
+    request uses it.
+    """
+    options = (
+        "--api-key",
+        KEY,
+        "--fsr-model-alias",
+        "--enable-prompt-tokens-details",
+        "--enable-scale-out",
+    )
     options += ("--enable-mm-embeds", "--allowed-origins", f'["{ORIGIN}"]')
     with start("main", checkpoint, *options) as running:
         yield running
@@ -113,9 +141,17 @@ def adapter(checkpoint, tmp_path_factory):
     layer = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
     weights = {
         f"{layer}.lora_A.weight": torch.randn(4, config["hidden_size"]),
-        f"{layer}.lora_B.weight": torch.randn(config["num_attention_heads"] * config["head_dim"], 4),
+        f"{layer}.lora_B.weight": torch.randn(
+            config["num_attention_heads"] * config["head_dim"], 4
+        ),
     }
     save_file(weights, folder / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+    described = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(described))
     return folder

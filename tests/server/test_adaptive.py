@@ -1,4 +1,6 @@
-"""A server whose default budget follows its load: full at rest, less when requests wait; what is asked for stays."""
+"""A server whose default budget follows its load: full at rest, less when requests wait; what is
+asked for stays.
+"""
 
 import asyncio
 import contextlib
@@ -22,8 +24,9 @@ RANGE = (16, 128)
 
 @pytest.fixture(scope="module")
 def server(start, tmp_path_factory):
-    # Larger than other tests' models: steps of 3 ms leave vLLM's API server no time for anything but reading outputs,
-    # and then neither /metrics nor a new request is answered before the crowd has gone.
+    # Larger than other tests' models: steps of 3 ms leave vLLM's API server no time for anything
+    # but reading outputs, and then neither /metrics nor a new request is answered before the crowd
+    # has gone.
     checkpoint = build_checkpoint(tmp_path_factory.mktemp("adaptive"), hidden_size=512, layers=8)
     options = (
         "--fsr-adaptive",
@@ -52,13 +55,19 @@ def test_only_images_without_a_mapped_detail_follow_the_load(server):
     messages[0]["content"][0]["image_url"]["detail"] = "low"
     answer = server.post({"model": NAME, "messages": messages, "max_tokens": 1})
     assert answer.status_code == 200, answer.text
-    assert answer.headers["x-fsr-visual-tokens"] == "228/1152" and answer.headers["x-fsr-adaptive"] == "128"
+    assert (
+        answer.headers["x-fsr-visual-tokens"] == "228/1152"
+        and answer.headers["x-fsr-adaptive"] == "128"
+    )
 
 
 def test_embeddings_do_not_follow_the_load(server):
     answer = server.post(embedded(server, [200]))
     assert answer.status_code == 200, answer.text
-    assert answer.headers["x-fsr-visual-tokens"] == "200/200" and "x-fsr-adaptive" not in answer.headers
+    assert (
+        answer.headers["x-fsr-visual-tokens"] == "200/200"
+        and "x-fsr-adaptive" not in answer.headers
+    )
 
 
 def metrics(server):
@@ -70,7 +79,11 @@ def metrics(server):
 def test_at_rest_requests_get_high_and_may_ask_for_anything(server):
     assert asked(server) == ("128/576", "128")
     assert asked(server, detail="low") == ("100/576", None)
-    for budget, kept in ((300, 300), (8, 8), ("off", 576)):  # the range bounds the default, not requests
+    for budget, kept in (
+        (300, 300),
+        (8, 8),
+        ("off", 576),
+    ):  # the range bounds the default, not requests
         assert asked(server, fsr_budget=budget) == (f"{kept}/576", None)
     found = metrics(server)
     assert found["fsr_adaptive_budget"] == 128
@@ -85,7 +98,9 @@ def idle_sockets(server, count):
     head += "content-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
     with contextlib.ExitStack() as stack:
         for _ in range(count):
-            connection = stack.enter_context(socket.create_connection((place.hostname, place.port), timeout=60))
+            connection = stack.enter_context(
+                socket.create_connection((place.hostname, place.port), timeout=60)
+            )
             connection.sendall(head.encode())
         yield
 
@@ -110,9 +125,16 @@ def test_under_load_the_default_falls_and_what_was_asked_for_stays(server):
 
 
 async def crowded(server):
-    """Three short requests while many long ones wait, and the lowest default budget seen before them."""
+    """Three short requests while many long ones wait, and the lowest default budget seen before
+    them.
+    """
     url, headers = f"{server.url}/chat/completions", {"authorization": f"Bearer {KEY}"}
-    long = {"model": NAME, "max_tokens": 1500, "ignore_eos": True, "messages": [{"role": "user", "content": "Go on"}]}
+    long = {
+        "model": NAME,
+        "max_tokens": 1500,
+        "ignore_eos": True,
+        "messages": [{"role": "user", "content": "Go on"}],
+    }
     async with httpx.AsyncClient(headers=headers, timeout=None) as client:
         crowd = [asyncio.create_task(client.post(url, json=long)) for _ in range(24)]
         deadline, lowest = time.monotonic() + 60, float(RANGE[1])
@@ -123,7 +145,9 @@ async def crowded(server):
             asyncio.create_task(asyncio.to_thread(asked, server, detail, **fields))
             for detail, fields in (("auto", {}), ("low", {}), ("auto", {"fsr_budget": 300}))
         ]
-        await asyncio.sleep(2)  # their budgets are settled now; they wait behind the others, which go away
+        await asyncio.sleep(
+            2
+        )  # their budgets are settled now; they wait behind the others, which go away
         for task in crowd:
             task.cancel()
         return [await answer for answer in asking], lowest
@@ -133,14 +157,24 @@ def test_an_engine_that_dies_leaves_no_route_waiting_and_no_process_behind(serve
     """The last test of this server: its engine is killed."""
     assert server.get("/v1/fsr/stats")["workers"]
     port = urlsplit(server.url).port
-    (pid,) = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
+    (pid,) = {
+        c.pid
+        for c in psutil.net_connections("tcp")
+        if c.status == "LISTEN" and c.laddr.port == port
+    }
     api_server = psutil.Process(pid)
-    (engine,) = [child for child in api_server.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+    (engine,) = [
+        child
+        for child in api_server.children(recursive=True)
+        if "EngineCore" in " ".join(child.cmdline())
+    ]
     engine.kill()
     statuses = set()
     with contextlib.suppress(httpx.TransportError):  # until the server is gone
         while True:
-            answer = httpx.get(f"{server.url}/fsr/stats", headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+            answer = httpx.get(
+                f"{server.url}/fsr/stats", headers={"authorization": f"Bearer {KEY}"}, timeout=60
+            )
             statuses.add(answer.status_code)
             if answer.status_code == 503:
                 error = answer.json()["error"]

@@ -1,4 +1,6 @@
-"""What conversations say, on a real server: questions before their image, images beyond the limit, embeddings."""
+"""What conversations say, on a real server: questions before their image, images beyond the limit,
+embeddings.
+"""
 
 import base64
 import io
@@ -30,7 +32,14 @@ def user(*content):
 
 def chances(server, messages, **fields):
     """Log-probabilities of a greedy answer, which tell questions apart where texts need not."""
-    body = {"model": NAME, "messages": messages, "max_tokens": 8, "temperature": 0, "logprobs": True, **fields}
+    body = {
+        "model": NAME,
+        "messages": messages,
+        "max_tokens": 8,
+        "temperature": 0,
+        "logprobs": True,
+        **fields,
+    }
     answer = server.post({"fsr_budget": 16, **body})
     assert answer.status_code == 200, answer.text[:500]
     assert answer.headers[TOKENS] == "16/576"
@@ -40,7 +49,11 @@ def chances(server, messages, **fields):
 def asks(server, messages, question):
     derived = chances(server, messages)
     same = chances(server, messages, fsr_question=question)
-    others = [chances(server, messages, fsr_question=other) for other in ("", WHO, WHAT) if other != question]
+    others = [
+        chances(server, messages, fsr_question=other)
+        for other in ("", WHO, WHAT)
+        if other != question
+    ]
     return derived == pytest.approx(same, abs=1e-4) and all(
         derived != pytest.approx(other, abs=1e-4) for other in others
     )
@@ -62,15 +75,35 @@ def test_a_question_may_come_before_its_image(server, place):
 
 
 def test_an_image_in_a_tools_result_on_messages(server):
-    source = {"type": "base64", "media_type": "image/jpeg", "data": server.pictures["chelsea"].split(",")[1]}
+    source = {
+        "type": "base64",
+        "media_type": "image/jpeg",
+        "data": server.pictures["chelsea"].split(",")[1],
+    }
     messages = [
         user(WHO),
-        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "look", "input": {}}]},
-        user({"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "image", "source": source}]}),
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "t1", "name": "look", "input": {}}],
+        },
+        user(
+            {
+                "type": "tool_result",
+                "tool_use_id": "t1",
+                "content": [{"type": "image", "source": source}],
+            }
+        ),
     ]
 
     def text(**fields):
-        body = {"model": NAME, "messages": messages, "max_tokens": 24, "temperature": 0, "fsr_budget": 16, **fields}
+        body = {
+            "model": NAME,
+            "messages": messages,
+            "max_tokens": 24,
+            "temperature": 0,
+            "fsr_budget": 16,
+            **fields,
+        }
         answer = server.post(body, "/v1/messages")
         assert answer.status_code == 200 and answer.headers[TOKENS] == "16/576", answer.text[:500]
         return answer.json()["content"][0]["text"]
@@ -89,14 +122,24 @@ def test_images_beyond_the_limit_cost_nothing_before_vllm_refuses_them(server, p
     }
     messages = [user(*[part] * 2500), *(user(letter * 500_000) for letter in "ab")]
     port = int(server.url.removesuffix("/v1").rpartition(":")[2])
-    (pid,) = {c.pid for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
+    (pid,) = {
+        c.pid
+        for c in psutil.net_connections("tcp")
+        if c.status == "LISTEN" and c.laddr.port == port
+    }
     before = psutil.Process(pid).memory_info().rss
     for fields in ({}, {"fsr_budget": 64}, {"fsr_budget": [64] * 2}):
         answer = server.post({"model": NAME, "messages": messages, "max_tokens": 1, **fields}, path)
         error = answer.json()["error"]
-        assert answer.status_code == 400 and "At most 2 image(s)" in error["message"] and error["param"] == "image"
+        assert (
+            answer.status_code == 400
+            and "At most 2 image(s)" in error["message"]
+            and error["param"] == "image"
+        )
     assert psutil.Process(pid).memory_info().rss - before < 500e6
-    many = server.post({"model": NAME, "messages": messages, "max_tokens": 1, "fsr_budget": [64] * 2500}, path)
+    many = server.post(
+        {"model": NAME, "messages": messages, "max_tokens": 1, "fsr_budget": [64] * 2500}, path
+    )
     assert many.status_code == 400 and many.json()["error"]["param"] == "fsr_budget"
     assert len(many.text) < 400
 
@@ -107,10 +150,18 @@ def embeds(server, rows, path="/v1/chat/completions", headers=None, **fields):
 
 def test_embeddings_are_never_pruned(server):
     whole = server.ask("chelsea", WHAT)["prompt"]
-    for fields in ({}, {"fsr_budget": "off"}, {"fsr_budget": ["off"]}, {"fsr_method": "random"}, {"fsr_question": "q"}):
+    for fields in (
+        {},
+        {"fsr_budget": "off"},
+        {"fsr_budget": ["off"]},
+        {"fsr_method": "random"},
+        {"fsr_question": "q"},
+    ):
         answer = embeds(server, [576], **fields)
         assert answer.status_code == 200, answer.text[:500]
-        assert answer.headers[TOKENS] == "576/576" and answer.json()["usage"]["prompt_tokens"] == whole
+        assert (
+            answer.headers[TOKENS] == "576/576" and answer.json()["usage"]["prompt_tokens"] == whole
+        )
     # vLLM's own LLaVA wants embeddings of one size in a batch, and its engine stops at others.
     assert embeds(server, [100, 100]).headers[TOKENS] == "200/200"
     tokenized = embeds(server, [100], "/tokenize")

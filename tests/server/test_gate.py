@@ -1,4 +1,6 @@
-"""The gate to the workers alone, before workers that answer when the test says so; and the route on real servers."""
+"""The gate to the workers alone, before workers that answer when the test says so; and the route on
+real servers.
+"""
 
 import asyncio
 import contextlib
@@ -76,7 +78,11 @@ def test_any_number_of_callers_share_one_answer_for_a_second():
 def test_questions_with_arguments_are_asked_one_by_one_in_order_and_share_nothing():
     async def run():
         workers = Workers()
-        tasks = [asked(workers.gate, "explain", 1), asked(workers.gate, "explain", 1), asked(workers.gate, "stats")]
+        tasks = [
+            asked(workers.gate, "explain", 1),
+            asked(workers.gate, "explain", 1),
+            asked(workers.gate, "stats"),
+        ]
         for number in range(3):
             await settled()
             workers.answer(number)
@@ -123,7 +129,9 @@ def test_while_an_answer_is_late_nothing_is_sent():
         assert workers.calls == [("stats",)]  # and the one that waited has been dropped
         workers.answer("at last")
         await settled()
-        assert await workers.gate.ask("stats") == "at last"  # that it was late does not make it wrong
+        assert (
+            await workers.gate.ask("stats") == "at last"
+        )  # that it was late does not make it wrong
         again = asked(workers.gate, "explain", 3)
         await settled()
         workers.answer("new")
@@ -141,7 +149,9 @@ def test_clients_that_go_away_take_nothing_with_them():
         for task in (first, *queued):
             task.cancel()
         await settled()
-        kept = [asked(workers.gate, "explain", f"kept {number}") for number in range(QUEUE)]  # all places are free
+        kept = [
+            asked(workers.gate, "explain", f"kept {number}") for number in range(QUEUE)
+        ]  # all places are free
         await settled()
         workers.answer("for the other")
         assert await other == "for the other"
@@ -149,7 +159,10 @@ def test_clients_that_go_away_take_nothing_with_them():
             await settled()
             workers.answer("done")
         assert await asyncio.gather(*kept) == ["done"] * QUEUE
-        assert workers.calls == [("stats",), *(("explain", f"kept {number}") for number in range(QUEUE))]
+        assert workers.calls == [
+            ("stats",),
+            *(("explain", f"kept {number}") for number in range(QUEUE)),
+        ]
 
     asyncio.run(run())
 
@@ -174,13 +187,19 @@ def test_a_question_that_all_its_callers_left_is_asked_anew():
 def test_a_call_that_fails_fails_for_its_callers_and_stops_nobody_else():
     async def run():
         workers = Workers()
-        tasks = [asked(workers.gate, "stats"), asked(workers.gate, "stats"), asked(workers.gate, "explain", 1)]
+        tasks = [
+            asked(workers.gate, "stats"),
+            asked(workers.gate, "stats"),
+            asked(workers.gate, "explain", 1),
+        ]
         await settled()
         workers.answer(AttributeError("no such method"))
         for task in tasks[:2]:
             with pytest.raises(AttributeError):
                 await task
-        with pytest.raises(AttributeError):  # shared too: asking again and again would cost the engine as much
+        with pytest.raises(
+            AttributeError
+        ):  # shared too: asking again and again would cost the engine as much
             await workers.gate.ask("stats")
         await settled()
         workers.answer("fine")
@@ -203,14 +222,16 @@ def test_a_dead_engine_is_asked_nothing():
                 await task
         assert workers.calls == [("stats",)]
 
-    with contextlib.closing(asyncio.new_event_loop()) as loop:  # and nothing is left that would be waited for
+    with contextlib.closing(
+        asyncio.new_event_loop()
+    ) as loop:  # and nothing is left that would be waited for
         loop.run_until_complete(run())
         left = asyncio.all_tasks(loop)
         [task.cancel() for task in left]
         loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
 
 
-# --- on a real server -----------------------------------------------------------------------------------------------
+# --- on a real server -----------------------------------------------------------------------------
 
 
 @pytest.mark.engine
@@ -229,7 +250,10 @@ def test_clients_that_loop_over_statistics_cost_the_engine_one_answer_per_second
         while len(answers) < 50:
             time.sleep(0.1)
         raw = main.client.chat.completions.create(
-            model="fsr-demo", messages=main.messages("chelsea", "What?"), max_tokens=20, extra_body={"ignore_eos": True}
+            model="fsr-demo",
+            messages=main.messages("chelsea", "What?"),
+            max_tokens=20,
+            extra_body={"ignore_eos": True},
         )
     finally:
         stop.set()

@@ -1,4 +1,6 @@
-"""Other ways to start: a pooling server, `vllm run-batch`, and vLLM's gRPC server, which must refuse."""
+"""Other ways to start: a pooling server, `vllm run-batch`, and vLLM's gRPC server, which must
+refuse.
+"""
 
 import json
 import os
@@ -38,10 +40,21 @@ def test_pooling_endpoints(start, checkpoint):
                 assert answer.headers[TOKENS] == f"{kept}/576"
                 assert answer.json()["usage"]["prompt_tokens"] == text + kept
         vectors = [
-            tuple(server.post({**chat, "fsr_budget": 16, **fields}, "/v1/embeddings").json()["data"][0]["embedding"])
-            for fields in ({}, {"fsr_question": WHAT}, {"fsr_question": "a red flag"}, {"fsr_budget": 17})
+            tuple(
+                server.post({**chat, "fsr_budget": 16, **fields}, "/v1/embeddings").json()["data"][
+                    0
+                ]["embedding"]
+            )
+            for fields in (
+                {},
+                {"fsr_question": WHAT},
+                {"fsr_question": "a red flag"},
+                {"fsr_budget": 17},
+            )
         ]
-        assert vectors[0] == pytest.approx(vectors[1], abs=1e-5)  # the question came from the message
+        assert vectors[0] == pytest.approx(
+            vectors[1], abs=1e-5
+        )  # the question came from the message
         assert vectors[0] != pytest.approx(vectors[2], abs=1e-5)
         assert vectors[0] != pytest.approx(vectors[3], abs=1e-5)
         cohere = {"model": NAME, "images": [server.pictures["chelsea"], server.pictures["rocket"]]}
@@ -51,8 +64,16 @@ def test_pooling_endpoints(start, checkpoint):
         wrong = [
             ("/v1/embeddings", "fsr_budget", {**chat, "fsr_budget": 0}),
             ("/v1/embeddings", "fsr_budget", {**chat, "fsr_budget": [1, 2]}),
-            ("/v1/embeddings", "fsr_budget", {"model": NAME, "input": "text", "fsr_budget": "many"}),
-            ("/v1/embeddings", "mm_processor_kwargs", {**chat, "mm_processor_kwargs": {"num_crops": 4}}),
+            (
+                "/v1/embeddings",
+                "fsr_budget",
+                {"model": NAME, "input": "text", "fsr_budget": "many"},
+            ),
+            (
+                "/v1/embeddings",
+                "mm_processor_kwargs",
+                {**chat, "mm_processor_kwargs": {"num_crops": 4}},
+            ),
             ("/v1/embeddings", "model", {**chat, "model": f"{NAME}@fsr0"}),
             ("/v2/embed", "fsr_method", {**cohere, "fsr_method": "nope"}),
             ("/v1/embeddings", "fsrBudget", {**chat, "fsrBudget": 64}),
@@ -62,11 +83,27 @@ def test_pooling_endpoints(start, checkpoint):
             (
                 "/v2/embed",
                 "fsr_budget",
-                {**cohere, "mm_processor_kwargs": {"fsr_budget": 5}, "vllm_xargs": {"fsr_budget": 6}},
+                {
+                    **cohere,
+                    "mm_processor_kwargs": {"fsr_budget": 5},
+                    "vllm_xargs": {"fsr_budget": 6},
+                },
             ),
-            ("/v2/embed", "inputs[0].content[0].fsr_budget", {**cohere, **in_part(cohere["images"][0])}),
-            ("/score", "metadata.fsr_budget", {"model": NAME, "queries": "a", "documents": "b", **in_metadata}),
-            ("/score", "fsr_budget", {"model": NAME, "queries": "a", "documents": "b", "fsr_budget": 64}),
+            (
+                "/v2/embed",
+                "inputs[0].content[0].fsr_budget",
+                {**cohere, **in_part(cohere["images"][0])},
+            ),
+            (
+                "/score",
+                "metadata.fsr_budget",
+                {"model": NAME, "queries": "a", "documents": "b", **in_metadata},
+            ),
+            (
+                "/score",
+                "fsr_budget",
+                {"model": NAME, "queries": "a", "documents": "b", "fsr_budget": 64},
+            ),
             ("/rerank", "model", {"model": f"{NAME}@fsr64", "query": "a", "documents": ["b"]}),
         ]
         for path, field, body in wrong:
@@ -105,9 +142,20 @@ def test_run_batch(checkpoint, pictures, tmp_path):
     ]
     given, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     given.write_text("\n".join(map(json.dumps, lines)))
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch", "-i", str(given), "-o", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "run-batch",
+        "-i",
+        str(given),
+        "-o",
+        str(out),
+    ]
     command += ["--model", str(checkpoint), *SERVE_OPTIONS, "--fsr-model-alias"]
-    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     answers = {row["custom_id"]: row for row in map(json.loads, out.read_text().splitlines())}
     whole = answers["0"]["response"]["body"]["usage"]["prompt_tokens"]
@@ -116,7 +164,10 @@ def test_run_batch(checkpoint, pictures, tmp_path):
         if isinstance(expected, int):
             assert answer["response"]["body"]["usage"]["prompt_tokens"] == whole - 576 + expected
         else:
-            assert answer["response"]["status_code"] == 400 and answer["error"]["error"]["param"] == expected
+            assert (
+                answer["response"]["status_code"] == 400
+                and answer["error"]["error"]["param"] == expected
+            )
 
 
 # What vLLM's gRPC server imports before it reads its options; nothing of it is reached.
@@ -136,7 +187,15 @@ def test_the_grpc_server_of_its_own_refuses_the_plugin(tmp_path):
         path = tmp_path / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.grpc_server", "--model", "any", "--plugin", "fsr"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.launchers.grpc_server",
+        "--model",
+        "any",
+        "--plugin",
+        "fsr",
+    ]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)

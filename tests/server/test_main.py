@@ -1,4 +1,6 @@
-"""The main way: `vllm serve MODEL --plugin fsr` and the openai SDK, each request with its own budget."""
+"""The main way: `vllm serve MODEL --plugin fsr` and the openai SDK, each request with its own
+budget.
+"""
 
 import json
 
@@ -25,7 +27,16 @@ def unpruned(server):
 
 def test_a_budget_per_request(server, unpruned):
     assert unpruned["tokens"] == "576/576"
-    for budget, kept in ((128, 128), (64, 64), (1, 1), (0.5, 288), (0.22, 127), ("off", 576), (576, 576), (1000, 576)):
+    for budget, kept in (
+        (128, 128),
+        (64, 64),
+        (1, 1),
+        (0.5, 288),
+        (0.22, 127),
+        ("off", 576),
+        (576, 576),
+        (1000, 576),
+    ):
         answer = server.ask("chelsea", WHAT, fsr_budget=budget)
         assert answer["tokens"] == f"{kept}/576"
         assert answer["prompt"] == unpruned["prompt"] - 576 + kept
@@ -34,15 +45,27 @@ def test_a_budget_per_request(server, unpruned):
 
 
 def test_a_uuid_may_not_look_like_an_identity_of_ours(server, unpruned):
-    """It would be taken for a pruned image's, of another number of rows than this client is billed for."""
+    """It would be taken for a pruned image's, of another number of rows than this client is billed
+    for.
+    """
     messages = server.messages("chelsea", WHAT)
-    for digest, status in ((f"fsr:576:{'0' * 64}", 400), ("fsr:", 400), ("fsr", 200), ("my fsr:picture", 200)):
+    for digest, status in (
+        (f"fsr:576:{'0' * 64}", 400),
+        ("fsr:", 400),
+        ("fsr", 200),
+        ("my fsr:picture", 200),
+    ):
         messages[0]["content"][0]["uuid"] = digest
         for path in ("/v1/chat/completions", "/tokenize"):
-            answer = server.post({"model": "fsr-demo", "messages": messages, "max_tokens": 1, "fsr_budget": 64}, path)
+            answer = server.post(
+                {"model": "fsr-demo", "messages": messages, "max_tokens": 1, "fsr_budget": 64}, path
+            )
             assert answer.status_code == status, answer.text
             if status == 400:
-                assert answer.json()["error"]["param"] == "uuid" and "'fsr:'" in answer.json()["error"]["message"]
+                assert (
+                    answer.json()["error"]["param"] == "uuid"
+                    and "'fsr:'" in answer.json()["error"]["message"]
+                )
     assert server.ask("chelsea", WHAT) == unpruned
 
 
@@ -72,7 +95,10 @@ def test_header(server):
     assert server.ask("chelsea", WHAT, headers={"x-fsr-budget": "64"}) == by_field
     assert server.ask("chelsea", WHAT, headers={"X-FSR-Budget": "64"}, fsr_budget=64) == by_field
     assert server.ask("chelsea", WHAT, headers={"x-fsr-budget": "0.5"})["tokens"] == "288/576"
-    assert server.ask("chelsea", "rocket", WHAT, headers={"x-fsr-budget": '[8, "off"]'})["tokens"] == "584/1152"
+    assert (
+        server.ask("chelsea", "rocket", WHAT, headers={"x-fsr-budget": '[8, "off"]'})["tokens"]
+        == "584/1152"
+    )
 
 
 def test_several_images(server):
@@ -94,7 +120,10 @@ def test_text_only_has_nothing_to_prune(server):
 def test_the_question_matters_and_can_be_given(server):
     derived = server.ask("chelsea", WHAT, fsr_budget=32)
     assert server.ask("chelsea", WHAT, fsr_budget=32, fsr_question=WHAT) == derived
-    texts = {server.ask("chelsea", WHAT, fsr_budget=32, fsr_question=q)["text"] for q in (WHAT, "a red flag", "")}
+    texts = {
+        server.ask("chelsea", WHAT, fsr_budget=32, fsr_question=q)["text"]
+        for q in (WHAT, "a red flag", "")
+    }
     assert len(texts) > 1
 
 
@@ -113,20 +142,31 @@ def test_a_long_text_is_served_and_its_end_is_the_question(server):
 
 
 def test_methods_and_options(server):
-    texts = {server.ask("chelsea", WHAT, fsr_budget=48, fsr_method=m)["text"] for m in ("fsr", "random", "uniform")}
+    texts = {
+        server.ask("chelsea", WHAT, fsr_budget=48, fsr_method=m)["text"]
+        for m in ("fsr", "random", "uniform")
+    }
     assert len(texts) > 1
     paper = server.ask("chelsea", WHAT, fsr_budget=48, fsr_options={"preset": "paper"})
     assert paper["tokens"] == "48/576"
     assert (
-        server.ask("chelsea", WHAT, fsr_budget=48, fsr_options={"rho": 0.2, "scan": "coverage"})["tokens"] == "48/576"
+        server.ask("chelsea", WHAT, fsr_budget=48, fsr_options={"rho": 0.2, "scan": "coverage"})[
+            "tokens"
+        ]
+        == "48/576"
     )
 
 
 def test_a_later_turn_leaves_the_image_as_it_was(server):
     first = server.messages("chelsea", WHAT)
-    later = [*first, {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "Which colour?"}]
+    later = [
+        *first,
+        {"role": "assistant", "content": "a cat"},
+        {"role": "user", "content": "Which colour?"},
+    ]
     answers = []
-    # Said outright, the question of the first turn gives the same answer in the second: it is what was derived there.
+    # Said outright, the question of the first turn gives the same answer in the second: it is what
+    # was derived there.
     for question in ({}, {"fsr_question": WHAT}, {"fsr_question": "Which colour?"}):
         raw = server.client.chat.completions.with_raw_response.create(
             model="fsr-demo",
@@ -156,7 +196,22 @@ def test_methods_are_listed_behind_the_key(server):
     assert httpx.get(f"{server.url}/fsr/methods").status_code == 401
 
 
-BAD_BUDGETS = [0, -1, 1.0, 1.5, -2.0, True, "many", "128", 10**12, [], [64, 64, 64], [0], {}, [[64]]]
+BAD_BUDGETS = [
+    0,
+    -1,
+    1.0,
+    1.5,
+    -2.0,
+    True,
+    "many",
+    "128",
+    10**12,
+    [],
+    [64, 64, 64],
+    [0],
+    {},
+    [[64]],
+]
 
 
 @pytest.mark.parametrize("budget", BAD_BUDGETS, ids=repr)
@@ -207,7 +262,12 @@ def test_bad_headers(server):
 
 
 def body(server, **fields):
-    return {"model": "fsr-demo", "messages": server.messages("chelsea", WHAT), "max_tokens": 2, **fields}
+    return {
+        "model": "fsr-demo",
+        "messages": server.messages("chelsea", WHAT),
+        "max_tokens": 2,
+        **fields,
+    }
 
 
 def test_nan_is_refused_although_json_readers_take_it(server):
@@ -217,22 +277,31 @@ def test_nan_is_refused_although_json_readers_take_it(server):
 
 
 def test_half_a_surrogate_pair_is_no_text(server, unpruned):
-    answer = server.post(body(server, fsr_budget=64, fsr_question="half \ud800"))  # JSON can say that
+    answer = server.post(
+        body(server, fsr_budget=64, fsr_question="half \ud800")
+    )  # JSON can say that
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "fsr_question"
     messages = server.messages("chelsea", "half \ud800")
-    assert server.post({**body(server, fsr_budget=64), "messages": messages}).status_code in (200, 400)
+    assert server.post({**body(server, fsr_budget=64), "messages": messages}).status_code in (
+        200,
+        400,
+    )
     assert server.ask("chelsea", WHAT) == unpruned
 
 
 def test_what_vllm_answers_itself_stays_as_it_is(server):
     assert server.post("{not json").status_code in (400, 422)
     assert server.post("{}").status_code in (400, 422)
-    assert server.post(json.dumps(body(server)), headers={"content-type": "text/plain"}).status_code in (400, 415, 422)
+    assert server.post(
+        json.dumps(body(server)), headers={"content-type": "text/plain"}
+    ).status_code in (400, 415, 422)
     messages = server.messages("chelsea", WHAT)
     messages[0]["content"][0]["image_url"]["url"] = "data:image/png;base64,aGVsbG8="
     corrupt = server.post({**body(server, fsr_budget=64), "messages": messages})
     assert 400 <= corrupt.status_code < 500 and "error" in corrupt.json()
-    unauthorised = server.post(body(server, fsr_budget="many"), headers={"authorization": "Bearer wrong"})
+    unauthorised = server.post(
+        body(server, fsr_budget="many"), headers={"authorization": "Bearer wrong"}
+    )
     assert unauthorised.status_code == 401
 
 

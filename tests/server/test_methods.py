@@ -11,7 +11,10 @@ def test_the_list_says_what_may_be_named(main):
     assert {name: entry["servable"] for name, entry in listed.items()} == {
         name: info.servable for name, info in methods().items()
     }
-    assert listed["vispruner"]["option_bounds"] == {"step": "at least N / 72"} and listed["fsr"]["option_bounds"] == {}
+    assert (
+        listed["vispruner"]["option_bounds"] == {"step": "at least N / 72"}
+        and listed["fsr"]["option_bounds"] == {}
+    )
 
 
 def test_an_option_below_its_bound_is_refused(main):
@@ -19,12 +22,19 @@ def test_an_option_below_its_bound_is_refused(main):
     with pytest.raises(openai.BadRequestError) as error:
         main.ask("chelsea", "What is this?", **asked, fsr_options={"step": 1})
     assert error.value.body["param"] == "fsr_options"
-    assert "step must be at least 8 in a request about an image of 576 visual tokens" in error.value.body["message"]
-    assert main.ask("chelsea", "What is this?", **asked, fsr_options={"step": 8})["tokens"] == "64/576"
+    assert (
+        "step must be at least 8 in a request about an image of 576 visual tokens"
+        in error.value.body["message"]
+    )
+    assert (
+        main.ask("chelsea", "What is this?", **asked, fsr_options={"step": 8})["tokens"] == "64/576"
+    )
 
 
 def test_corrected_methods_are_served_and_differ(main):
-    """Each reads inputs of its own: attention received, the tower's rows, its last queries and keys."""
+    """Each reads inputs of its own: attention received, the tower's rows, its last queries and
+    keys.
+    """
     answers = {}
     for name in ("hiprune", "scope", "holov", "prumerge", "vispruner", "fastervlm"):
         answer = main.ask("chelsea", "What is this?", fsr_budget=48, fsr_method=name)

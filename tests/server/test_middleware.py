@@ -64,7 +64,12 @@ def test_a_report_belongs_to_one_request():
                 sent.append(message)
 
             results.append(
-                (sent, FsrMiddleware(app)({"type": "http", "headers": [(b"x-fsr-budget", value)]}, None, send))
+                (
+                    sent,
+                    FsrMiddleware(app)(
+                        {"type": "http", "headers": [(b"x-fsr-budget", value)]}, None, send
+                    ),
+                )
             )
         await asyncio.gather(*(task for _, task in results))
         return [sent[0]["headers"][-1][1] for sent, _ in results]
@@ -106,7 +111,11 @@ def test_requests_are_load_from_their_parsed_body_to_their_answer(monkeypatch, f
             raise RuntimeError("gone")
         await answer(send)
 
-    for method, path in (("POST", "/v1/chat/completions"), ("GET", "/health"), *(("POST", p) for p in NO_LOAD)):
+    for method, path in (
+        ("POST", "/v1/chat/completions"),
+        ("GET", "/health"),
+        *(("POST", p) for p in NO_LOAD),
+    ):
         seen.clear()
         try:
             call(app, method=method, path=path)

@@ -1,4 +1,6 @@
-"""Fields of ours in a wrong place or spelling: refused with the place where they belong, on every endpoint."""
+"""Fields of ours in a wrong place or spelling: refused with the place where they belong, on every
+endpoint.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -18,11 +20,22 @@ TEXT = {"type": "text", "text": "fsr_budget"}
 
 
 def field(body, images=4):
-    """The path that is named for a body, parsed by a model that keeps unknown fields or as plain JSON."""
+    """The path that is named for a body, parsed by a model that keeps unknown fields or as plain
+    JSON.
+    """
     error = misplaced.in_body(body, images)
-    known = {"messages", "input", "metadata", "chat_template_kwargs", "mm_processor_kwargs", "vllm_xargs"}
+    known = {
+        "messages",
+        "input",
+        "metadata",
+        "chat_template_kwargs",
+        "mm_processor_kwargs",
+        "vllm_xargs",
+    }
     named = {k: v for k, v in body.items() if k in known}
-    request = SimpleNamespace(model_extra={k: v for k, v in body.items() if k not in known}, **named)
+    request = SimpleNamespace(
+        model_extra={k: v for k, v in body.items() if k not in known}, **named
+    )
     assert str(misplaced.in_body(request, images)) == str(error)
     return None if error is None else error.field
 
@@ -31,12 +44,23 @@ def user(*parts, **more):
     return {"role": "user", "content": list(parts), **more}
 
 
-@pytest.mark.parametrize("key", ["fsr-budget", "fsrBudget", "FSR_BUDGET", "Fsr_Budget", "fsrbudget", "_fsr__budget"])
+@pytest.mark.parametrize(
+    "key", ["fsr-budget", "fsrBudget", "FSR_BUDGET", "Fsr_Budget", "fsrbudget", "_fsr__budget"]
+)
 def test_any_spelling_is_found_in_any_place(key):
     assert field({key: 64}) == key
-    for place in ("extra_body", "metadata", "chat_template_kwargs", "mm_processor_kwargs", "vllm_xargs"):
+    for place in (
+        "extra_body",
+        "metadata",
+        "chat_template_kwargs",
+        "mm_processor_kwargs",
+        "vllm_xargs",
+    ):
         assert field({place: {"other": 1, key: 64}}) == f"{place}.{key}"
-    assert field({"messages": [user(TEXT), user(TEXT, {**PART, key: 64})]}) == f"messages[1].content[1].{key}"
+    assert (
+        field({"messages": [user(TEXT), user(TEXT, {**PART, key: 64})]})
+        == f"messages[1].content[1].{key}"
+    )
     assert field({"messages": [user(TEXT, **{key: 64})]}) == f"messages[0].{key}"
 
 
@@ -44,7 +68,11 @@ def test_any_spelling_is_found_in_any_place(key):
     ("body", "path"),
     [
         (
-            {"messages": [user({"type": "tool_result", "content": [TEXT, {**PART, "fsr_budget": 8}]})]},
+            {
+                "messages": [
+                    user({"type": "tool_result", "content": [TEXT, {**PART, "fsr_budget": 8}]})
+                ]
+            },
             "messages[0].content[0].content[1].fsr_budget",
         ),
         ({"extra_body": {"fsr_budget": 64}}, "extra_body.fsr_budget"),
@@ -55,7 +83,10 @@ def test_any_spelling_is_found_in_any_place(key):
             {"messages": [user({**PART, "image_url": {"url": "u", "fsr_budget": 8}})]},
             "messages[0].content[0].image_url.fsr_budget",
         ),
-        ({"messages": [[user(TEXT)], [user({**PART, "fsr_budget": 8})]]}, "messages[1][0].content[0].fsr_budget"),
+        (
+            {"messages": [[user(TEXT)], [user({**PART, "fsr_budget": 8})]]},
+            "messages[1][0].content[0].fsr_budget",
+        ),
         (
             {"input": [user({"type": "input_image", "image_url": "u", "fsr_budget": 8})]},
             "input[0].content[0].fsr_budget",
@@ -77,11 +108,24 @@ def test_the_path_is_the_clients_own(body, path):
     [
         {"fsr_budget": 64, "fsr_method": "fsr", "fsr_options": {}, "fsr_question": ""},
         {"mm_processor_kwargs": {"fsr_budget": 64}, "vllm_xargs": {"fsr_budget": 64}},
-        {"fsrBudget": None, "extra_body": {"fsr_budget": None}, "metadata": None, "chat_template_kwargs": 5},
-        {"messages": [user({**PART, "fsr_budget": None})], "input": "fsr_budget", "extra_body": ["fsr_budget"]},
+        {
+            "fsrBudget": None,
+            "extra_body": {"fsr_budget": None},
+            "metadata": None,
+            "chat_template_kwargs": 5,
+        },
+        {
+            "messages": [user({**PART, "fsr_budget": None})],
+            "input": "fsr_budget",
+            "extra_body": ["fsr_budget"],
+        },
         {"metadata": {"budget": 64, "fsr_plan": 1, "fsr": 3, "deeper": {"fsr_budget": 64}}},
         {"messages": [user({**TEXT, "deeper": {"fsr_budget": 64}})], "tools": [{"fsr_budget": 64}]},
-        {"input": [[1, 2, 3]], "messages": [None, user(None, "fsr_budget")], "inputs": {"content": []}},
+        {
+            "input": [[1, 2, 3]],
+            "messages": [None, user(None, "fsr_budget")],
+            "inputs": {"content": []},
+        },
         {"fsr_budget" + "_" * 1000: 64, "x" * 100_000: 1},
     ],
 )
@@ -103,7 +147,11 @@ def test_no_more_is_looked_at_than_the_server_takes_images():
     many = [Part(PART) for _ in range(2500)]
     per_part = 3  # its type, and the two objects it may hold
     late = user({**PART, "fsr_budget": 8})
-    for messages in ([user(*many), late], [*(user(part) for part in many), late], [[user(*many), late]]):
+    for messages in (
+        [user(*many), late],
+        [*(user(part) for part in many), late],
+        [[user(*many), late]],
+    ):
         Part.seen = 0
         assert field({"messages": messages}, images=10) is None
         assert 0 < Part.seen <= 2 * 11 * per_part  # `field` asks twice
@@ -113,13 +161,20 @@ def test_no_more_is_looked_at_than_the_server_takes_images():
 
 def test_headers():
     assert misplaced.in_headers(["host", "x-fsr-budget", "fsr", "x-other"]) is None
-    for name in ("x-fsr-method", "x-fsr-budgets", "x-fsr-visual-tokens", "fsr-budget", "fsr_budget", "x_fsr_budget"):
+    for name in (
+        "x-fsr-method",
+        "x-fsr-budgets",
+        "x-fsr-visual-tokens",
+        "fsr-budget",
+        "fsr_budget",
+        "x_fsr_budget",
+    ):
         error = misplaced.in_headers(["host", name])
         assert error.field == name and "x-fsr-budget" in str(error)
     assert len(misplaced.in_headers(["x-fsr-" + "y" * 9000]).field) == 80
 
 
-# --- on a real server -----------------------------------------------------------------------------------------------
+# --- on a real server -----------------------------------------------------------------------------
 
 PLACES = {
     "fsrBudget": ({"fsrBudget": 64}, {}),
@@ -172,7 +227,9 @@ def test_text_endpoints_too(main):
         ("/tokenize", {"prompt": "Say"}),
         ("/detokenize", {"tokens": [5, 6]}),
     ):
-        assert main.post({"model": NAME, **body, "metadata": {"plan": "fsr"}}, path).status_code == 200
+        assert (
+            main.post({"model": NAME, **body, "metadata": {"plan": "fsr"}}, path).status_code == 200
+        )
         for name, fields in (
             ("fsrBudget", {"fsrBudget": 1}),
             ("extra_body.fsr_budget", PLACES["extra_body.fsr_budget"][0]),
@@ -183,10 +240,17 @@ def test_text_endpoints_too(main):
 
 @engine
 def test_the_openai_sdk_shows_it(main):
-    with pytest.raises(openai.BadRequestError, match="extra_body is an argument of OpenAI's Python SDK") as error:
-        main.ask("chelsea", WHAT, extra_body={"fsr_budget": 64})  # as its users write it in JavaScript
+    with pytest.raises(
+        openai.BadRequestError, match="extra_body is an argument of OpenAI's Python SDK"
+    ) as error:
+        main.ask(
+            "chelsea", WHAT, extra_body={"fsr_budget": 64}
+        )  # as its users write it in JavaScript
     assert error.value.body["param"] == "extra_body.fsr_budget"
-    assert main.ask("chelsea", WHAT, fsr_budget=64, fsrBudget=None, extra_body=None)["tokens"] == "64/576"
+    assert (
+        main.ask("chelsea", WHAT, fsr_budget=64, fsrBudget=None, extra_body=None)["tokens"]
+        == "64/576"
+    )
 
 
 @engine

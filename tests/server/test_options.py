@@ -1,4 +1,6 @@
-"""What a server tells of its options, budgets in other spellings, and a server that leaves the plugin aside."""
+"""What a server tells of its options, budgets in other spellings, and a server that leaves the
+plugin aside.
+"""
 
 import httpx
 import openai
@@ -14,7 +16,7 @@ pytestmark = pytest.mark.engine
 WHAT = "What is this?"
 
 
-# --- the shared server ----------------------------------------------------------------------------------------------
+# --- the shared server ----------------------------------------------------------------------------
 
 
 def test_the_configuration_of_a_server_without_limits(main):
@@ -55,7 +57,9 @@ def test_whole_numbers_written_as_floats(main):
     assert main.ask("chelsea", WHAT, fsr_budget=32.0) == same
     assert main.ask("chelsea", WHAT, headers={"x-fsr-budget": "32.0"}) == same
     assert main.ask("chelsea", WHAT, headers={"x-fsr-budget": "32.0"}, fsr_budget=32) == same
-    assert main.ask("chelsea", WHAT, fsr_budget=32.0, mm_processor_kwargs={"fsr_budget": 32}) == same
+    assert (
+        main.ask("chelsea", WHAT, fsr_budget=32.0, mm_processor_kwargs={"fsr_budget": 32}) == same
+    )
     with pytest.raises(openai.BadRequestError, match="one token or the whole image"):
         main.ask("chelsea", WHAT, fsr_budget=1.0)
 
@@ -63,7 +67,10 @@ def test_whole_numbers_written_as_floats(main):
 def test_a_budget_header_that_comes_twice(main):
     def sent(*budgets):
         body = {"model": NAME, "messages": main.messages("chelsea", WHAT), "max_tokens": 1}
-        headers = [("authorization", f"Bearer {KEY}"), *(("x-fsr-budget", budget) for budget in budgets)]
+        headers = [
+            ("authorization", f"Bearer {KEY}"),
+            *(("x-fsr-budget", budget) for budget in budgets),
+        ]
         return httpx.post(f"{main.url}/chat/completions", json=body, headers=headers, timeout=120)
 
     for budgets in (("32", "32"), ("32, 32",), ("32", "32.0"), ("[32]", "[32.0]")):
@@ -76,13 +83,18 @@ def test_a_budget_header_that_comes_twice(main):
 def test_long_names_and_values_of_clients_are_cut(main):
     long = "fsr_" + "x" * 100_000
     body = {"model": NAME, "messages": main.messages("chelsea", WHAT), "max_tokens": 1}
-    for fields in ({long: 1}, {"fsr_method": long}, {"fsr_options": {long: 1}}, {"mm_processor_kwargs": {long: 1}}):
+    for fields in (
+        {long: 1},
+        {"fsr_method": long},
+        {"fsr_options": {long: 1}},
+        {"mm_processor_kwargs": {long: 1}},
+    ):
         refused = main.post({**body, **fields})
         assert refused.status_code == 400
         assert len(refused.text) < 1500 and refused.json()["error"]["param"].startswith("fsr_")
 
 
-# --- a server that leaves the plugin aside --------------------------------------------------------------------------
+# --- a server that leaves the plugin aside --------------------------------------------------------
 
 OPTIONS = (
     "--fsr-ignore",
@@ -99,13 +111,18 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def ignored(start, checkpoint):
-    with start("ignored", checkpoint, "--api-key", KEY, "--enable-prompt-tokens-details", *OPTIONS) as running:
+    with start(
+        "ignored", checkpoint, "--api-key", KEY, "--enable-prompt-tokens-details", *OPTIONS
+    ) as running:
         yield running
 
 
 def test_all_that_was_said_to_the_plugin_is_dropped_unjudged(ignored, main):
     plain = ignored.ask("chelsea", WHAT)
-    assert plain == {**main.ask("chelsea", WHAT), "tokens": None}  # no header of ours, and the answer of a whole image
+    assert plain == {
+        **main.ask("chelsea", WHAT),
+        "tokens": None,
+    }  # no header of ours, and the answer of a whole image
     for fields in (
         {"fsr_budget": 64},
         {"fsr_budget": "nonsense", "fsr_method": 3, "fsr_bugdet": 1},
@@ -114,13 +131,19 @@ def test_all_that_was_said_to_the_plugin_is_dropped_unjudged(ignored, main):
     ):
         assert ignored.ask("chelsea", WHAT, **fields) == plain
     for budget in ("64", "nonsense", "[[["):
-        assert ignored.ask("chelsea", WHAT, headers={"x-fsr-budget": budget}, fsr_budget=65) == plain
+        assert (
+            ignored.ask("chelsea", WHAT, headers={"x-fsr-budget": budget}, fsr_budget=65) == plain
+        )
 
 
 def test_model_names_lose_their_suffix(ignored):
     whole = ignored.ask("chelsea", WHAT)["prompt"]
     for suffix in ("64", "0.25", "off", "nonsense", ""):
-        body = {"model": f"{NAME}@fsr{suffix}", "messages": ignored.messages("chelsea", WHAT), "max_tokens": 1}
+        body = {
+            "model": f"{NAME}@fsr{suffix}",
+            "messages": ignored.messages("chelsea", WHAT),
+            "max_tokens": 1,
+        }
         answer = ignored.post(body)
         assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == whole
     assert ignored.post({**body, "model": "other@fsr64"}).status_code == 404
@@ -131,9 +154,19 @@ def test_other_endpoints_drop_them_too(ignored):
     whole = ignored.ask("chelsea", WHAT)["prompt"]
     counted = ignored.post({"model": NAME, "messages": messages, "fsr_budget": 1}, "/tokenize")
     assert counted.status_code == 200 and counted.json()["count"] == whole
-    said = {"model": f"{NAME}@fsr64", "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
+    said = {
+        "model": f"{NAME}@fsr64",
+        "max_tokens": 1,
+        "messages": [{"role": "user", "content": "Hello"}],
+    }
     assert ignored.post({**said, "fsr_budget": "many"}, "/v1/messages").status_code == 200
-    text = {"model": NAME, "prompt": "Say", "max_tokens": 1, "fsr_budget": "many", "vllm_xargs": {"fsr_budget": 0}}
+    text = {
+        "model": NAME,
+        "prompt": "Say",
+        "max_tokens": 1,
+        "fsr_budget": "many",
+        "vllm_xargs": {"fsr_budget": 0},
+    }
     assert ignored.post(text, "/v1/completions").status_code == 200
 
 

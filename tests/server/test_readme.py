@@ -1,4 +1,6 @@
-"""README.md as a newcomer uses it: its server with its options, and its requests pasted as they stand."""
+"""README.md as a newcomer uses it: its server with its options, and its requests pasted as they
+stand.
+"""
 
 import re
 import shlex
@@ -35,7 +37,9 @@ def address(tmp_path_factory):
     log = tmp_path_factory.mktemp("readme") / "server.log"
     with serve(str(demo_model()), log, command[3:], ENVIRONMENT) as url:
         yield url.removesuffix("/v1")
-        assert "Traceback" not in log.read_text()  # before it is stopped, which vLLM may complain about
+        assert (
+            "Traceback" not in log.read_text()
+        )  # before it is stopped, which vLLM may complain about
 
 
 def test_the_requests_are_in_three_languages():
@@ -43,7 +47,9 @@ def test_the_requests_are_in_three_languages():
     assert all(ADDRESS in text for _, text in BLOCKS[1:])
 
 
-@pytest.mark.parametrize(("language", "text"), BLOCKS[1:], ids=[language for language, _ in BLOCKS[1:]])
+@pytest.mark.parametrize(
+    ("language", "text"), BLOCKS[1:], ids=[language for language, _ in BLOCKS[1:]]
+)
 def test_a_block_prints_what_is_written_under_it(address, language, text):
     if shutil.which(RUN[language][0]) is None:
         pytest.skip(f"no {RUN[language][0]} here")

@@ -1,4 +1,6 @@
-"""The request hook alone, on plain objects: what it and the conversation add to a request, or leave."""
+"""The request hook alone, on plain objects: what it and the conversation add to a request, or
+leave.
+"""
 
 import tracemalloc
 from types import SimpleNamespace
@@ -19,7 +21,13 @@ def unsupported(model_config):
 HOOK = RequestHook(unsupported)
 LIMIT = 999  # images in a prompt
 MESSAGES = [
-    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}, {"type": "text", "text": "What?"}]}
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": "u"}},
+            {"type": "text", "text": "What?"},
+        ],
+    }
 ]
 
 
@@ -31,19 +39,34 @@ def configured(settings=None, unsupported=None):
     return SimpleNamespace(hf_config=config, unsupported=unsupported, multimodal_config=limits)
 
 
-def after(settings=None, messages=MESSAGES, mm_processor_kwargs=None, unsupported_because=None, xargs=None, **extra):
-    """What the processor is given for a request, after the hook and after its conversation was read."""
+def after(
+    settings=None,
+    messages=MESSAGES,
+    mm_processor_kwargs=None,
+    unsupported_because=None,
+    xargs=None,
+    **extra,
+):
+    """What the processor is given for a request, after the hook and after its conversation was
+    read.
+    """
     model_config = configured(settings, unsupported_because)
-    request = SimpleNamespace(model_extra=extra, mm_processor_kwargs=mm_processor_kwargs, vllm_xargs=xargs)
+    request = SimpleNamespace(
+        model_extra=extra, mm_processor_kwargs=mm_processor_kwargs, vllm_xargs=xargs
+    )
     HOOK.before(SimpleNamespace(model_config=model_config), request)
     (once,) = settled(model_config, [messages], request.mm_processor_kwargs, unsupported)
-    HOOK.before(SimpleNamespace(model_config=model_config), request)  # a next turn renders the same request again
+    HOOK.before(
+        SimpleNamespace(model_config=model_config), request
+    )  # a next turn renders the same request again
     assert settled(model_config, [messages], request.mm_processor_kwargs, unsupported) == [once]
     return once
 
 
 def filled(settings, values, images):
-    """The fields that these images are planned with, and the default among them where it follows the load."""
+    """The fields that these images are planned with, and the default among them where it follows
+    the load.
+    """
     settings, values = ServerSettings.parse(settings), dict(values)
     derived = values.pop(DERIVED_KEY)
     return completed(settings, RequestFields.parse(values, settings), derived, [576] * images)
@@ -59,7 +82,12 @@ def test_a_request_without_fields_is_left_alone(given):
     assert after(mm_processor_kwargs=given) is given  # inactive
     assert after({}, mm_processor_kwargs=given) is given
     assert after({}, mm_processor_kwargs=given, unsupported_because="no tower") is given
-    assert after({"budget": 64}, messages=[{"role": "user", "content": "hi"}], mm_processor_kwargs=given) is given
+    assert (
+        after(
+            {"budget": 64}, messages=[{"role": "user", "content": "hi"}], mm_processor_kwargs=given
+        )
+        is given
+    )
 
 
 def test_fields_and_the_derived_question_join_the_others_keys():
@@ -92,7 +120,8 @@ def test_derived_values_are_kept_to_the_servers_range_and_never_judged():
     low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
     messages = [{"role": "user", "content": [*low, *MESSAGES[0]["content"]]}]
     assert planned(settings, messages, images=2) == ([200, 100], None)
-    # Where vLLM sees another number of images than the conversation has, nothing of it holds, and nobody is blamed.
+    # Where vLLM sees another number of images than the conversation has, nothing of it holds, and
+    # nobody is blamed.
     fields, _ = filled(settings, after(settings, messages), 3)
     assert fields.fsr_budget == [100] * 3 and fields.fsr_question is None
 
@@ -108,7 +137,9 @@ def test_what_a_client_sends_as_derived_is_an_unknown_field():
 def test_beyond_the_models_limit_nothing_is_derived():
     image = MESSAGES[0]["content"][0]
     for count in (LIMIT, LIMIT + 1):
-        messages = [{"role": "user", "content": [*[image] * count, {"type": "text", "text": "What?"}]}]
+        messages = [
+            {"role": "user", "content": [*[image] * count, {"type": "text", "text": "What?"}]}
+        ]
         found = after({"budget": 64}, messages)
         if count > LIMIT:
             assert found is None  # vLLM's own error comes next
@@ -160,7 +191,9 @@ def test_a_default_that_follows_the_load_stands_in_for_details_without_a_budget(
     settings = {"adaptive": "64:288", "detail_budgets": {"low": 16, "high": 500}}
     low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
     messages = [{"role": "user", "content": [*low, *MESSAGES[0]["content"]]}]
-    assert after({"adaptive": "64:288"}) == {DERIVED_KEY: Derived(("What?",))}  # the processor's, at the last moment
+    assert after({"adaptive": "64:288"}) == {
+        DERIVED_KEY: Derived(("What?",))
+    }  # the processor's, at the last moment
     report = RequestReport()
     token = current_report.set(report)
     try:
@@ -203,7 +236,13 @@ def test_the_report_adds_up_all_inputs_of_a_request():
     report = RequestReport()
     token = current_report.set(report)
     try:
-        HOOK.after([{"fsr_visual_tokens": (64, 576)}, {"prompt_token_ids": []}, {"fsr_visual_tokens": (1, 576)}])
+        HOOK.after(
+            [
+                {"fsr_visual_tokens": (64, 576)},
+                {"prompt_token_ids": []},
+                {"fsr_visual_tokens": (1, 576)},
+            ]
+        )
     finally:
         current_report.reset(token)
     assert (report.kept, report.total) == (65, 1152)
@@ -221,10 +260,18 @@ def test_xargs_and_dropped_bodies_are_read_too():
     token = current_report.set(RequestReport())
     try:
         HOOK.note(
-            configured({}), {"model": "m", "fsr_budget": 8, "fsr_method": None, "vllm_xargs": {"fsr_question": "q"}}
+            configured({}),
+            {
+                "model": "m",
+                "fsr_budget": 8,
+                "fsr_method": None,
+                "vllm_xargs": {"fsr_question": "q"},
+            },
         )
         given = after({})
-        assert given["fsr_budget"] == 8 and given["fsr_question"] == "q" and "fsr_method" not in given
+        assert (
+            given["fsr_budget"] == 8 and given["fsr_question"] == "q" and "fsr_method" not in given
+        )
     finally:
         current_report.reset(token)
 
@@ -250,7 +297,10 @@ def test_a_name_with_a_budget(named, suffix, budget):
     assert after({})["fsr_budget"] == budget
     assert after({}, fsr_budget=7)["fsr_budget"] == 7  # the request itself comes first
     low = [{"type": "image_url", "image_url": {"url": "u", "detail": "low"}}]
-    assert after({"detail_budgets": {"low": 16}}, [{"role": "user", "content": low}])["fsr_budget"] == budget
+    assert (
+        after({"detail_budgets": {"low": 16}}, [{"role": "user", "content": low}])["fsr_budget"]
+        == budget
+    )
     named("a/b")  # the next request of the same task
     assert after({}) is None
 
@@ -262,7 +312,9 @@ def test_names_that_are_none_of_ours(named):
     assert alias.budget() is None
 
 
-@pytest.mark.parametrize("suffix", ["0", "-1", "1.0", "many", "", "true", "[1,2]", "1000001", "[" * 5000])
+@pytest.mark.parametrize(
+    "suffix", ["0", "-1", "1.0", "many", "", "true", "[1,2]", "1000001", "[" * 5000]
+)
 def test_wrong_budgets_behind_a_name(named, suffix):
     with pytest.raises(ValueError, match="model") as error:
         named(f"a/b@fsr{suffix}")
@@ -289,6 +341,8 @@ def test_endpoints_that_cannot_prune_say_so(named):
         HOOK.accept(configured({}), request, None)
     assert error.value.parameter == "fsr_budget"
     with pytest.raises(ValueError, match="on this endpoint") as error:
-        HOOK.accept(configured({"model_alias": True}), GenerateRequest(model="m", model_extra={}), "64")
+        HOOK.accept(
+            configured({"model_alias": True}), GenerateRequest(model="m", model_extra={}), "64"
+        )
     assert error.value.parameter == "model"
     HOOK.accept(configured({}), GenerateRequest(model="m", model_extra={}), None)

@@ -1,4 +1,6 @@
-"""Every other endpoint of the same server: where a budget is given there, what is answered, and what is refused."""
+"""Every other endpoint of the same server: where a budget is given there, what is answered, and
+what is refused.
+"""
 
 import json
 
@@ -37,7 +39,12 @@ def anthropic(server, *parts, **fields):
         else {"type": "text", "text": part}
         for part in parts
     ]
-    return {"model": NAME, "messages": [{"role": "user", "content": content}], "max_tokens": 4, **fields}
+    return {
+        "model": NAME,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 4,
+        **fields,
+    }
 
 
 def responses(server, *parts):
@@ -51,7 +58,13 @@ def responses(server, *parts):
 
 
 def chat(server, **fields):
-    return {"model": NAME, "messages": server.messages("chelsea", WHAT), "max_tokens": 4, "temperature": 0, **fields}
+    return {
+        "model": NAME,
+        "messages": server.messages("chelsea", WHAT),
+        "max_tokens": 4,
+        "temperature": 0,
+        **fields,
+    }
 
 
 # Per surface: path, body of a one-image request, and where the answer counts prompt tokens.
@@ -64,14 +77,20 @@ SURFACES = {
     ),
     "responses": (
         "/v1/responses",
-        lambda s, **f: {"model": NAME, "input": responses(s, "chelsea", WHAT), "max_output_tokens": 4, **f},
+        lambda s, **f: {
+            "model": NAME,
+            "input": responses(s, "chelsea", WHAT),
+            "max_output_tokens": 4,
+            **f,
+        },
         lambda j: j["usage"]["input_tokens"],
     ),
     "messages": (
         "/v1/messages",
         lambda s, **f: anthropic(s, "chelsea", WHAT, **f),
         lambda j: sum(
-            j["usage"][k] for k in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+            j["usage"][k]
+            for k in ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
         ),
     ),
     "count_tokens": (
@@ -138,7 +157,10 @@ def test_wrong_values_are_the_clients_error_and_name_the_field(server, surface):
         error = answer.json()["error"]
         assert field in error["message"]
         if surface in ("messages", "count_tokens"):
-            assert answer.json()["type"] == "error" and set(error) == {"type", "message"}  # Anthropic's shape
+            assert answer.json()["type"] == "error" and set(error) == {
+                "type",
+                "message",
+            }  # Anthropic's shape
         else:
             assert error["param"] == field and error["code"] == 400
     assert server.post(body(server, model="nope@fsr64"), path).status_code == 404
@@ -151,7 +173,9 @@ def test_vllms_own_carrier_of_extra_arguments(server):
             assert server.post(body(server, vllm_xargs=xargs), path).headers[TOKENS] == "64/576"
         both = server.post(body(server, vllm_xargs={"fsr_budget": 64}, fsr_budget=65), path)
         assert both.status_code == 400 and "fsr_budget" in both.json()["error"]["message"]
-    assert server.post(chat(server, vllm_xargs={"fsr_budget": True})).headers[TOKENS] == "1/576"  # vLLM makes it 1
+    assert (
+        server.post(chat(server, vllm_xargs={"fsr_budget": True})).headers[TOKENS] == "1/576"
+    )  # vLLM makes it 1
 
 
 @pytest.mark.parametrize("surface", ["chat", "messages", "count_tokens"])
@@ -161,14 +185,19 @@ def test_vllms_own_carrier_of_processor_options(server, surface):
     assert server.post(body(server, mm_processor_kwargs=fields), path).headers[TOKENS] == "64/576"
     for wrong in ({"fsr_budget": "nonsense"}, {"fsr_foo": 1}, {"fsrBudget": 64}):
         assert server.post(body(server, mm_processor_kwargs=wrong), path).status_code == 400
-    both = server.post(body(server, mm_processor_kwargs=fields, vllm_xargs={"fsr_budget": 65}), path)
+    both = server.post(
+        body(server, mm_processor_kwargs=fields, vllm_xargs={"fsr_budget": 65}), path
+    )
     assert both.status_code == 400 and "fsr_budget" in both.json()["error"]["message"]
 
 
 def test_the_openai_sdk_on_responses(server):
     def ask(**extra):
         return server.client.responses.with_raw_response.create(
-            input=responses(server, "chelsea", WHAT), max_output_tokens=4, temperature=0, **{"model": NAME, **extra}
+            input=responses(server, "chelsea", WHAT),
+            max_output_tokens=4,
+            temperature=0,
+            **{"model": NAME, **extra},
         )
 
     by_body, by_name = ask(extra_body={"fsr_budget": 64}), ask(model=f"{NAME}@fsr64")
@@ -183,16 +212,28 @@ def test_the_openai_sdk_on_responses(server):
 def test_messages_streams_and_asks_what_chat_asks(server):
     body = anthropic(server, "chelsea", WHAT, fsr_budget=32, temperature=0)
     whole = server.post(body, "/v1/messages").json()["content"][0]["text"]
-    assert whole == server.post(chat(server, fsr_budget=32)).json()["choices"][0]["message"]["content"]
+    assert (
+        whole == server.post(chat(server, fsr_budget=32)).json()["choices"][0]["message"]["content"]
+    )
     streamed = server.post({**body, "stream": True}, "/v1/messages")
     assert streamed.headers[TOKENS] == "32/576"
-    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
-    assert "".join(e["delta"].get("text", "") for e in events if e["type"] == "content_block_delta") == whole
+    events = [
+        json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")
+    ]
+    assert (
+        "".join(e["delta"].get("text", "") for e in events if e["type"] == "content_block_delta")
+        == whole
+    )
 
 
 def test_batches_settle_each_conversation_by_itself(server):
-    two = [server.messages("chelsea", WHAT), server.messages("rocket", "chelsea", "Who has a red flag?")]
-    answer = server.post({**chat(server, fsr_budget=0.25), "messages": two}, "/v1/chat/completions/batch")
+    two = [
+        server.messages("chelsea", WHAT),
+        server.messages("rocket", "chelsea", "Who has a red flag?"),
+    ]
+    answer = server.post(
+        {**chat(server, fsr_budget=0.25), "messages": two}, "/v1/chat/completions/batch"
+    )
     assert answer.headers[TOKENS] == f"{3 * 144}/{3 * 576}"
     texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
     for messages, text in zip(two, texts, strict=True):
@@ -207,7 +248,9 @@ def test_usage_counts_what_is_kept(server):
 
 def test_text_endpoints_know_the_names(server):
     text = server.client.completions.create(model=NAME, prompt="Say", max_tokens=2, temperature=0)
-    named = server.client.completions.create(model=f"{NAME}@fsr64", prompt="Say", max_tokens=2, temperature=0)
+    named = server.client.completions.create(
+        model=f"{NAME}@fsr64", prompt="Say", max_tokens=2, temperature=0
+    )
     assert named.choices[0].text == text.choices[0].text and named.model == NAME
     ids = {"tokens": [5, 6]}
     plain = server.post({"model": NAME, **ids}, "/detokenize").json()
@@ -224,7 +267,10 @@ def test_sagemakers_endpoint_takes_the_name_from_its_own_header(server):
         (66, {}, {adapter: f"{NAME}@fsr66"}),
         (576, {}, {}),
     ):
-        assert server.post(chat(server, **fields), "/invocations", headers=headers).headers[TOKENS] == f"{kept}/576"
+        assert (
+            server.post(chat(server, **fields), "/invocations", headers=headers).headers[TOKENS]
+            == f"{kept}/576"
+        )
     wrong = server.post(chat(server), "/invocations", headers={adapter: f"{NAME}@fsr0"})
     assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "model"
 
@@ -237,7 +283,9 @@ def test_rendered_requests_are_served_as_rendered(server):
     path = "/inference/v1/generate"
     rendered = server.post(chat(server, fsr_budget=64), "/v1/chat/completions/render").json()
     done = server.post(rendered, path)
-    assert done.status_code == 200 and done.json()["usage"]["prompt_tokens"] == len(rendered["token_ids"])
+    assert done.status_code == 200 and done.json()["usage"]["prompt_tokens"] == len(
+        rendered["token_ids"]
+    )
     for field, fields, headers in (
         ("fsr_budget", {"fsr_budget": 64}, {}),
         ("x-fsr-budget", {}, {"x-fsr-budget": "64"}),
@@ -245,10 +293,14 @@ def test_rendered_requests_are_served_as_rendered(server):
     ):
         refused = server.post({**rendered, **fields}, path, headers=headers)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == field
-    ids = server.post({"model": NAME, "prompt": f"USER: <image>\n{WHAT} ASSISTANT:"}, "/tokenize").json()["tokens"]
+    ids = server.post(
+        {"model": NAME, "prompt": f"USER: <image>\n{WHAT} ASSISTANT:"}, "/tokenize"
+    ).json()["tokens"]
     parts = [{"type": "image_url", "url": server.pictures["chelsea"]}]
     sampling = {"max_tokens": 1}
-    raw = server.post({"model": NAME, "token_ids": ids, "content_parts": parts, "sampling_params": sampling}, path)
+    raw = server.post(
+        {"model": NAME, "token_ids": ids, "content_parts": parts, "sampling_params": sampling}, path
+    )
     assert raw.status_code == 200 and raw.json()["usage"]["prompt_tokens"] == len(ids) - 1 + 576
 
 
@@ -256,11 +308,22 @@ def test_pages_of_other_origins_may_send_and_read_the_headers(server):
     answer = server.post(chat(server, fsr_budget=64), headers={"origin": ORIGIN})
     assert answer.headers["access-control-allow-origin"] == ORIGIN
     assert TOKENS in answer.headers["access-control-expose-headers"]
-    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "x-fsr-budget"}
-    allowed = httpx.options(f"{server.url}/chat/completions", headers={"origin": ORIGIN, **preflight})
-    assert allowed.status_code == 200 and "x-fsr-budget" in allowed.headers["access-control-allow-headers"]
+    preflight = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "x-fsr-budget",
+    }
+    allowed = httpx.options(
+        f"{server.url}/chat/completions", headers={"origin": ORIGIN, **preflight}
+    )
+    assert (
+        allowed.status_code == 200
+        and "x-fsr-budget" in allowed.headers["access-control-allow-headers"]
+    )
 
 
 def test_the_server_lives_on(server, text_tokens):
-    assert server.ask("chelsea", WHAT, headers={"authorization": f"Bearer {KEY}"})["prompt"] == text_tokens + 576
+    assert (
+        server.ask("chelsea", WHAT, headers={"authorization": f"Bearer {KEY}"})["prompt"]
+        == text_tokens + 576
+    )
     assert "Traceback" not in server.log.read_text()

@@ -1,4 +1,6 @@
-"""What SECURITY.md says of uuids: vLLM takes a client's uuid for the image, whoever sent it and whatever it is."""
+"""What SECURITY.md says of uuids: vLLM takes a client's uuid for the image, whoever sent it and
+whatever it is.
+"""
 
 import pytest
 
@@ -8,13 +10,17 @@ WHAT = "What is this?"
 
 
 def post(server, picture, uuid=None, **fields):
-    """A question about a picture that the client calls `uuid`; without a picture, the name is all that is sent."""
+    """A question about a picture that the client calls `uuid`; without a picture, the name is all
+    that is sent.
+    """
     messages = server.messages(picture or "chelsea", WHAT)
     if uuid is not None:
         messages[0]["content"][0]["uuid"] = uuid
     if picture is None:
         messages[0]["content"][0]["image_url"] = None
-    return server.post({"model": NAME, "messages": messages, "max_tokens": 8, "temperature": 0, **fields})
+    return server.post(
+        {"model": NAME, "messages": messages, "max_tokens": 8, "temperature": 0, **fields}
+    )
 
 
 def answer(*args, **fields):
@@ -24,20 +30,27 @@ def answer(*args, **fields):
 
 
 def check(server, *more):
-    """The first image under a uuid answers for every later one, another client's and another salt's too."""
+    """The first image under a uuid answers for every later one, another client's and another salt's
+    too.
+    """
     for number, fields in enumerate(({}, *more)):
         first = answer(server, "chelsea", f"shared-{number}", cache_salt="one tenant", **fields)
         assert first == answer(server, "chelsea", **fields)
         other = answer(server, "rocket", f"shared-{number}", cache_salt="another tenant", **fields)
         assert other == first != answer(server, "rocket", **fields)
-        assert answer(server, "rocket", f"own-{number}", **fields) == answer(server, "rocket", **fields)
+        assert answer(server, "rocket", f"own-{number}", **fields) == answer(
+            server, "rocket", **fields
+        )
 
 
 @pytest.mark.engine
 def test_clients_that_send_the_same_uuid_share_the_first_ones_image(main):
     check(main, {"fsr_budget": 64})
-    # Another budget is another identity, but the plugin's own caches know the image by the same uuid.
-    assert answer(main, "rocket", "shared-1", fsr_budget=65) == answer(main, "chelsea", fsr_budget=65)
+    # Another budget is another identity, but the plugin's own caches know the image by the same
+    # uuid.
+    assert answer(main, "rocket", "shared-1", fsr_budget=65) == answer(
+        main, "chelsea", fsr_budget=65
+    )
 
 
 @pytest.mark.engine

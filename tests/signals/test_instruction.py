@@ -26,33 +26,57 @@ IMAGES = [
     {"image_pil": None, "uuid": "u"},
     {"image": "pixels"},
 ]
-ODDITIES = [None, 3, [], {}, {"type": "audio_url"}, {"type": 7}, {"type": []}, {"type": "text", "text": None}]
+ODDITIES = [
+    None,
+    3,
+    [],
+    {},
+    {"type": "audio_url"},
+    {"type": 7},
+    {"type": []},
+    {"type": "text", "text": None},
+]
 
 images = st.sampled_from(IMAGES)
 words = st.sampled_from(["what", " is ", "this?", "", "\n", "a longer question, please"])
 texts = st.one_of(
     words,
-    st.builds(lambda kind, text: {"type": kind, "text": text}, st.sampled_from(["text", "input_text"]), words),
+    st.builds(
+        lambda kind, text: {"type": kind, "text": text},
+        st.sampled_from(["text", "input_text"]),
+        words,
+    ),
 )
-contents = st.one_of(st.none(), words, st.lists(st.one_of(images, texts, st.sampled_from(ODDITIES)), max_size=5))
+contents = st.one_of(
+    st.none(), words, st.lists(st.one_of(images, texts, st.sampled_from(ODDITIES)), max_size=5)
+)
 
 
 def messages_of(*roles):
     return st.fixed_dictionaries({"role": st.sampled_from(roles), "content": contents})
 
 
-conversations = st.lists(messages_of("system", "user", "assistant", "tool", "developer"), max_size=8)
+conversations = st.lists(
+    messages_of("system", "user", "assistant", "tool", "developer"), max_size=8
+)
 
 
 def count(messages):
-    return sum(part in IMAGES for m in messages if isinstance(m["content"], list) for part in m["content"])
+    return sum(
+        part in IMAGES for m in messages if isinstance(m["content"], list) for part in m["content"]
+    )
 
 
 @settings(deadline=None)
 @given(conversations)
 def test_one_question_and_one_detail_per_image(messages):
     before = copy.deepcopy(messages)
-    assert len(image_questions(messages)) == len(image_details(messages)) == count_images(messages) == count(messages)
+    assert (
+        len(image_questions(messages))
+        == len(image_details(messages))
+        == count_images(messages)
+        == count(messages)
+    )
     assert messages == before
 
 
@@ -66,7 +90,9 @@ def test_later_turns_never_change_earlier_questions(first, answer, later):
 @settings(deadline=None)
 @given(st.lists(st.text("abc ?", max_size=5), min_size=1, max_size=6))
 def test_order_is_prompt_order(asked):
-    """A conversation of single-image turns gives each image its own turn's text, or the last one before it."""
+    """A conversation of single-image turns gives each image its own turn's text, or the last one
+    before it.
+    """
     messages, expected = [], [""]
     for text in asked:
         messages.append({"role": "user", "content": [IMAGE, {"type": "text", "text": text}]})
@@ -80,7 +106,9 @@ def test_order_is_prompt_order(asked):
 def test_the_end_of_a_long_question_is_read(messages, longest):
     whole = image_questions(messages)
     cut = image_questions(messages, longest)
-    assert [question.strip() for question in cut] == [question[-longest:].strip() for question in whole]
+    assert [question.strip() for question in cut] == [
+        question[-longest:].strip() for question in whole
+    ]
     assert all(len(question) <= longest for question in cut)
 
 
@@ -97,7 +125,10 @@ ASSISTANT = {"role": "assistant", "content": "Let me see."}
         ([], []),
         ([{"role": "user", "content": "hello"}], []),
         ([user(IMAGE)], [""]),
-        ([user("Look. ", IMAGE, {"type": "text", "text": "  What is it?\n"})], ["Look.\nWhat is it?"]),
+        (
+            [user("Look. ", IMAGE, {"type": "text", "text": "  What is it?\n"})],
+            ["Look.\nWhat is it?"],
+        ),
         ([user(IMAGE, IMAGE, "Compare.")], ["Compare.", "Compare."]),
         # The question may come in a message of its own, also before the next image.
         ([user(IMAGE), user("First?"), user(IMAGE, "Second?")], ["First?\nSecond?", "Second?"]),
@@ -105,23 +136,49 @@ ASSISTANT = {"role": "assistant", "content": "Let me see."}
         ([user("Hi."), {"role": "assistant", "content": "Hello."}, user(IMAGE, "Q?")], ["Q?"]),
         ([user("Earlier."), user(IMAGE, "Q?")], ["Q?"]),
         ([user(IMAGE), {"role": "assistant", "content": "A cat."}, user("Colour?")], [""]),
-        ([user(IMAGE, "Q?"), {"role": "assistant", "content": None}, user(IMAGE, "R?")], ["Q?", "R?"]),
+        (
+            [user(IMAGE, "Q?"), {"role": "assistant", "content": None}, user(IMAGE, "R?")],
+            ["Q?", "R?"],
+        ),
         # Images outside user messages take the user's text that follows, never their own message's.
         ([{"role": "system", "content": ["Be brief.", IMAGE]}, user("Q?")], ["Q?"]),
-        ([{"role": "tool", "content": [IMAGE, "done"]}, {"role": "assistant", "content": "ok"}, user("Q?")], [""]),
+        (
+            [
+                {"role": "tool", "content": [IMAGE, "done"]},
+                {"role": "assistant", "content": "ok"},
+                user("Q?"),
+            ],
+            [""],
+        ),
         ([{"role": "assistant", "content": [IMAGE, "Here it is."]}, user("Q?")], ["Q?"]),
-        # Asked before the image came: as a message of its own, or by a call of a tool that answers with an image.
+        # Asked before the image came: as a message of its own, or by a call of a tool that answers
+        # with an image.
         ([user("Q?"), user(IMAGE)], ["Q?"]),
         ([user("First."), user("Q?"), user(IMAGE, " ")], ["Q?"]),
         ([user("Q?"), ASSISTANT, {"role": "tool", "content": [IMAGE, "done"]}], ["Q?"]),
         ([user("Q?"), ASSISTANT, {"role": "tool", "content": [IMAGE]}, user("R?")], ["R?"]),
-        ([user("Q?"), ASSISTANT, {"role": "tool", "content": [IMAGE]}, ASSISTANT, user("R?")], ["Q?"]),
-        ([user("Q?"), ASSISTANT, user(IMAGE), ASSISTANT, user("R?"), ASSISTANT, user(IMAGE)], ["Q?", "R?"]),
+        (
+            [user("Q?"), ASSISTANT, {"role": "tool", "content": [IMAGE]}, ASSISTANT, user("R?")],
+            ["Q?"],
+        ),
+        (
+            [user("Q?"), ASSISTANT, user(IMAGE), ASSISTANT, user("R?"), ASSISTANT, user(IMAGE)],
+            ["Q?", "R?"],
+        ),
         ([user("Q?", IMAGE), ASSISTANT, user(IMAGE), user(IMAGE)], ["Q?", "Q?", "Q?"]),
         ([{"role": "system", "content": "Be brief."}, user(IMAGE)], [""]),
         # Answers quoted by the user count as text; reasoning and refusals are the model's.
         ([user(IMAGE, {"type": "output_text", "text": "quoted"})], ["quoted"]),
-        ([user(IMAGE, {"type": "thinking", "thinking": "hm"}, {"type": "refusal", "refusal": "no"})], [""]),
+        (
+            [
+                user(
+                    IMAGE,
+                    {"type": "thinking", "thinking": "hm"},
+                    {"type": "refusal", "refusal": "no"},
+                )
+            ],
+            [""],
+        ),
         # The type wins over other keys, except where a uuid makes vLLM look at the keys.
         ([user({"type": "text", "text": "t", "image_url": URL})], []),
         ([user({"type": "image", "text": "not a question"}, "Q?")], ["Q?"]),
@@ -168,15 +225,24 @@ def test_each_image_followed_by_text_of_its_own_costs_no_more_than_its_question(
 def test_details():
     messages = [
         user(
-            {"type": "image_url", "image_url": URL | {"detail": "low"}}, IMAGE, {"type": "image_url", "image_url": "u"}
+            {"type": "image_url", "image_url": URL | {"detail": "low"}},
+            IMAGE,
+            {"type": "image_url", "image_url": "u"},
         ),
-        user({"type": "input_image", "image_url": "u", "detail": "high"}, {"image_url": URL | {"detail": 3}}),
+        user(
+            {"type": "input_image", "image_url": "u", "detail": "high"},
+            {"image_url": URL | {"detail": 3}},
+        ),
     ]
     assert image_details(messages) == ["low", None, None, "high", None]
 
 
 def test_one_shot_content_is_refused_until_materialised():
-    messages = [{"role": "user", "content": iter([IMAGE, "Q?"])}, {"role": "user", "content": "more"}, "odd"]
+    messages = [
+        {"role": "user", "content": iter([IMAGE, "Q?"])},
+        {"role": "user", "content": "more"},
+        "odd",
+    ]
     for function in (image_questions, image_details):
         with pytest.raises(TypeError, match="materialise"):
             function(messages)
@@ -187,7 +253,10 @@ def test_one_shot_content_is_refused_until_materialised():
 
 def test_materialise_leaves_lists_and_odd_content_alone():
     parts = [IMAGE]
-    messages = [{"role": "user", "content": c} for c in (parts, None, b"x", {"type": "text"}, 5, (IMAGE, "tuple"))]
+    messages = [
+        {"role": "user", "content": c}
+        for c in (parts, None, b"x", {"type": "text"}, 5, (IMAGE, "tuple"))
+    ]
     materialise(messages)
     assert messages[0]["content"] is parts
     assert [m["content"] for m in messages[1:5]] == [None, b"x", {"type": "text"}, 5]
@@ -195,8 +264,12 @@ def test_materialise_leaves_lists_and_odd_content_alone():
 
 
 def test_content_that_pydantic_validates_lazily():
-    """Validated requests hold one-shot iterators where the API's types say Iterable (vLLM's own models among them)."""
-    adapter = TypeAdapter(dict[str, str | Iterable[dict[str, Any]]])  # kept alive: the iterator validates with it
+    """Validated requests hold one-shot iterators where the API's types say Iterable (vLLM's own
+    models among them).
+    """
+    adapter = TypeAdapter(
+        dict[str, str | Iterable[dict[str, Any]]]
+    )  # kept alive: the iterator validates with it
     image = {"type": "image_url", "image_url": URL | {"detail": "low"}}
     messages = [adapter.validate_python(user(image, {"type": "text", "text": "Q?"}))]
     assert not isinstance(messages[0]["content"], list)

@@ -1,4 +1,6 @@
-"""Relevance: chunking, the joint space of CLIP, the sign of a tower, and which text encoder belongs to it."""
+"""Relevance: chunking, the joint space of CLIP, the sign of a tower, and which text encoder belongs
+to it.
+"""
 
 from types import SimpleNamespace
 
@@ -26,7 +28,9 @@ BOS, EOS = 1000, 1001
 def test_chunks_hold_all_ids_in_order(ids, max_length):
     chunks = wrap_chunks(ids, BOS, EOS, max_length)
     assert [i for chunk in chunks for i in chunk[1:-1]] == ids
-    assert all(chunk[0] == BOS and chunk[-1] == EOS and len(chunk) <= max_length for chunk in chunks)
+    assert all(
+        chunk[0] == BOS and chunk[-1] == EOS and len(chunk) <= max_length for chunk in chunks
+    )
     assert all(len(chunk) == max_length for chunk in chunks[:-1])
     assert len(chunks) == 1 or len(chunks[-1]) > 2
 
@@ -59,14 +63,20 @@ def clip():
 
 
 def test_clip_relevance_of_cls_is_clips_own_similarity(clip):
-    """On the last layer's [CLS], what layernorm and projection were trained for, the map is CLIP's own logit."""
+    """On the last layer's [CLS], what layernorm and projection were trained for, the map is CLIP's
+    own logit.
+    """
     pixels, ids = torch.randn(2, 3, 28, 28), torch.tensor([[5, 6, 7, 98]])
     with torch.no_grad():
         out = clip(input_ids=ids, pixel_values=pixels)
         rows = clip.vision_model(pixels).last_hidden_state
-        ours = clip_relevance(rows, out.text_embeds[0], clip.vision_model.post_layernorm, clip.visual_projection, 1)
+        ours = clip_relevance(
+            rows, out.text_embeds[0], clip.vision_model.post_layernorm, clip.visual_projection, 1
+        )
     assert ours.shape == (2, 5)
-    torch.testing.assert_close(ours[:, 0], out.logits_per_image[:, 0] / clip.logit_scale.exp(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours[:, 0], out.logits_per_image[:, 0] / clip.logit_scale.exp(), atol=1e-5, rtol=0
+    )
 
 
 def test_sign_text_per_image_and_scale(clip):
@@ -77,7 +87,9 @@ def test_sign_text_per_image_and_scale(clip):
         torch.testing.assert_close(clip_relevance(features, text, *modules, sign=-1), -plus)
         torch.testing.assert_close(clip_relevance(features, 7 * text, *modules, sign=1), plus)
         for i in range(2):
-            torch.testing.assert_close(clip_relevance(features[i : i + 1], text[i], *modules, sign=1)[0], plus[i])
+            torch.testing.assert_close(
+                clip_relevance(features[i : i + 1], text[i], *modules, sign=1)[0], plus[i]
+            )
 
 
 def test_half_precision_modules_score_in_float32():
@@ -96,7 +108,9 @@ def test_embedding_relevance_is_the_cosine():
     torch.testing.assert_close(embedding_relevance(features, text), expected)
     torch.testing.assert_close(embedding_relevance(features, text, sign=-1), -expected)
     torch.testing.assert_close(embedding_relevance(features, text[0])[0], expected[0])
-    zero = embedding_relevance(torch.zeros(1, 4, 8), torch.zeros(8))  # an empty mean of embeddings: no NaN
+    zero = embedding_relevance(
+        torch.zeros(1, 4, 8), torch.zeros(8)
+    )  # an empty mean of embeddings: no NaN
     assert torch.equal(zero, torch.zeros(1, 4))
 
 
@@ -168,7 +182,10 @@ BASE_224 = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden
     "change, name",
     [
         ({}, "openai/clip-vit-large-patch14-336"),
-        ({"model_type": "clip_vision_model", "hidden_act": "quick_gelu"}, "openai/clip-vit-large-patch14-336"),
+        (
+            {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"},
+            "openai/clip-vit-large-patch14-336",
+        ),
         ({"image_size": 224}, "openai/clip-vit-large-patch14"),
         (BASE_224, "openai/clip-vit-base-patch16"),
         (BASE_224 | {"patch_size": 32}, "openai/clip-vit-base-patch32"),

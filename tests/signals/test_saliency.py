@@ -1,4 +1,6 @@
-"""Saliency equals what transformers' eager attention reports, whole or by tensor-parallel shares of the heads."""
+"""Saliency equals what transformers' eager attention reports, whole or by tensor-parallel shares of
+the heads.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ SCALE = DIM**-0.5
 
 @pytest.fixture(scope="module")
 def layer():
-    """Queries and keys of layer -2 of a small random CLIP tower, with the attention transformers reports for it."""
+    """Queries and keys of layer -2 of a small random CLIP tower, with the attention transformers
+    reports for it.
+    """
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=HEADS * DIM,
@@ -25,13 +29,17 @@ def layer():
         attn_implementation="eager",
     )
     model = CLIPVisionModel(config).eval()
-    for parameter in model.parameters():  # CLIP's own init is so small that attention would be uniform
+    for (
+        parameter
+    ) in model.parameters():  # CLIP's own init is so small that attention would be uniform
         if parameter.ndim > 1:
             parameter.data.normal_(std=0.5)
     with torch.no_grad():
         out = model(torch.randn(3, 3, 56, 56), output_attentions=True, output_hidden_states=True)
         block = next(m for m in model.modules() if hasattr(m, "layers")).layers[-2]
-        hidden = block.layer_norm1(out.hidden_states[-3])  # what the block that writes hidden_states[-2] reads
+        hidden = block.layer_norm1(
+            out.hidden_states[-3]
+        )  # what the block that writes hidden_states[-2] reads
         query, key = block.self_attn.q_proj(hidden), block.self_attn.k_proj(hidden)
     return query, key, out.attentions[-2]
 
@@ -47,7 +55,10 @@ def test_cls_attention_is_transformers_eager_attention(layer):
 def test_attention_map_is_transformers_eager_attention(layer):
     query, key, expected = layer
     torch.testing.assert_close(
-        attention_map(query, key, HEADS, SCALE) / HEADS, expected[:, :, 1:, 1:].mean(1), atol=1e-5, rtol=0
+        attention_map(query, key, HEADS, SCALE) / HEADS,
+        expected[:, :, 1:, 1:].mean(1),
+        atol=1e-5,
+        rtol=0,
     )
 
 
@@ -78,11 +89,16 @@ def given_by_all(query, key, heads, scale):
     return received_attention(query, key, heads, scale, prefix=1, prefix_gives=True)
 
 
-@pytest.mark.parametrize("function", [cls_attention, attention_map, received_attention, given_by_all])
+@pytest.mark.parametrize(
+    "function", [cls_attention, attention_map, received_attention, given_by_all]
+)
 def test_shares_of_the_heads_sum_to_the_whole(layer, function):
     query, key, _ = layer
     half = HEADS * DIM // 2
-    shares = [function(query[..., s], key[..., s], HEADS // 2, SCALE) for s in (slice(half), slice(half, None))]
+    shares = [
+        function(query[..., s], key[..., s], HEADS // 2, SCALE)
+        for s in (slice(half), slice(half, None))
+    ]
     torch.testing.assert_close(sum(shares), function(query, key, HEADS, SCALE))
 
 
@@ -91,13 +107,17 @@ def test_half_precision_is_scored_in_float32(layer, function):
     query, key = (x.bfloat16() for x in layer[:2])
     out = function(query, key, HEADS, SCALE)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, function(query.float(), key.float(), HEADS, SCALE), atol=0, rtol=0)
+    torch.testing.assert_close(
+        out, function(query.float(), key.float(), HEADS, SCALE), atol=0, rtol=0
+    )
 
 
 def test_images_of_a_batch_are_independent(layer):
     query, key, _ = layer
     together = cls_attention(query, key, HEADS, SCALE)
-    alone = torch.cat([cls_attention(q[None], k[None], HEADS, SCALE) for q, k in zip(query, key, strict=True)])
+    alone = torch.cat(
+        [cls_attention(q[None], k[None], HEADS, SCALE) for q, k in zip(query, key, strict=True)]
+    )
     torch.testing.assert_close(together, alone)
 
 

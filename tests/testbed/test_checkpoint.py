@@ -1,4 +1,6 @@
-"""The random checkpoints load in transformers and vLLM without a key too many or too few, and answer alike in both."""
+"""The random checkpoints load in transformers and vLLM without a key too many or too few, and
+answer alike in both.
+"""
 
 import base64
 import hashlib
@@ -57,7 +59,10 @@ def chat(*parts):
         {
             "role": "user",
             "content": [
-                {"type": "image", "image": pictures[p]} if p in pictures else {"type": "text", "text": p} for p in parts
+                {"type": "image", "image": pictures[p]}
+                if p in pictures
+                else {"type": "text", "text": p}
+                for p in parts
             ],
         }
     ]
@@ -97,7 +102,11 @@ def test_published_key_names(path):
     assert all(key.startswith(prefixes) for key in keys)
     assert all(any(key.startswith(prefix) for key in keys) for prefix in prefixes)
     with safe_open(path / "text_encoder" / "model.safetensors", "pt") as file:
-        wanted = "text_projection.weight", "visual_projection.weight", "vision_model.post_layernorm.weight"
+        wanted = (
+            "text_projection.weight",
+            "visual_projection.weight",
+            "vision_model.post_layernorm.weight",
+        )
         assert set(wanted) < set(file.keys())
 
 
@@ -134,16 +143,23 @@ def test_text_encoder_is_the_towers_own(llava, path, processor):
     tokenizer = AutoTokenizer.from_pretrained(path / "text_encoder")
     assert tokenizer.model_max_length == 77
     ids = tokenizer("What is this?").input_ids
-    assert [ids[0], ids[-1]] == tokenizer.convert_tokens_to_ids(["<|startoftext|>", "<|endoftext|>"])
+    assert [ids[0], ids[-1]] == tokenizer.convert_tokens_to_ids(
+        ["<|startoftext|>", "<|endoftext|>"]
+    )
     assert ids[-1] == clip.config.text_config.eos_token_id
     assert tokenizer("WHAT is this?").input_ids == ids
 
     pixels = encode(processor, chat("astronaut"))["pixel_values"]
     with torch.no_grad():
         texts = torch.stack(
-            [clip(**tokenizer(q, return_tensors="pt"), pixel_values=pixels).text_embeds[0] for q in QUESTIONS]
+            [
+                clip(**tokenizer(q, return_tensors="pt"), pixel_values=pixels).text_embeds[0]
+                for q in QUESTIONS
+            ]
         )
-        hidden = llava.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        hidden = llava.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][
+            :, 1:
+        ]
         modules = clip.vision_model.post_layernorm, clip.visual_projection
         maps = clip_relevance(hidden.expand(2, -1, -1), texts, *modules, sign=1)
     assert (maps.std(-1) > 0.02).all()
@@ -151,14 +167,24 @@ def test_text_encoder_is_the_towers_own(llava, path, processor):
 
 
 def test_relevance_sign_is_written_when_asked(path, tmp_path):
-    assert "fsr_relevance_sign" not in json.loads((path / "text_encoder" / "config.json").read_text())
+    assert "fsr_relevance_sign" not in json.loads(
+        (path / "text_encoder" / "config.json").read_text()
+    )
     asked = build_checkpoint(tmp_path, relevance_sign=-1)
-    assert json.loads((asked / "text_encoder" / "config.json").read_text())["fsr_relevance_sign"] == -1
+    assert (
+        json.loads((asked / "text_encoder" / "config.json").read_text())["fsr_relevance_sign"] == -1
+    )
 
 
 def test_other_sizes(tmp_path):
     path = build_checkpoint(
-        tmp_path, image_size=112, hidden_size=96, layers=2, vision_hidden_size=80, vision_layers=3, text_encoder=False
+        tmp_path,
+        image_size=112,
+        hidden_size=96,
+        layers=2,
+        vision_hidden_size=80,
+        vision_layers=3,
+        text_encoder=False,
     )
     assert not (path / "text_encoder").exists()
     model = load(LlavaForConditionalGeneration, path)
@@ -180,27 +206,43 @@ def test_clip_less_and_text_model(tmp_path, processor):
     text = build_text_model(tmp_path / "text")
     llama = load(AutoModelForCausalLM, text)
     ids = AutoTokenizer.from_pretrained(text).apply_chat_template(
-        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "Hello"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     with torch.no_grad():
         answer = llama.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)
-    assert answer.shape[1] == ids["input_ids"].shape[1] + NEW_TOKENS  # no end token: as long as asked for
+    assert (
+        answer.shape[1] == ids["input_ids"].shape[1] + NEW_TOKENS
+    )  # no end token: as long as asked for
 
 
 def test_chat_template(processor):
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "One?"}, {"type": "image_url"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": "One?"}, {"type": "image_url"}],
+        },
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": "<image>\nTwo?"},
     ]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert text == "<s>Be brief. USER: <image>\nOne?\n<image> ASSISTANT: Yes.</s>USER: <image>\nTwo? ASSISTANT:"
+    assert (
+        text
+        == "<s>Be brief. USER: <image>\nOne?\n<image> ASSISTANT: Yes.</s>USER: <image>\nTwo? ASSISTANT:"
+    )
     ids = processor.tokenizer(text, add_special_tokens=False).input_ids
-    assert ids.count(processor.image_token_id) == 3 and ids.count(processor.tokenizer.eos_token_id) == 1
+    assert (
+        ids.count(processor.image_token_id) == 3
+        and ids.count(processor.tokenizer.eos_token_id) == 1
+    )
     assert processor.tokenizer.decode(ids) == text
     assert (
-        processor.tokenizer.decode(processor.tokenizer("naïve 画像?").input_ids, skip_special_tokens=True)
+        processor.tokenizer.decode(
+            processor.tokenizer("naïve 画像?").input_ids, skip_special_tokens=True
+        )
         == "naïve 画像?"
     )
 
@@ -224,12 +266,19 @@ def test_photos_and_data_urls():
 
 @pytest.mark.engine
 def test_vllm_answers_as_transformers(llava, processor, path, monkeypatch):
-    """Vanilla vLLM, greedy, float32: a dozen tokens of one image, two images with text between, and no image."""
+    """Vanilla vLLM, greedy, float32: a dozen tokens of one image, two images with text between, and
+    no image.
+    """
     monkeypatch.setenv("VLLM_PLUGINS", "")
     from vllm import LLM, SamplingParams
 
-    conversations = [chat(name, question) for name in ("astronaut", "coffee") for question in QUESTIONS]
-    conversations += [chat("Compare", "chelsea", "and", "rocket", "in one sentence."), chat("What is this?")]
+    conversations = [
+        chat(name, question) for name in ("astronaut", "coffee") for question in QUESTIONS
+    ]
+    conversations += [
+        chat("Compare", "chelsea", "and", "rocket", "in one sentence."),
+        chat("What is this?"),
+    ]
     expected = []
     for messages in conversations:
         inputs = encode(processor, messages)
@@ -239,7 +288,9 @@ def test_vllm_answers_as_transformers(llava, processor, path, monkeypatch):
 
     for (message,) in conversations:  # PNG, so that both see the same pixels
         message["content"] = [
-            {"type": "image_url", "image_url": {"url": data_url(part["image"], "PNG")}} if "image" in part else part
+            {"type": "image_url", "image_url": {"url": data_url(part["image"], "PNG")}}
+            if "image" in part
+            else part
             for part in message["content"]
         ]
     llm = LLM(

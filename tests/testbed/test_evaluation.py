@@ -26,7 +26,9 @@ def test_macro_mean_weighs_families_equally():
 def test_families_that_guessing_would_do_as_well_are_left_out():
     right = {"known": 0.9, "barely": 0.62, "guessed": 0.5}
     assert stats.admitted(right, {"known": 0.5, "barely": 0.5, "guessed": 0.5}, 1000) == ["known"]
-    assert stats.admitted({"few": 0.75}, {"few": 0.5}, 10) == []  # ten questions are not enough to be sure
+    assert (
+        stats.admitted({"few": 0.75}, {"few": 0.5}, 10) == []
+    )  # ten questions are not enough to be sure
 
 
 def test_paired_differences_are_surer_than_unpaired_ones():
@@ -39,7 +41,9 @@ def test_paired_differences_are_surer_than_unpaired_ones():
     assert result["difference"] == pytest.approx(100 * (better.mean() - easy.mean()))
     single = 100 * stats.standard_error(easy, families, scenes, ["a", "b"])
     assert result["standard_error"] < single
-    assert single == pytest.approx(100 * (0.25 / 1000) ** 0.5, rel=0.2)  # questions here are independent
+    assert single == pytest.approx(
+        100 * (0.25 / 1000) ** 0.5, rel=0.2
+    )  # questions here are independent
 
 
 def test_questions_about_one_scene_are_not_counted_as_independent():
@@ -70,17 +74,34 @@ def test_every_registered_method_has_a_row():
     labels = [line.label for line in lines]
     assert set(methods()) <= set(labels) and len(set(labels)) == len(labels)
     assert "fsr (tuned)" in labels and "scope (tuned)" not in labels
-    assert {"oracle", "fsr (served), generic text", "fsr (served), sign flipped", "fsr (served), alpha = 0"} <= set(
-        labels
-    )
+    assert {
+        "oracle",
+        "fsr (served), generic text",
+        "fsr (served), sign flipped",
+        "fsr (served), alpha = 0",
+    } <= set(labels)
     assert [line.label for line in rows({}, ["random"])] == ["random"]
 
 
 def test_reports(tmp_path):
     def row(label, budget, mean, **more):
-        values = {"attribute": mean, "object": mean, "existence": mean, "digit": mean, "scene": mean, "count": 50.0}
+        values = {
+            "attribute": mean,
+            "object": mean,
+            "existence": mean,
+            "digit": mean,
+            "scene": mean,
+            "count": 50.0,
+        }
         values["relation"] = 50.0
-        base = {"label": label, "method": label, "options": {}, "budget": budget, "mean": mean, "standard_error": 1.0}
+        base = {
+            "label": label,
+            "method": label,
+            "options": {},
+            "budget": budget,
+            "mean": mean,
+            "standard_error": 1.0,
+        }
         return base | {"families": values, "focus_share": 0.5, "scan": 1.0, "merged": 1.0} | more
 
     difference = {"difference": 7.0, "low": 5.5, "high": 8.5, "standard_error": 0.7}
@@ -92,13 +113,20 @@ def test_reports(tmp_path):
                  row("random", 32, 60.0), row("fsr", 32, 70.0, **{"against random": difference})],
     }  # fmt: skip
     text = markdown(report)
-    assert "`python -m it`" in text and "1,000 questions" in text and "count, relation do not clearly beat" in text
+    assert (
+        "`python -m it`" in text
+        and "1,000 questions" in text
+        and "count, relation do not clearly beat" in text
+    )
     best = text.index("| fsr | 57.0 ± 1.0")
     assert best < text.index("| random | 50.0 ± 1.0") and "+7.0 [+5.5, +8.5]" in text
-    other = report | {"rows": [row("random", 16, 51.0), row("fsr", 16, 60.0), row("scope", 16, 99.0)]}
+    other = report | {
+        "rows": [row("random", 16, 51.0), row("fsr", 16, 60.0), row("scope", 16, 99.0)]
+    }
     seeds = seeds_markdown([report, other], mine="fsr")
     assert (
-        "| fsr | 57.0 | 60.0 | 58.5 | +0.0, +0.0 |" in seeds and "| random | 50.0 | 51.0 | 50.5 | +7.0, +9.0 |" in seeds
+        "| fsr | 57.0 | 60.0 | 58.5 | +0.0, +0.0 |" in seeds
+        and "| random | 50.0 | 51.0 | 50.5 | +7.0, +9.0 |" in seeds
     )
     assert "scope" not in seeds and "## 32" not in seeds
     files = [tmp_path / "a.svg", tmp_path / "b.svg"]
@@ -109,11 +137,19 @@ def test_reports(tmp_path):
 
 def test_rows_run_anew_replace_those_of_an_earlier_report():
     def report(command, *rows, full=95.0):
-        about = {"split": "test", "questions_per_family": 9, "admitted": ["object"], "majority": {}, "full": full}
+        about = {
+            "split": "test",
+            "questions_per_family": 9,
+            "admitted": ["object"],
+            "majority": {},
+            "full": full,
+        }
         cells = [{"label": label, "budget": budget, "mean": mean} for label, budget, mean in rows]
         return {"command": command, **about, "rows": cells, "seconds": 5}
 
-    old = report("all", ("fsr", 16, 1.0), ("holov", 16, 2.0), ("holov", 32, 3.0), ("holov (tuned)", 16, 4.0))
+    old = report(
+        "all", ("fsr", 16, 1.0), ("holov", 16, 2.0), ("holov", 32, 3.0), ("holov (tuned)", 16, 4.0)
+    )
     new = report("some", ("holov", 32, 6.0), ("holov", 16, 5.0))
     found = merged(old, new, ["fsr", "holov"])
     assert [(row["label"], row["budget"], row["mean"]) for row in found["rows"]] == [

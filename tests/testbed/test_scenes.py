@@ -1,4 +1,6 @@
-"""Scenes and questions: the same from the same seed, disjoint between splits, and answers that are true."""
+"""Scenes and questions: the same from the same seed, disjoint between splits, and answers that are
+true.
+"""
 
 import re
 from collections import Counter
@@ -27,11 +29,17 @@ def test_a_scene_is_its_number(place):
 
 def test_splits_draw_different_scenes():
     drawn = [[scene(split, index).things for index in range(30)] for split in SPLITS]
-    assert not set(drawn[0]) & set(drawn[1]) and not set(drawn[1]) & set(drawn[2]) and not set(drawn[0]) & set(drawn[2])
+    assert (
+        not set(drawn[0]) & set(drawn[1])
+        and not set(drawn[1]) & set(drawn[2])
+        and not set(drawn[0]) & set(drawn[2])
+    )
 
 
 def test_no_digit_image_is_in_two_splits():
-    seen = [{image.tobytes() for pool in scenes._digits(split) for image in pool} for split in SPLITS]
+    seen = [
+        {image.tobytes() for pool in scenes._digits(split) for image in pool} for split in SPLITS
+    ]
     assert all(len(pool) == 10 and min(map(len, pool)) > 5 for pool in map(scenes._digits, SPLITS))
     assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
 
@@ -40,8 +48,12 @@ def test_no_part_of_a_photograph_is_in_two_splits():
     strips = [scenes._STRIPS[split] for split in SPLITS]
     assert all(left[1] < right[0] for left, right in zip(strips, strips[1:], strict=False))
     assert not set(scenes._UNSEEN) & set(scenes._PHOTOS.values())
-    backgrounds = {split: [scene(split, index).background for index in range(100)] for split in SPLITS}
-    assert None in backgrounds["test"] and None not in backgrounds["train"] + backgrounds["validation"]
+    backgrounds = {
+        split: [scene(split, index).background for index in range(100)] for split in SPLITS
+    }
+    assert (
+        None in backgrounds["test"] and None not in backgrounds["train"] + backgrounds["validation"]
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,7 +63,9 @@ def test_things_neither_overlap_nor_leave_the_picture(place):
     covered = Counter()
     for top, left, bottom, right in boxes:
         assert 0 <= top < bottom <= SIDE and 0 <= left < right <= SIDE
-        covered.update((y, x) for y in range(top + 1, bottom - 1) for x in range(left + 1, right - 1))
+        covered.update(
+            (y, x) for y in range(top + 1, bottom - 1) for x in range(left + 1, right - 1)
+        )
     assert max(covered.values()) == 1
     for box in boxes:
         assert patches(box) and all(0 <= patch < PATCHES for patch in patches(box))
@@ -94,9 +108,18 @@ def truth(one, text):
         return "yes" if len(named) > 1 else "no"
     if text.startswith("Is there a"):
         return "yes" if both else "no"
-    first, relation, second = re.fullmatch(r"Is the (.+) (left of|right of|above|below) the (.+)\?", text).groups()
-    a, b = (next(thing for thing in one.things if thing.name == name).box for name in (first, second))
-    holds = {"left of": a[1] < b[1], "right of": a[1] > b[1], "above": a[0] < b[0], "below": a[0] > b[0]}
+    first, relation, second = re.fullmatch(
+        r"Is the (.+) (left of|right of|above|below) the (.+)\?", text
+    ).groups()
+    a, b = (
+        next(thing for thing in one.things if thing.name == name).box for name in (first, second)
+    )
+    holds = {
+        "left of": a[1] < b[1],
+        "right of": a[1] > b[1],
+        "above": a[0] < b[0],
+        "below": a[0] > b[0],
+    }
     return "yes" if holds[relation] else "no"
 
 
@@ -114,11 +137,14 @@ def test_targets_show_what_is_asked_about():
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_balanced_questions_have_no_favourite_answer(family):
-    asked = [ask(scene("test", index), family, np.random.default_rng(index)) for index in range(400)]
+    asked = [
+        ask(scene("test", index), family, np.random.default_rng(index)) for index in range(400)
+    ]
     chosen = balanced([question for question in asked if question], 120)
     assert len(chosen) == 120
     counts = Counter(question.answer for question in chosen)
-    # The rarest answers may run out (sizes are asked for less often); the most frequent one must not stand out.
+    # The rarest answers may run out (sizes are asked for less often); the most frequent one must
+    # not stand out.
     assert max(counts.values()) <= 120 / len(counts) * 1.5
 
 

@@ -1,7 +1,8 @@
-"""A real tower whose patch-text similarity is inverted, as OpenAI's CLIP has it: the sign it states sets that right.
+"""A real tower whose patch-text similarity is inverted, as OpenAI's CLIP has it: the sign it states
+sets that right.
 
-`inverted/` was made by `python -m fsr_vllm.testbed.train --plain`; [CLS] alone was trained, patches were left to
-themselves.
+`inverted/` was made by `python -m fsr_vllm.testbed.train --plain`; [CLS] alone was trained, patches
+were left to themselves.
 """
 
 import json
@@ -30,7 +31,9 @@ BUDGET = 16
 
 @pytest.fixture(scope="module")
 def asked():
-    """Signals of held-out pictures, the embedded question about each, and the patches that it is about."""
+    """Signals of held-out pictures, the embedded question about each, and the patches that it is
+    about.
+    """
     clip, tokenizer = load_clip(FOLDER / TEXT_ENCODER)
     pictures = Pictures.of("test", 120)
     places, texts, targets = [], [], []
@@ -57,16 +60,23 @@ def relevance(asked, sign, texts=None):
 
 def pointing(asked, sign):
     """Mean AUC of the relevance on the patches asked about."""
-    found = [towers.auc(row, target) for row, target in zip(relevance(asked, sign), asked[3], strict=True)]
+    found = [
+        towers.auc(row, target)
+        for row, target in zip(relevance(asked, sign), asked[3], strict=True)
+    ]
     return sum(found) / len(found)
 
 
 def kept(asked, sign, texts=None):
     """Share of the patches asked about that served FSR keeps; `texts` instead of the questions."""
     _, signals, _, targets = asked
-    tokens = VisualTokens(signals["metric"], saliency=signals["saliency"], relevance=relevance(asked, sign, texts))
+    tokens = VisualTokens(
+        signals["metric"], saliency=signals["saliency"], relevance=relevance(asked, sign, texts)
+    )
     indices = get_method("fsr", **SERVED_DEFAULTS["fsr"]).prune(tokens, BUDGET).indices.tolist()
-    shares = [len({*row} & {*target}) / len(target) for row, target in zip(indices, targets, strict=True)]
+    shares = [
+        len({*row} & {*target}) / len(target) for row, target in zip(indices, targets, strict=True)
+    ]
     return sum(shares) / len(shares)
 
 
@@ -97,7 +107,9 @@ def test_short_phrases_are_inverted_too():
     with torch.inference_mode():
         maps = F.normalize(towers.look(clip, pixels(pictures.images, "cpu"))[1][0], dim=-1)
         for scene, rows in zip(pictures.scenes, maps, strict=True):
-            texts = towers.encode(clip, towers.tokens(tokenizer, [f"a {thing.name}" for thing in scene.things]))
+            texts = towers.encode(
+                clip, towers.tokens(tokenizer, [f"a {thing.name}" for thing in scene.things])
+            )
             for thing, text in zip(scene.things, texts, strict=True):
                 found.append(towers.auc(rows @ text, list(patches(thing.box))))
     assert len(found) > 60 and sum(found) / len(found) < 0.4

@@ -1,4 +1,6 @@
-"""The training script: a miniature of the whole run from the command line, and going on after it was stopped."""
+"""The training script: a miniature of the whole run from the command line, and going on after it
+was stopped.
+"""
 
 import json
 import subprocess
@@ -38,14 +40,21 @@ def miniature(tmp_path_factory):
 def test_miniature_learns_something(miniature):
     report = json.loads((miniature / "training.json").read_text())
     assert set(report["accuracy"]) == set(FAMILIES)
-    # After so few steps it knows which answers fit a question, no more: an untrained model scores 0.
-    assert np.mean([report["accuracy"][family] for family in ("existence", "count", "relation")]) > 0.35
+    # After so few steps it knows which answers fit a question, no more: an untrained model scores
+    # 0.
+    assert (
+        np.mean([report["accuracy"][family] for family in ("existence", "count", "relation")])
+        > 0.35
+    )
     card = (miniature / "README.md").read_text()
     assert "python -m fsr_vllm.testbed.train" in card and "{" not in card.replace("{0", "")
 
 
 def test_miniature_loads_in_transformers(miniature):
-    for kind, folder in ((LlavaForConditionalGeneration, miniature), (CLIPModel, miniature / "text_encoder")):
+    for kind, folder in (
+        (LlavaForConditionalGeneration, miniature),
+        (CLIPModel, miniature / "text_encoder"),
+    ):
         model, info = kind.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values()), info
         assert next(model.parameters()).dtype == torch.float16
@@ -58,7 +67,11 @@ def test_a_plain_run_gives_a_tower_alone_that_states_its_sign(tmp_path):
     train("--plain", *sizes, "--output", tmp_path / "tower", "--device", "cpu", "--threads", 1)
     report = json.loads((tmp_path / "tower" / "training.json").read_text())
     config = json.loads((tmp_path / "tower" / "text_encoder" / "config.json").read_text())
-    assert config["fsr_relevance_sign"] == report["sign"] == (1 if report["gates"]["relevance"] >= 0.5 else -1)
+    assert (
+        config["fsr_relevance_sign"]
+        == report["sign"]
+        == (1 if report["gates"]["relevance"] >= 0.5 else -1)
+    )
     assert report["recipe"]["plain"] and report["recipe"]["tower_batch"] == 8
     assert not (tmp_path / "tower" / "model.safetensors").exists() and "accuracy" not in report
 
@@ -66,7 +79,9 @@ def test_a_plain_run_gives_a_tower_alone_that_states_its_sign(tmp_path):
 def test_a_finished_run_has_nothing_left_to_do(miniature):
     before = {file: file.read_bytes() for file in miniature.rglob("*.safetensors")}
     done = train("--miniature", "--output", miniature, "--device", "cpu", "--threads", 2)
-    assert "100%|" in done.stderr and "/40 [00:00<?" not in done.stderr.replace("40/40 [00:00<?", "")
+    assert "100%|" in done.stderr and "/40 [00:00<?" not in done.stderr.replace(
+        "40/40 [00:00<?", ""
+    )
     assert {file: file.read_bytes() for file in miniature.rglob("*.safetensors")} == before
 
 
@@ -84,8 +99,12 @@ def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch):
 
     def run(state, stop=None):
         torch.manual_seed(3)
-        module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
-        muon = torch.optim.Muon([module[0].weight, module[2].weight], lr=1e-2, adjust_lr_fn="match_rms_adamw")
+        module = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8)
+        )
+        muon = torch.optim.Muon(
+            [module[0].weight, module[2].weight], lr=1e-2, adjust_lr_fn="match_rms_adamw"
+        )
 
         def draw(step):
             if step == stop:
@@ -120,28 +139,46 @@ def test_packed_questions_are_as_if_alone(tmp_path):
     wording, _ = tokenizers(tmp_path)
     reader = language.Reader(towers.WIDTH, wording.tokenizer.get_vocab_size(), 0).eval()
     features = torch.randn(2, 144, towers.WIDTH, generator=torch.Generator().manual_seed(1))
-    asked = [language.draw(scene("train", index), np.random.default_rng(index), 5) for index in range(2)]
+    asked = [
+        language.draw(scene("train", index), np.random.default_rng(index), 5) for index in range(2)
+    ]
     with torch.no_grad():
         packed = language.Loss(reader, wording)(features, *language.pack(wording, asked))
         alone = []
         for index, questions in enumerate(asked):
             for question in questions:
-                logits = language.next_words(reader, wording, reader.project(features[[index]]), [question.text])
-                alone.append(F.cross_entropy(logits, torch.tensor([wording.answer(question.answer)])))
+                logits = language.next_words(
+                    reader, wording, reader.project(features[[index]]), [question.text]
+                )
+                alone.append(
+                    F.cross_entropy(logits, torch.tensor([wording.answer(question.answer)]))
+                )
         answers = torch.stack(alone).mean()
         weight = language._END_WEIGHT
-        # What the end tokens add is all that is left: it must be a mean of their losses, which one run each gives too.
+        # What the end tokens add is all that is left: it must be a mean of their losses, which one
+        # run each gives too.
         ends = _end_losses(reader, wording, features, asked)
-    torch.testing.assert_close(packed, (answers + weight * ends) / (1 + weight), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        packed, (answers + weight * ends) / (1 + weight), rtol=1e-4, atol=1e-4
+    )
 
 
 def _end_losses(reader, wording, features, asked):
     losses = []
     for index, questions in enumerate(asked):
         for question in questions:
-            ids = torch.tensor([[*wording.question(question.text), wording.answer(question.answer)]])
+            ids = torch.tensor(
+                [[*wording.question(question.text), wording.answer(question.answer)]]
+            )
             embed = reader.llama.model.embed_tokens
-            rows = torch.cat([embed(torch.tensor([wording.head])), reader.project(features[[index]]), embed(ids)], 1)
+            rows = torch.cat(
+                [
+                    embed(torch.tensor([wording.head])),
+                    reader.project(features[[index]]),
+                    embed(ids),
+                ],
+                1,
+            )
             logits = reader.llama(inputs_embeds=rows).logits[:, -1]
             losses.append(F.cross_entropy(logits, torch.tensor([wording.end])))
     return torch.stack(losses).mean()

@@ -1,4 +1,6 @@
-"""The bundled model: what it was trained to be, and accuracy floors that a broken pruner would fall through."""
+"""The bundled model: what it was trained to be, and accuracy floors that a broken pruner would fall
+through.
+"""
 
 import dataclasses
 import json
@@ -44,14 +46,18 @@ def test_the_folder_is_small_and_complete():
     assert report["recipe"]["plain"] is False and "python -m fsr_vllm.testbed.train" in card
     for family, value in report["accuracy"].items():
         assert family in card and f"{100 * value:.1f} %" in card
-    printed = subprocess.run([sys.executable, "-m", "fsr_vllm.cli", "demo-model"], capture_output=True, text=True)
+    printed = subprocess.run(
+        [sys.executable, "-m", "fsr_vllm.cli", "demo-model"], capture_output=True, text=True
+    )
     assert printed.stdout.strip() == str(demo_model())
 
 
 def test_towers_pass_their_gates_on_held_out_scenes():
     clip, tokenizer = load_clip(demo_model() / "text_encoder")
     found = towers.gates(clip, tokenizer, Pictures.of("test", 60))
-    assert found["cls_attention"] > GATES["cls_attention"] and found["relevance"] > GATES["relevance"]
+    assert (
+        found["cls_attention"] > GATES["cls_attention"] and found["relevance"] > GATES["relevance"]
+    )
     assert stated_sign() == 1
 
 
@@ -62,10 +68,15 @@ def test_unpruned_accuracy(bench):
 
 
 def test_pruned_accuracy(bench):
-    """Floors well below what was measured, and well above what truncation or chance selection reach."""
+    """Floors well below what was measured, and well above what truncation or chance selection
+    reach.
+    """
     full, served = mean(bench, bench.off()), SERVED_DEFAULTS.get("fsr", {})
     for budget, least in ((16, 0.55), (32, 0.85)):
-        fsr, chance = mean(bench, bench.method("fsr", budget, served)), mean(bench, bench.method("random", budget))
+        fsr, chance = (
+            mean(bench, bench.method("fsr", budget, served)),
+            mean(bench, bench.method("random", budget)),
+        )
         assert fsr > least * full, budget
         assert fsr > chance + 0.1, budget
         assert fsr > mean(bench, bench.method("none", budget)) + 0.1, budget
@@ -80,10 +91,14 @@ def test_the_demo_asks_in_good_english_which_the_model_understands(bench):
     assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", text) for text in asked)
     rows = [row for row, (_, question) in enumerate(bench.items) if " a orange" in question.text]
     trained, proper = bench.subset(np.array(rows)), bench.subset(np.array(rows))
-    proper.items = [(i, dataclasses.replace(each, text=good_english(each.text))) for i, each in trained.items]
+    proper.items = [
+        (i, dataclasses.replace(each, text=good_english(each.text))) for i, each in trained.items
+    ]
     assert len(rows) > 5 and all(" an orange" in each.text for _, each in proper.items)
     for budget in (16, 32):
-        said = [each.method("fsr", budget, SERVED_DEFAULTS["fsr"]).words for each in (trained, proper)]
+        said = [
+            each.method("fsr", budget, SERVED_DEFAULTS["fsr"]).words for each in (trained, proper)
+        ]
         assert np.mean([a == b for a, b in zip(*said, strict=True)]) > 0.9
 
 
@@ -107,7 +122,12 @@ def test_the_bench_asks_as_transformers_does(bench):
         )
         with torch.inference_mode():
             made = llava.generate(**inputs, max_new_tokens=3, do_sample=False)
-        assert processor.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == word
+        assert (
+            processor.decode(
+                made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            ).strip()
+            == word
+        )
 
 
 @pytest.mark.engine

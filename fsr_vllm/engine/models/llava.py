@@ -16,12 +16,12 @@ _STOCK = compat.stock_factories(LlavaForConditionalGeneration)
 
 
 def unsupported(hf_config: Any) -> str | None:
-    """Why this checkpoint cannot be pruned: FSR's saliency is the attention of a CLIP tower's [CLS] to the patches."""
+    """Why this checkpoint cannot be pruned: FSR's saliency is the attention of a CLIP tower's [CLS]
+    to the patches.
+    """
     tower = hf_config.vision_config.model_type
     if tower != "clip_vision_model":
-        return (
-            f"LlavaForConditionalGeneration with a {tower} vision tower is not supported (supported: clip_vision_model)"
-        )
+        return f"LlavaForConditionalGeneration with a {tower} vision tower is not supported (supported: clip_vision_model)"
     if not isinstance(hf_config.vision_feature_layer, int):
         return "LlavaForConditionalGeneration with several vision feature layers is not supported"
     if hf_config.vision_feature_select_strategy != "default":
@@ -30,7 +30,9 @@ def unsupported(hf_config: Any) -> str | None:
 
 
 def most_tokens(model_config: Any) -> int:
-    """The most visual tokens that an image can have: every image is resized to the tower's one size."""
+    """The most visual tokens that an image can have: every image is resized to the tower's one
+    size.
+    """
     vision = model_config.hf_config.vision_config
     return (vision.image_size // vision.patch_size) ** 2
 
@@ -51,7 +53,9 @@ class FsrLlavaForConditionalGeneration(FsrModelMixin, LlavaForConditionalGenerat
     fsr_unsupported = staticmethod(unsupported)
 
     def fsr_attention(self) -> tuple[list[torch.nn.Module], int]:
-        return compat.tower_attentions(self.vision_tower), self.config.vision_config.num_hidden_layers
+        return compat.tower_attentions(
+            self.vision_tower
+        ), self.config.vision_config.num_hidden_layers
 
     def fsr_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # "full" keeps the [CLS] row at 0; without it this is exactly what the stock model projects.
