@@ -16,8 +16,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from benchmarks.testbed import build_checkpoint, data_url, photos
 from fsr_vllm.demo import ENVIRONMENT, MODEL_NAME, SERVE_OPTIONS, serve
-from fsr_vllm.testbed import build_checkpoint, data_url, photos
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL, BUDGET = 576, 64

@@ -29,8 +29,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from fsr_vllm.demo import ENVIRONMENT, MODEL_NAME, SERVE_OPTIONS, serve
-from fsr_vllm.testbed import demo_model
+from fsr_vllm.demo import ENVIRONMENT, MODEL_NAME, SERVE_OPTIONS, demo_model, serve
 
 from .report import machine
 

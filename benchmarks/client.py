@@ -15,8 +15,8 @@ import numpy as np
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from PIL import Image
 
+from benchmarks.testbed import data_url, photos
 from fsr_vllm.demo import MODEL_NAME
-from fsr_vllm.testbed import data_url, photos
 
 
 def pictures() -> Iterator[str]:

@@ -5,7 +5,7 @@ vanilla against pruned.
 
 Every request brings a picture that no request before it had, so no cache of images helps either
 side. Vanilla is the same server without the plugin. The models are random 576-token LLaVAs of
-fsr_vllm.testbed: around the tiny one times say what the plugin costs, for its language model takes
+benchmarks.testbed: around the tiny one times say what the plugin costs, for its language model takes
 no time; the wide one's prefill takes longer than its vision tower, as that of large models does.
 Writes concurrency-cpu.json and .md into --out.
 """
@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.testbed import build_checkpoint
 from fsr_vllm.demo import SERVE_OPTIONS, serve
-from fsr_vllm.testbed import build_checkpoint
 
 from .client import at_once, connect, pictures, row
 from .report import machine

@@ -25,9 +25,9 @@ from typing import Any
 
 import httpx
 
+from benchmarks.testbed.checkpoint import build_checkpoint
+from benchmarks.testbed.photos import data_url
 from fsr_vllm.demo import MODEL_NAME, SERVE_OPTIONS, serve
-from fsr_vllm.testbed.checkpoint import build_checkpoint
-from fsr_vllm.testbed.photos import data_url
 
 from .queueing import poisson
 from .report import machine

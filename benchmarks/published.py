@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fsr_vllm.testbed.checkpoint import image_processor
-from fsr_vllm.testbed.wording import (
+from benchmarks.testbed.checkpoint import image_processor
+from benchmarks.testbed.wording import (
     CLIP_BOS,
     CLIP_EOS,
     CLIP_LENGTH,

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fsr_vllm.testbed.checkpoint import build_checkpoint
-from fsr_vllm.testbed.photos import photos
+from benchmarks.testbed.checkpoint import build_checkpoint
+from benchmarks.testbed.photos import photos
 
 from .report import machine
 

@@ -33,8 +33,8 @@ from typing import Any
 import httpx
 import torch
 
+from benchmarks.testbed import build_checkpoint
 from fsr_vllm.demo import ENVIRONMENT, MODEL_NAME, serve
-from fsr_vllm.testbed import build_checkpoint
 
 from .client import at_once, connect, pictures, row
 from .published import DTYPE, llava_7b

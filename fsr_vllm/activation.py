@@ -11,8 +11,14 @@ import importlib
 import logging
 from typing import Any
 
-from fsr_vllm import compat, compat_start, compat_version
 from fsr_vllm.cli_args import misplaced_fields, oversized
+from fsr_vllm.compat.engine_args import is_online, with_overrides
+from fsr_vllm.compat.load import watch_load
+from fsr_vllm.compat.outputs import wrap_outputs
+from fsr_vllm.compat.plugins import PLUGIN, named_plugins
+from fsr_vllm.compat.registry import leave_aside, take_up
+from fsr_vllm.compat.resets import wrap_mm_cache_reset
+from fsr_vllm.compat.version import native_field, outside_window, why_inactive
 from fsr_vllm.engine.models import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
@@ -24,18 +30,16 @@ def put_settings(engine_args: Any) -> None:
     """
     from fsr_vllm import params
 
-    given = params.given_settings(
-        engine_args.additional_config, compat.PLUGIN in compat.named_plugins()
-    )
+    given = params.given_settings(engine_args.additional_config, PLUGIN in named_plugins())
     if params.ignoring(given):
         _leave_aside(engine_args)
         return
-    outside = compat_version.outside_window()
+    outside = outside_window()
     if outside:
         if given is not None:
             raise ValueError(outside)
         return
-    compat_start.take_up(FAMILIES)
+    take_up(FAMILIES)
     reason = misplaced_fields(getattr(engine_args, "mm_processor_kwargs", None))
     if reason:
         raise ValueError(f"mm_processor_kwargs: {reason}")
@@ -46,7 +50,7 @@ def put_settings(engine_args: Any) -> None:
 
     inputs.install(unsupported)
     conversation.install(unsupported)
-    if compat.is_online(engine_args):
+    if is_online(engine_args):
         from fsr_vllm.server import requests
 
         requests.install(unsupported, model_alias=settings is not None and settings.model_alias)
@@ -64,9 +68,9 @@ def _settings(given: dict[str, Any] | None) -> Any:
     too_large = oversized(settings)
     if too_large:
         raise ValueError(f"plugin fsr: {too_large}")
-    if not compat_version.native_field():
+    if not native_field():
         return settings
-    reason = compat_version.why_inactive(params.HOW_TO_ACTIVATE)
+    reason = why_inactive(params.HOW_TO_ACTIVATE)
     if settings.prunes_by_default:
         raise ValueError(f"{reason}; without it, the default budget could not be kept")
     logger.warning(
@@ -76,23 +80,23 @@ def _settings(given: dict[str, Any] | None) -> Any:
 
 
 def _activate(engine_args: Any, settings: Any) -> None:
-    from fsr_vllm import compat_caches, compat_surfaces, params
+    from fsr_vllm import params
     from fsr_vllm.engine.extension import with_ours
 
     if settings.adaptive is not None:
         _follow_load(engine_args, settings)
     overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
-    engine_args.hf_overrides = compat.with_overrides(engine_args.hf_overrides, overrides)
+    engine_args.hf_overrides = with_overrides(engine_args.hf_overrides, overrides)
     engine_args.worker_extension_cls = with_ours(engine_args.worker_extension_cls)
-    compat_caches.wrap_mm_cache_reset(_forget_pixels)
-    compat_surfaces.wrap_outputs()
+    wrap_mm_cache_reset(_forget_pixels)
+    wrap_outputs()
 
 
 def _leave_aside(engine_args: Any) -> None:
     """Vanilla vLLM, but for hooks that drop what requests say to us."""
     from fsr_vllm.engine import inputs
 
-    if compat_start.leave_aside():
+    if leave_aside():
         logger.warning(
             "fsr_vllm: left aside (fsr.ignore): vLLM serves every image whole; requests' fsr fields, x-fsr-* headers "
             "and @fsr suffixes of model names are dropped unread, other fsr options are unused"
@@ -100,7 +104,7 @@ def _leave_aside(engine_args: Any) -> None:
     if isinstance(engine_args.mm_processor_kwargs, dict):
         engine_args.mm_processor_kwargs = inputs.without_fields(engine_args.mm_processor_kwargs)
     inputs.install(unsupported)
-    if compat.is_online(engine_args):
+    if is_online(engine_args):
         from fsr_vllm.server import ignored
 
         ignored.install()
@@ -116,7 +120,7 @@ def _follow_load(engine_args: Any, settings: Any) -> None:
     """Let this process follow the load of its engines; ValueError where there is nothing to follow."""
     from fsr_vllm import adaptive
 
-    if not compat.is_online(engine_args):
+    if not is_online(engine_args):
         raise ValueError(
             "fsr.adaptive needs a server: LLM() prepares all its prompts before the first one runs, so there is no "
             "load to follow; set fsr.budget instead"
@@ -125,7 +129,7 @@ def _follow_load(engine_args: Any, settings: Any) -> None:
         raise ValueError(
             "fsr.adaptive reads vLLM's statistics: leave out --disable-log-stats, or set fsr.budget"
         )
-    compat.watch_load(adaptive.start(*settings.adaptive_range))
+    watch_load(adaptive.start(*settings.adaptive_range))
 
 
 def finish_settings(engine_args: Any, model_config: Any) -> None:
@@ -179,7 +183,7 @@ def finish_settings(engine_args: Any, model_config: Any) -> None:
         settings.check_bounds(budget, f"fsr.{option}", settings.tokens_per_image)
     overrides = {params.SETTINGS_KEY: settings.model_dump_json()}
     model_config.hf_config.update(overrides)
-    model_config.hf_overrides = compat.with_overrides(model_config.hf_overrides, overrides)
+    model_config.hf_overrides = with_overrides(model_config.hf_overrides, overrides)
     logger.info("fsr_vllm: %s", in_force(name, settings))
 
 

@@ -13,7 +13,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _demo_model(args: argparse.Namespace) -> int:
-    from fsr_vllm.testbed import demo_model
+    from fsr_vllm.demo import demo_model
 
     print(demo_model())
     return 0

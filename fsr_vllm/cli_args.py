@@ -17,7 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsr_vllm import compat, compat_start, compat_version
+from fsr_vllm.compat.config_files import wrap_config_files
+from fsr_vllm.compat.engine_args import python_front_end_bypassed
+from fsr_vllm.compat.platform import device_memory
+from fsr_vllm.compat.plugins import PLUGIN, enable_plugins, installed_plugins, named_plugins
+from fsr_vllm.compat.version import outside_window
 
 logger = logging.getLogger("vllm.fsr_vllm")
 
@@ -45,14 +49,14 @@ class PluginAction(argparse.Action):
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         names = [name.strip() for name in str(values).split(",") if name.strip()]
-        installed = compat.installed_plugins()
+        installed = installed_plugins()
         for name in names:
             if name not in installed:
                 raise argparse.ArgumentError(
                     self,
                     f"no vLLM plugin named {name!r} is installed (installed: {', '.join(installed)})",
                 )
-        compat.enable_plugins(names)
+        enable_plugins(names)
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), *names])
 
 
@@ -142,7 +146,7 @@ def add_cli_args(parser: Any) -> None:
         group.add_argument(
             no_option, action="store_const", const=_off(name), dest=dest, default=None, help=hidden
         )
-    compat_start.wrap_config_files(no_options)
+    wrap_config_files(no_options)
     parse = parser.parse_known_args
 
     def parse_and_check(*args: Any, **kwargs: Any) -> Any:
@@ -232,12 +236,12 @@ def conflict(args: Any) -> str | None:
         if unfit is not None:
             return f"argument {option(unfit[0])}: {in_options(unfit[1].reason, given)}"
         settings = given_settings(
-            getattr(args, "additional_config", None), compat.PLUGIN in compat.named_plugins()
+            getattr(args, "additional_config", None), PLUGIN in named_plugins()
         )
         reason = misplaced_fields(getattr(args, "mm_processor_kwargs", None))
         if reason:
             return f"argument --mm-processor-kwargs: {reason}"
-        outside = compat_version.outside_window() if settings is not None else None
+        outside = outside_window() if settings is not None else None
         if outside:
             return outside
         if settings is None:
@@ -249,7 +253,7 @@ def conflict(args: Any) -> str | None:
 
 
 def bypass(args: Any) -> str | None:
-    front_end = compat.python_front_end_bypassed(args)
+    front_end = python_front_end_bypassed(args)
     if front_end is None:
         return None
     return (
@@ -290,7 +294,7 @@ def misplaced_fields(mm_processor_kwargs: Any) -> str | None:
 
 def oversized(settings: Any, given: Iterable[str] = ()) -> str | None:
     """Which cache is larger than the memory it would lie in; None if they fit."""
-    device, host = compat_start.device_memory(), host_memory()
+    device, host = device_memory(), host_memory()
     for name, memory, where in (
         (
             "feature_cache_bytes",
@@ -337,10 +341,10 @@ def merge_cli_args(args: Any) -> None:
         return
     given = given_options(args)
     if "fsr" in additional:
-        compat.enable_plugins(
-            [compat.PLUGIN]
+        enable_plugins(
+            [PLUGIN]
         )  # of a server: additional_config alone must also open the HTTP face
-    elif compat.PLUGIN not in compat.named_plugins():
+    elif PLUGIN not in named_plugins():
         return  # all that was given is `off`
     if given:
         args.additional_config = {**additional, "fsr": {**(additional.get("fsr") or {}), **given}}

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import logging
 
-from fsr_vllm import activation, cli_args, compat, compat_scheduler, compat_start, compat_version
+from fsr_vllm import activation, cli_args
+from fsr_vllm.compat.engine_args import wrap_engine_args
+from fsr_vllm.compat.plugins import PLUGIN, named_plugins
+from fsr_vllm.compat.registry import inherited_ignoring, put_models
+from fsr_vllm.compat.scheduler import wrap_scheduler
+from fsr_vllm.compat.version import outside_window
 from fsr_vllm.engine.models import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
@@ -17,12 +22,12 @@ logger = logging.getLogger("vllm.fsr_vllm")
 
 def register() -> None:
     """Entry point `vllm.general_plugins: fsr`."""
-    outside = compat_version.outside_window()
-    if outside is None and not compat_start.inherited_ignoring():
-        compat_start.put_models(FAMILIES)
-        compat_scheduler.wrap_scheduler(activation.limits_encoder)
+    outside = outside_window()
+    if outside is None and not inherited_ignoring():
+        put_models(FAMILIES)
+        wrap_scheduler(activation.limits_encoder)
     try:
-        compat.wrap_engine_args(
+        wrap_engine_args(
             cli_args.add_cli_args,
             cli_args.merge_cli_args,
             activation.put_settings,
@@ -31,6 +36,6 @@ def register() -> None:
     except (ImportError, AttributeError) as error:
         if outside is None:
             raise
-        if compat.PLUGIN in compat.named_plugins():
+        if PLUGIN in named_plugins():
             raise RuntimeError(outside) from error
         logger.warning("fsr_vllm: %s", outside)  # nobody asked for it: vLLM is left as it is

@@ -12,7 +12,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """LLaVA-1.5 architecture, 576 visual tokens, random weights, with its text_encoder/."""
-    from fsr_vllm.testbed import build_checkpoint
+    from benchmarks.testbed import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("checkpoint") / "llava")
 
@@ -20,6 +20,6 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pictures() -> dict[str, str]:
     """Real photographs as data URLs, by name."""
-    from fsr_vllm.testbed import data_url, photos
+    from benchmarks.testbed import data_url, photos
 
     return {name: data_url(image, size=(400, 300)) for name, image in photos().items()}

@@ -8,7 +8,7 @@ import json
 import pytest
 
 import fsr_vllm
-from fsr_vllm import cli_args, compat_start
+from fsr_vllm import cli_args
 from fsr_vllm.params import FieldError, ServerSettings
 
 
@@ -161,7 +161,7 @@ def test_caches_beyond_the_memory_of_the_machine(refused, monkeypatch):
     assert refused("--plugin", "fsr", "--fsr-feature-cache-bytes", "1e12").startswith(
         "--fsr-feature-cache-bytes is "
     )
-    monkeypatch.setattr(compat_start, "device_memory", lambda: 1000)
+    monkeypatch.setattr(cli_args, "device_memory", lambda: 1000)
     message = refused("--plugin", "fsr", "--fsr-feature-cache-bytes", "1001")
     assert (
         message

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from fsr_vllm import compat, compat_caches
+from fsr_vllm.compat.model import tokenizer_of, weight_source
+from fsr_vllm.compat.parallel import broadcast_from_first, has_vision_tower, tensor_parallel_size
+from fsr_vllm.compat.resets import on_runner_reset
 from fsr_vllm.engine.caches import FeatureCache, unpack_plan
 from fsr_vllm.engine.encoder_source import split_revision
 from fsr_vllm.engine.planning import prototype_file, read_settings
@@ -53,10 +55,10 @@ class FsrModelMixin:
         # The scheduler packs images by the rows they leave. The tower must not be handed more at
         # once than it would get unpruned: that is what memory was profiled for.
         self._fsr_tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
-        capacity = settings.feature_cache_bytes if compat_caches.has_vision_tower() else 0
+        capacity = settings.feature_cache_bytes if has_vision_tower() else 0
         self.fsr_cache = FeatureCache(capacity) if capacity else None
-        compat_caches.on_runner_reset(self)
-        tokenizer = functools.partial(compat.tokenizer_of, vllm_config.model_config)
+        on_runner_reset(self)
+        tokenizer = functools.partial(tokenizer_of, vllm_config.model_config)
         self._fsr_words = LlmText(self.language_model, tokenizer, settings.relevance_sign)  # type: ignore[attr-defined]
         self.fsr_text = self._fsr_text_side(
             settings, vllm_config.load_config.load_format == "dummy"
@@ -74,9 +76,7 @@ class FsrModelMixin:
             return None
         if settings.text_encoder == "llm":
             return self._fsr_words
-        self.secondary_weights = [
-            compat.weight_source(*split_revision(settings.text_encoder), WEIGHTS)
-        ]
+        self.secondary_weights = [weight_source(*split_revision(settings.text_encoder), WEIGHTS)]
         return ClipText(settings.text_encoder, settings.relevance_sign, dummy)
 
     # What a family provides
@@ -258,10 +258,10 @@ class FsrModelMixin:
                 validate=False,
             )
             tokens = pruned.tokens
-            if compat.tensor_parallel_size() > 1:
+            if tensor_parallel_size() > 1:
                 # Ranks must not disagree about a near tie. Rank 0's rows settle its choice and what
                 # it merged.
-                tokens = compat.broadcast_from_first(tokens)
+                tokens = broadcast_from_first(tokens)
             for place, kept in zip(places, tokens, strict=True):
                 rows[place] = kept
             self._fsr_count(pruned, len(places) * keep)

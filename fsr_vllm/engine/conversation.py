@@ -11,7 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fsr_vllm import adaptive, compat, compat_surfaces, compat_version
+from fsr_vllm import adaptive
+from fsr_vllm.compat.chat import wrap_chat_rendering
+from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.front_end import image_limit
+from fsr_vllm.compat.version import why_inactive
 from fsr_vllm.engine.inputs import IGNORED_KEY
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
@@ -59,9 +63,9 @@ def install(unsupported: Callable[[Any], str | None]) -> None:
         try:
             return settled(model_config, conversations, given, unsupported)
         except FieldError as error:
-            raise compat.request_error(str(error), error.field) from None
+            raise request_error(str(error), error.field) from None
 
-    compat_surfaces.wrap_chat_rendering(settle)
+    wrap_chat_rendering(settle)
 
 
 def settled(
@@ -80,7 +84,7 @@ def settled(
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return unchanged  # what is ours in it is dropped where all inputs pass
     fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
-    most = compat_surfaces.image_limit(model_config)
+    most = image_limit(model_config)
     wrong = misspelt(given) or next(
         filter(None, (in_messages(messages, most) for messages in conversations)), None
     )
@@ -88,7 +92,7 @@ def settled(
     reason = unsupported(model_config) if text is not None else None
     if text is None or reason:
         if fields or wrong:
-            reason = reason or compat_version.why_inactive(HOW_TO_ACTIVATE)
+            reason = reason or why_inactive(HOW_TO_ACTIVATE)
             name = wrong.field if wrong else min(fields)
             raise FieldError(name, f"{name}: {reason}")
         return unchanged
@@ -132,9 +136,7 @@ def check_lengths(model_config: Any, fields: Mapping[str, Any]) -> None:
     """FieldError for a list with more entries than a prompt may hold images, before any entry is
     looked at.
     """
-    most = (
-        compat_surfaces.image_limit(model_config) or MAX_IMAGES
-    )  # embeddings are let in beyond a limit of 0
+    most = image_limit(model_config) or MAX_IMAGES  # embeddings are let in beyond a limit of 0
     for name in ("fsr_budget", "fsr_question"):
         value = fields.get(name)
         if isinstance(value, (list, tuple)) and len(value) > most:

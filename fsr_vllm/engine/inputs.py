@@ -11,7 +11,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fsr_vllm import compat, compat_inputs, compat_version
+from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.prompts import wrap_offline_parameters, wrap_prompts
+from fsr_vllm.compat.version import why_inactive
 from fsr_vllm.params import HOW_TO_ACTIVATE, SETTINGS_KEY, FieldError, RequestFields, ServerSettings
 from fsr_vllm.params.misplaced import is_ours
 
@@ -31,8 +33,8 @@ def install(unsupported: Callable[[Any], str | None]) -> None:
     def prompt(model_config: Any, given: Mapping[str, Any], has_media: bool) -> Mapping[str, Any]:
         return judged(model_config, given, has_media, unsupported)
 
-    compat_inputs.wrap_prompts(prompt)
-    compat_inputs.wrap_offline_parameters(refuse_extra_args)
+    wrap_prompts(prompt)
+    wrap_offline_parameters(refuse_extra_args)
 
 
 def judged(
@@ -42,7 +44,7 @@ def judged(
     unsupported: Callable[[Any], str | None],
 ) -> Mapping[str, Any]:
     """mm_processor_kwargs of one prompt, as it is to be processed. Errors: as of
-    `compat.request_error`.
+    `errors.request_error`.
     """
     if not any(map(is_ours, given)):
         return given
@@ -52,12 +54,10 @@ def judged(
     if not fields or getattr(model_config.hf_config, IGNORED_KEY, False):
         return without_fields(given)
     text = getattr(model_config.hf_config, SETTINGS_KEY, None)
-    reason = (
-        compat_version.why_inactive(HOW_TO_ACTIVATE) if text is None else unsupported(model_config)
-    )
+    reason = why_inactive(HOW_TO_ACTIVATE) if text is None else unsupported(model_config)
     first = min(fields)
     if reason:
-        raise compat.request_error(f"{first}: {reason}", first)
+        raise request_error(f"{first}: {reason}", first)
     if has_media:
         return given
     # What the plugin derived is not the client's, and is not judged as such.
@@ -65,7 +65,7 @@ def judged(
     try:
         RequestFields.parse(asked, ServerSettings.from_json(text))
     except FieldError as error:
-        raise compat.request_error(str(error), error.field) from None
+        raise request_error(str(error), error.field) from None
     return without_fields(given)
 
 
@@ -79,7 +79,7 @@ def refuse_extra_args(model_config: Any, extra: Mapping[str, Any]) -> None:
         (key for key, value in extra.items() if is_ours(key) and value is not None), default=None
     )
     if name is not None:
-        raise compat.request_error(
+        raise request_error(
             f"{name} is not read in SamplingParams.extra_args: offline it belongs in mm_processor_kwargs, "
             "of the prompt or of LLM.chat",
             name,

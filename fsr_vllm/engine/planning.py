@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.multimodal.processing import ProcessorInputs
 
-from fsr_vllm import compat_identity
+from fsr_vllm.compat.identity import mark
 from fsr_vllm.params import SELECTION_VERSION, SETTINGS_KEY, ImagePlan, ServerSettings
 
 
@@ -51,7 +51,7 @@ def identity(base: str, plan: ImagePlan, settings: ServerSettings, codebook: str
     )
     digest = hashlib.sha256("\0".join(parts).encode())
     digest.update(b"\0" + plan.encode())
-    return compat_identity.mark(plan.total, digest.hexdigest())
+    return mark(plan.total, digest.hexdigest())
 
 
 @dataclasses.dataclass

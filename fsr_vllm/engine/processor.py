@@ -19,8 +19,23 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm import compat, compat_caches, compat_identity, compat_images, compat_version
-from fsr_vllm.compat_surfaces import ADAPTIVE_KEY, RESULT_KEY
+from fsr_vllm.compat.attributes import ADAPTIVE_KEY, RESULT_KEY
+from fsr_vllm.compat.embeddings import embedding_rows
+from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.identity import RESERVED, reserved_uuid
+from fsr_vllm.compat.processing import (
+    hf_kwargs_of,
+    image_hashes,
+    join_images,
+    mm_items_of,
+    owned,
+    processed_data_of,
+    some_images,
+    split_images,
+    with_items,
+    wrap_dummy_inputs,
+)
+from fsr_vllm.compat.version import why_inactive
 from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed
 from fsr_vllm.engine.embeddings import plan_embeddings
@@ -60,7 +75,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.fsr_settings = read_settings(self.info.get_hf_config())
-        compat_caches.wrap_dummy_inputs(self, self._profiled)
+        wrap_dummy_inputs(self, self._profiled)
         self.fsr_counts = {
             "images": 0,
             "pruned_images": 0,
@@ -146,27 +161,18 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         )
 
     def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
-        if (
-            self.fsr_settings is not None
-            and (uuid := compat_identity.reserved_uuid(inputs)) is not None
-        ):
+        if self.fsr_settings is not None and (uuid := reserved_uuid(inputs)) is not None:
             # It would be another image's identity, of another number of rows.
-            raise compat.request_error(
-                f"uuid must not begin with {compat_identity.RESERVED!r}, as the server's own identities do; "
+            raise request_error(
+                f"uuid must not begin with {RESERVED!r}, as the server's own identities do; "
                 f"got {shown(uuid)}",
                 "uuid",
             )
         if not isinstance(inputs, PlannedInputs):
             if (wrong := misspelt(inputs.hf_processor_mm_kwargs)) is not None:
-                inactive = (
-                    compat_version.why_inactive(HOW_TO_ACTIVATE)
-                    if self.fsr_settings is None
-                    else None
-                )
+                inactive = why_inactive(HOW_TO_ACTIVATE) if self.fsr_settings is None else None
                 why = inactive or self.fsr_unsupported
-                raise compat.request_error(
-                    f"{wrong.field}: {why}" if why else str(wrong), wrong.field
-                )
+                raise request_error(f"{wrong.field}: {why}" if why else str(wrong), wrong.field)
             inputs = self._plan_request(inputs)
         result = super().apply(inputs, *args, **kwargs)
         if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
@@ -186,13 +192,13 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return is_cached, missing
 
     def _apply_hf_processor_main(self, *args: Any, **kwargs: Any) -> Any:
-        items = compat.mm_items_of(args, kwargs)
+        items = mm_items_of(args, kwargs)
         plans = getattr(items, "fsr_plans", None)
         if not plans:
             return super()._apply_hf_processor_main(*args, **kwargs)
         result = self._preprocess(items, args, kwargs)
         packed = [pack_plan(key, plan) for key, plan in zip(items.fsr_keys, plans, strict=True)]
-        compat.processed_data_of(result)[PLAN_FIELD] = packed
+        processed_data_of(result)[PLAN_FIELD] = packed
         return result
 
     def _preprocess(self, items: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,9 +217,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             if not by_us or (found[key] is None and key not in keys[:i])
         ]
         if by_us and len(places) < len(keys):
-            some = compat_caches.with_items(
-                args, kwargs, compat_caches.some_images(self.info, items, places)
-            )
+            some = with_items(args, kwargs, some_images(self.info, items, places))
             result = super()._apply_hf_processor_main(*some[0], **some[1])
         else:
             result = super()._apply_hf_processor_main(*args, **kwargs)
@@ -221,14 +225,14 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             self.fsr_counts["preprocessed_images"] += 0 if items.fsr_dummy else len(places)
         if cache is None or not by_us:
             return result
-        data = compat.processed_data_of(result)
-        fields = super()._get_mm_fields_config(data, compat_caches.hf_kwargs_of(args, kwargs))
-        for place, item in zip(places, compat_caches.split_images(data, fields), strict=True):
+        data = processed_data_of(result)
+        fields = super()._get_mm_fields_config(data, hf_kwargs_of(args, kwargs))
+        for place, item in zip(places, split_images(data, fields), strict=True):
             found[keys[place]] = item
-            if (kept := compat_caches.owned(item)) is not None:
+            if (kept := owned(item)) is not None:
                 cache.put(keys[place], *kept)
         if len(places) < len(keys):
-            data.update(compat_caches.join_images([found[key] for key in keys]))
+            data.update(join_images([found[key] for key in keys]))
         return result
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_kwargs: Mapping[str, object]) -> Any:
@@ -252,9 +256,9 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         if self.fsr_settings is None or self.fsr_unsupported:
             why = self.fsr_unsupported
             if self.fsr_settings is None:
-                why = compat_version.why_inactive(HOW_TO_ACTIVATE)
+                why = why_inactive(HOW_TO_ACTIVATE)
             if fields:
-                raise compat.request_error(f"{min(fields)}: {why}", min(fields))
+                raise request_error(f"{min(fields)}: {why}", min(fields))
             return inputs
         images = inputs.mm_data_items.get("image")
         if images is None:
@@ -262,10 +266,10 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         try:
             if isinstance(images, ImageProcessorItems):
                 return self._planned(inputs, fields, derived)
-            rows = compat_images.embedding_rows(images)
+            rows = embedding_rows(images)
             return self._without(inputs, fsr_plans=plan_embeddings(fields, self.fsr_settings, rows))
         except FieldError as error:
-            raise compat.request_error(str(error), error.field) from None
+            raise request_error(str(error), error.field) from None
 
     def _without(self, inputs: ProcessorInputs, **more: Any) -> PlannedInputs:
         """The same inputs without our fields, which are neither the Hugging Face processor's nor
@@ -304,7 +308,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         planned.fsr_adaptive = by_load
         items.fsr_plans, items.fsr_keys, items.fsr_dummy = plans, [None] * count, dummy
         if not dummy and count and (settings.pixel_cache_bytes or settings.feature_cache_bytes):
-            planned.fsr_hashes, images = compat_caches.image_hashes(planned, self.info)
+            planned.fsr_hashes, images = image_hashes(planned, self.info)
             items.fsr_keys = [image_key(image) for image in images]
         return planned
 

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from fsr_vllm import compat
+from fsr_vllm.compat.parallel import (
+    tensor_parallel_gather,
+    tensor_parallel_size,
+    tensor_parallel_sum,
+)
 from fsr_vllm.signals.saliency import attention_map, cls_attention, received_attention
 
 PUBLISHED_DEPTH = 24  # blocks of CLIP ViT-L, in which methods state their layers
@@ -114,12 +118,12 @@ def _query_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Ten
 
 
 def _over_heads(layer: Any, summed: torch.Tensor) -> torch.Tensor:
-    ranks = compat.tensor_parallel_size()
-    return (compat.tensor_parallel_sum(summed) if ranks > 1 else summed) / (layer.num_heads * ranks)
+    ranks = tensor_parallel_size()
+    return (tensor_parallel_sum(summed) if ranks > 1 else summed) / (layer.num_heads * ranks)
 
 
 def _all_heads(value: torch.Tensor) -> torch.Tensor:
-    return compat.tensor_parallel_gather(value) if compat.tensor_parallel_size() > 1 else value
+    return tensor_parallel_gather(value) if tensor_parallel_size() > 1 else value
 
 
 class Clock:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fsr_vllm import compat
+from fsr_vllm.compat.model import embed_text_ids, load_parameter
 from fsr_vllm.engine.encoder_source import read_config, resolved, split_revision
 from fsr_vllm.signals.relevance import (
     clip_relevance,
@@ -151,7 +151,7 @@ class ClipText(nn.Module):
                 ours = f"text.{name.removeprefix('text_model.')}"
         if ours not in self._wanted:
             return None
-        compat.load_parameter(self.get_parameter(ours), tensor)
+        load_parameter(self.get_parameter(ours), tensor)
         self._cache.clear()
         return ours
 
@@ -214,9 +214,7 @@ class LlmText:
         """One row per token of the question, (T, D); T = 0 without a question."""
         ids = plain_ids(self._tokenizer(), text)[:MAX_LLM_TOKENS] if text else []
         device = next(self._language_model.parameters()).device
-        embeds = compat.embed_text_ids(
-            self._language_model, torch.tensor(ids or [0], device=device)
-        )
+        embeds = embed_text_ids(self._language_model, torch.tensor(ids or [0], device=device))
         return embeds[: len(ids)]
 
     def _encode(self, text: str) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fsr_vllm import compat
+from fsr_vllm.compat.front_end import front_end_processor
 
 
 class FsrWorkerExtension:
@@ -41,7 +41,7 @@ def stats(llm: Any) -> dict[str, Any]:
     dict per worker with what was computed (see FsrWorkerExtension.fsr_stats). Errors: ValueError if
     the plugin is not active in this `LLM`.
     """
-    processor = compat.front_end_processor(llm)
+    processor = front_end_processor(llm)
     if getattr(processor, "fsr_settings", None) is None:
         raise ValueError('plugin fsr is not active in this LLM; pass additional_config={"fsr": {}}')
     return {**processor.fsr_stats(), "workers": llm.collective_rpc("fsr_stats")}

@@ -10,7 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from fsr_vllm import __version__, compat_caches
+from fsr_vllm import __version__
+from fsr_vllm.compat.front_end import front_end
 from fsr_vllm.params import SETTINGS_KEY, ServerSettings, build_method, resolve_budget
 
 router = APIRouter(tags=["fsr"])
@@ -19,7 +20,7 @@ router = APIRouter(tags=["fsr"])
 @router.get("/v1/fsr/config")
 async def read_config(request: Request) -> dict[str, Any]:
     """Bounds, defaults, method and text encoder of this server; the same for every client."""
-    model_config, processor = compat_caches.front_end(request.app)
+    model_config, processor = front_end(request.app)
     return described(model_config, processor)
 
 

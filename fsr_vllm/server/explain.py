@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from fsr_vllm import compat_caches
+from fsr_vllm.compat.front_end import ask_workers, engine_has_died, front_end
 from fsr_vllm.server.gate import Unavailable, WorkerGate
 
 router = APIRouter(tags=["fsr"])
@@ -17,8 +17,8 @@ router = APIRouter(tags=["fsr"])
 def open_gate(engine_client: Any) -> WorkerGate:
     """The way to the workers of one API server's engine."""
     return WorkerGate(
-        lambda method, args: compat_caches.ask_workers(engine_client, method, args),
-        lambda: compat_caches.engine_has_died(engine_client),
+        lambda method, args: ask_workers(engine_client, method, args),
+        lambda: engine_has_died(engine_client),
     )
 
 
@@ -44,7 +44,7 @@ async def read_stats(request: Request) -> Any:
     `worker_calls` counts what this server sent to its workers for routes like this one, and what it
     did not have to send or refused to.
     """
-    _, processor = compat_caches.front_end(request.app)
+    _, processor = front_end(request.app)
     stats = getattr(processor, "fsr_stats", dict)
     gate = getattr(request.app.state, "fsr_gate", None)
     if gate is None:  # a server that only renders

@@ -11,7 +11,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from fsr_vllm import __version__, compat_surfaces
+from fsr_vllm import __version__
+from fsr_vllm.compat.http import wrap_model_check, wrap_pooling, wrap_renderer
 from fsr_vllm.engine.inputs import without_fields
 from fsr_vllm.params.misplaced import is_ours
 from fsr_vllm.server.alias import MARK
@@ -28,9 +29,9 @@ async def read_config() -> dict[str, Any]:
 
 def install() -> None:
     """Hook vLLM's serving surfaces, once per process."""
-    compat_surfaces.wrap_renderer(drop_fields, lambda engine_inputs: None)
-    compat_surfaces.wrap_pooling(drop_fields, lambda engine_inputs: None)
-    compat_surfaces.wrap_model_check(drop_suffix, lambda model_config, request, suffix: None)
+    wrap_renderer(drop_fields, lambda engine_inputs: None)
+    wrap_pooling(drop_fields, lambda engine_inputs: None)
+    wrap_model_check(drop_suffix, lambda model_config, request, suffix: None)
 
 
 def drop_fields(renderer: Any, request: Any) -> None:

@@ -14,8 +14,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from fsr_vllm import compat, compat_surfaces, compat_version
 from fsr_vllm.adaptive import LoadMonitor
+from fsr_vllm.compat.attributes import ADAPTIVE_KEY, RESULT_KEY
+from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.front_end import image_limit
+from fsr_vllm.compat.http import wrap_foreign_bodies, wrap_model_check, wrap_pooling, wrap_renderer
+from fsr_vllm.compat.version import why_inactive
 from fsr_vllm.engine import conversation
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
@@ -80,10 +84,10 @@ def install(unsupported: Callable[[Any], str | None], model_alias: bool = False)
     Errors: ValueError if names with a budget are to be served and this vLLM does not let them.
     """
     hook = RequestHook(unsupported)
-    compat_surfaces.wrap_renderer(hook.before, hook.after)
-    compat_surfaces.wrap_pooling(hook.before_body, hook.after)
-    compat_surfaces.wrap_foreign_bodies(hook.note)
-    if not compat_surfaces.wrap_model_check(alias.split, hook.accept) and model_alias:
+    wrap_renderer(hook.before, hook.after)
+    wrap_pooling(hook.before_body, hook.after)
+    wrap_foreign_bodies(hook.note)
+    if not wrap_model_check(alias.split, hook.accept) and model_alias:
         raise ValueError(
             "fsr.model_alias: this version of vLLM checks model names where plugin fsr cannot help it"
         )
@@ -125,7 +129,7 @@ class RequestHook:
             fields = merged(fields, _from_xargs(body.get("vllm_xargs")))
             self._refuse(model_config, min(fields, default=None))
         except FieldError as error:
-            raise compat.request_error(str(error), error.field) from None
+            raise request_error(str(error), error.field) from None
         report = current_report.get()
         if report is not None:
             report.body = fields
@@ -137,14 +141,12 @@ class RequestHook:
             return
         for engine_input in engine_inputs:
             result = (
-                engine_input.get(compat_surfaces.RESULT_KEY, (0, 0))
-                if isinstance(engine_input, dict)
-                else (0, 0)
+                engine_input.get(RESULT_KEY, (0, 0)) if isinstance(engine_input, dict) else (0, 0)
             )
             report.kept += result[0]
             report.total += result[1]
             if isinstance(engine_input, dict):
-                report.adaptive = engine_input.get(compat_surfaces.ADAPTIVE_KEY, report.adaptive)
+                report.adaptive = engine_input.get(ADAPTIVE_KEY, report.adaptive)
 
     def accept(self, model_config: Any, request: Any, suffix: str | None) -> None:
         """After vLLM knows the model: the budget behind its name, and fields that this endpoint
@@ -153,7 +155,7 @@ class RequestHook:
         try:
             alias.accept(model_config, suffix, self.unsupported)
         except FieldError as error:
-            raise compat.request_error(str(error), error.field) from None
+            raise request_error(str(error), error.field) from None
         self._search(model_config, request)
         values = self._checked(model_config, request)
         reason = next(
@@ -164,9 +166,7 @@ class RequestHook:
         if values and reason:
             fallback = HEADER_FIELD if report and report.budget_header is not None else "model"
             name = min(body_fields(request), default=fallback)
-            raise compat.request_error(
-                f"{name}: no budget can be given on this endpoint: {reason}", name
-            )
+            raise request_error(f"{name}: no budget can be given on this endpoint: {reason}", name)
         _count_load()
         if values and report is not None:
             report.body = values  # some endpoints render a request of their own making
@@ -176,17 +176,17 @@ class RequestHook:
         parts are read.
         """
         report = current_report.get()
-        found = misplaced.in_body(request, compat_surfaces.image_limit(model_config))
+        found = misplaced.in_body(request, image_limit(model_config))
         found = found or (report.wrong_header if report else None)
         if found is not None:
             reason = self._reason(model_config)
             message = f"{found.field}: {reason}" if reason else str(found)
-            raise compat.request_error(message, found.field)
+            raise request_error(message, found.field)
 
     def _reason(self, model_config: Any) -> str | None:
         """Why no request of this server can have fields; None if it can."""
         if getattr(model_config.hf_config, SETTINGS_KEY, None) is None:
-            return compat_version.why_inactive(HOW_TO_ACTIVATE)
+            return why_inactive(HOW_TO_ACTIVATE)
         return self.unsupported(model_config)
 
     def _refuse(self, model_config: Any, name: str | None) -> None:
@@ -199,7 +199,7 @@ class RequestHook:
         try:
             return self._values(model_config, request)
         except FieldError as error:
-            raise compat.request_error(str(error), error.field) from None
+            raise request_error(str(error), error.field) from None
 
     def _values(self, model_config: Any, request: Any) -> dict[str, Any]:
         values = body_fields(request)

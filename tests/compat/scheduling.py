@@ -15,7 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from fsr_vllm.compat_identity import mark, unpruned_tokens
+from fsr_vllm.compat.identity import mark, unpruned_tokens
 
 BLOCK = 16
 

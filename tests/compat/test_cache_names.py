@@ -6,7 +6,15 @@ import inspect
 
 import torch
 
-from fsr_vllm import compat_caches
+from fsr_vllm.compat.processing import (
+    _INTERNAL_UUID,
+    hf_kwargs_of,
+    join_images,
+    owned,
+    split_images,
+    with_items,
+)
+from fsr_vllm.compat.resets import _RUNNERS, on_runner_reset
 
 
 def parameters(function):
@@ -24,8 +32,8 @@ def test_identities():
     assert 'f"renderer{self.api_process_rank}-mm-' in inspect.getsource(
         BaseRenderer._process_multimodal
     )
-    assert compat_caches._INTERNAL_UUID.fullmatch("renderer0-mm-12-image-3")
-    assert not compat_caches._INTERNAL_UUID.fullmatch("my-renderer0-mm-12-image-3")
+    assert _INTERNAL_UUID.fullmatch("renderer0-mm-12-image-3")
+    assert not _INTERNAL_UUID.fullmatch("my-renderer0-mm-12-image-3")
 
 
 def test_names_that_clients_give_and_sizes_of_embeddings():
@@ -34,7 +42,7 @@ def test_names_that_clients_give_and_sizes_of_embeddings():
     from vllm.multimodal.parse import ImageEmbeddingItems
     from vllm.multimodal.processing import ProcessorInputs
 
-    from fsr_vllm.compat_images import embedding_rows
+    from fsr_vllm.compat.embeddings import embedding_rows
 
     assert "mm_uuid_items" in {field.name for field in dataclasses.fields(ProcessorInputs)}
     items = ImageEmbeddingItems([torch.zeros(3, 4), torch.zeros(5, 4)], expected_hidden_size=4)
@@ -48,9 +56,9 @@ def test_processor_step():
     names = parameters(BaseMultiModalProcessor._apply_hf_processor_main)
     assert names.index("mm_items") + 1 == names.index("hf_kwargs")
     old, new = MultiModalDataItems({}), MultiModalDataItems({})
-    args, kwargs = compat_caches.with_items((old, {"a": 1}), {}, new)
+    args, kwargs = with_items((old, {"a": 1}), {}, new)
     assert args[0] is new and args[1] == {"a": 1} and kwargs == {}
-    assert compat_caches.hf_kwargs_of((), {"mm_items": old, "hf_kwargs": {"b": 2}}) == {"b": 2}
+    assert hf_kwargs_of((), {"mm_items": old, "hf_kwargs": {"b": 2}}) == {"b": 2}
     assert "validate=False" in inspect.getsource(BaseMultiModalProcessor._get_cache_missing_items)
 
 
@@ -60,14 +68,14 @@ def test_items_of_a_batch_come_apart_and_together():
 
     fields = {"pixel_values": MultiModalFieldConfig.batched("image")}
     batch = BatchFeature({"pixel_values": torch.arange(12.0).view(3, 2, 2)})
-    items = compat_caches.split_images(batch, fields)
-    kept, size = compat_caches.owned(items[1])
+    items = split_images(batch, fields)
+    kept, size = owned(items[1])
     assert (
         size == 16 == kept["pixel_values"].data.untyped_storage().nbytes()
     )  # not a view of all three
-    joined = compat_caches.join_images([items[2], kept, items[2]])
+    joined = join_images([items[2], kept, items[2]])
     assert torch.equal(joined["pixel_values"], batch["pixel_values"][[2, 1, 2]])
-    assert compat_caches.split_images(BatchFeature(), fields) == []
+    assert split_images(BatchFeature(), fields) == []
 
 
 def test_resets_of_both_sides():
@@ -88,7 +96,7 @@ def test_resets_of_both_sides():
 def test_runners_of_both_versions_have_the_resets():
     import importlib
 
-    for module in compat_caches._RUNNERS:
+    for module in _RUNNERS:
         runner = importlib.import_module(module).GPUModelRunner
         source = inspect.getsource(inspect.unwrap(runner.reload_weights))
         assert "self.reset_encoder_cache()" in source
@@ -114,12 +122,10 @@ def test_a_reset_of_a_runner_reaches_the_model(monkeypatch):
         def fsr_forget(self):
             self.forgot += 1
 
-    monkeypatch.setitem(
-        sys.modules, compat_caches._RUNNERS[0], SimpleNamespace(GPUModelRunner=GPUModelRunner)
-    )
+    monkeypatch.setitem(sys.modules, _RUNNERS[0], SimpleNamespace(GPUModelRunner=GPUModelRunner))
     first, second = Model(), Model()
-    compat_caches.on_runner_reset(first)
-    compat_caches.on_runner_reset(second)
+    on_runner_reset(first)
+    on_runner_reset(second)
     assert (GPUModelRunner().reset_encoder_cache(), GPUModelRunner().reset_mm_cache()) == (
         "encoder",
         "mm",

@@ -11,7 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from fsr_vllm import activation, cli_args, compat, plugin
+import fsr_vllm
+from fsr_vllm import activation, cli_args, plugin
+from fsr_vllm.compat import load, plugins
+from fsr_vllm.compat.engine_args import with_overrides
+from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.load import watch_load
+from fsr_vllm.compat.model import weight_source
+from fsr_vllm.compat.plugins import AUTO_GROUPS, ENDPOINT_GROUP, enable_plugins
+from fsr_vllm.compat.processing import stock_factories
 
 
 def parameters(function):
@@ -56,7 +64,7 @@ def test_renderer():
 def test_request_error_is_a_client_error_with_a_field():
     from vllm.exceptions import VLLMValidationError
 
-    error = compat.request_error("fsr_budget is wrong", "fsr_budget")
+    error = request_error("fsr_budget is wrong", "fsr_budget")
     assert isinstance(error, VLLMValidationError) and isinstance(error, ValueError)
     assert error.parameter == "fsr_budget" and "is wrong" in str(error)
 
@@ -66,7 +74,7 @@ def test_processor_hooks():
     from vllm.multimodal.inputs import MultiModalFieldConfig
     from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-    factories = compat.stock_factories(LlavaForConditionalGeneration)
+    factories = stock_factories(LlavaForConditionalGeneration)
     assert (
         callable(factories.info)
         and callable(factories.processor)
@@ -104,7 +112,7 @@ def test_model_parts():
     )
     assert "input_ids" in parameters(LlamaForCausalLM.embed_input_ids)
     assert parameters(GroupCoordinator.broadcast)[1:3] == ["input_", "src"]
-    source = compat.weight_source("somewhere", "c0ffee", "prefix.")
+    source = weight_source("somewhere", "c0ffee", "prefix.")
     assert (source.model_or_path, source.revision, source.prefix) == (
         "somewhere",
         "c0ffee",
@@ -140,21 +148,16 @@ def test_groups_that_load_by_themselves():
     import vllm.plugins as plugins
 
     groups = {value for name, value in vars(plugins).items() if name.endswith("_GROUP")}
-    assert groups == {*compat.AUTO_GROUPS, compat.ENDPOINT_GROUP}
+    assert groups == {*AUTO_GROUPS, ENDPOINT_GROUP}
 
 
 def test_only_compat_names_private_parts_of_vllm():
     """Our subclasses may override single-underscore names of vLLM; calling and patching them is for
     compat alone.
     """
-    for path in Path(compat.__file__).parent.rglob("*.py"):
+    for path in Path(fsr_vllm.__file__).parent.rglob("*.py"):
         text = path.read_text()
-        if path.name not in (
-            "compat.py",
-            "compat_caches.py",
-            "compat_inputs.py",
-            "compat_surfaces.py",
-        ):
+        if path.parent.name != "compat":
             assert "from vllm.v1" not in text and "import vllm.v1" not in text, path
             assert "monkeypatch" not in text and "setattr(EngineArgs" not in text, path
 
@@ -174,23 +177,23 @@ def groups(monkeypatch):
         "vllm.endpoint_plugins": ["fsr", "other"],
     }
     monkeypatch.setattr(
-        compat, "entry_points", lambda group: [entry(name) for name in found.get(group, [])]
+        plugins, "entry_points", lambda group: [entry(name) for name in found.get(group, [])]
     )
 
 
 def test_naming_a_plugin_keeps_all_that_loaded_by_itself(groups, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "")  # so that it is put back, whatever is written to it
     del os.environ["VLLM_PLUGINS"]
-    compat.enable_plugins(["fsr"])
+    enable_plugins(["fsr"])
     named = os.environ["VLLM_PLUGINS"].split(",")
     assert set(named) == {"lora", "board", "fsr"}  # not "other": that would open its endpoint
-    compat.enable_plugins(["fsr"])
+    enable_plugins(["fsr"])
     assert os.environ["VLLM_PLUGINS"].split(",") == named
 
 
 def test_a_set_variable_is_only_added_to(groups, monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "lora")
-    compat.enable_plugins(["fsr", "other"])
+    enable_plugins(["fsr", "other"])
     assert os.environ["VLLM_PLUGINS"] == "lora,fsr,other"
 
 
@@ -257,11 +260,11 @@ def test_load_is_read_where_vllm_records_its_statistics(monkeypatch):
     # Both are put back afterwards, whatever is done to them here.
     monkeypatch.setattr(loggers.StatLoggerManager, "record", stock)
     monkeypatch.setattr(loggers.StatLoggerManager, "_fsr_wrapped", False, raising=False)
-    monkeypatch.setattr(compat, "_load_readers", [])
+    monkeypatch.setattr(load, "_load_readers", [])
     seen, manager = [], object.__new__(loggers.StatLoggerManager)
     manager.stat_loggers = []
     for _ in range(2):  # every engine made in this process calls it
-        compat.watch_load(lambda *figures: seen.append(figures))
+        watch_load(lambda *figures: seen.append(figures))
     stats = SchedulerStats(
         num_running_reqs=3, num_waiting_reqs=2, num_skipped_waiting_reqs=1, kv_cache_usage=0.5
     )
@@ -289,14 +292,14 @@ def upper(config):
 
 
 def test_callable_overrides_are_composed_and_can_be_pickled():
-    composed = compat.with_overrides(upper, {"fsr_settings": "a"})
-    composed = pickle.loads(pickle.dumps(compat.with_overrides(composed, {"fsr_settings": "b"})))
+    composed = with_overrides(upper, {"fsr_settings": "a"})
+    composed = pickle.loads(pickle.dumps(with_overrides(composed, {"fsr_settings": "b"})))
     assert composed({"name": "x"}) == {"name": "X", "fsr_settings": "b"}
-    assert compat.with_overrides({"theirs": 1}, {"fsr_settings": "a"}) == {
+    assert with_overrides({"theirs": 1}, {"fsr_settings": "a"}) == {
         "theirs": 1,
         "fsr_settings": "a",
     }
-    assert compat.with_overrides(None, {"fsr_settings": "a"}) == {"fsr_settings": "a"}
+    assert with_overrides(None, {"fsr_settings": "a"}) == {"fsr_settings": "a"}
 
 
 def test_importing_the_plugin_is_cheap():

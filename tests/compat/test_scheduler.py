@@ -7,8 +7,8 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from fsr_vllm import compat_scheduler
-from fsr_vllm.testbed import demo_model
+from fsr_vllm.compat.scheduler import METHOD, EncoderGate
+from fsr_vllm.demo import demo_model
 
 from .scheduling import make_request, make_scheduler, run, work
 
@@ -39,7 +39,7 @@ def largest(steps):
 
 
 def test_vllms_scheduler_has_what_is_wrapped():
-    stock = inspect.unwrap(getattr(Scheduler, compat_scheduler.METHOD))
+    stock = inspect.unwrap(getattr(Scheduler, METHOD))
     names = list(inspect.signature(stock).parameters)
     assert names[:5] == [
         "self",
@@ -49,7 +49,7 @@ def test_vllms_scheduler_has_what_is_wrapped():
         "encoder_compute_budget",
     ]
     source = inspect.getsource(Scheduler)
-    assert source.count(f"self.{compat_scheduler.METHOD}(") == 2
+    assert source.count(f"self.{METHOD}(") == 2
     assert source.count("encoder_compute_budget = self.max_num_encoder_input_tokens") == 1
     assert source.count("encoder_compute_budget = new_encoder_compute_budget") == 2
     assert "self.encoder_cache_manager.can_allocate(\n" in source
@@ -131,7 +131,7 @@ def test_an_image_that_is_cached_or_repeated_costs_nothing(scheduler):
 def test_an_image_that_is_loaded_from_elsewhere_costs_nothing(scheduler):
     """Stock allows it and charges nothing for it, which shows when it asks for the next one."""
     request = many(2 * FIT)
-    gate = compat_scheduler.EncoderGate(scheduler(), request, STEP)
+    gate = EncoderGate(scheduler(), request, STEP)
     manager = SimpleNamespace(can_allocate=lambda *args: True)
     with gate.over(manager):
         assert all(

@@ -7,7 +7,9 @@ import os
 
 import pytest
 
-from fsr_vllm import activation, compat_start, plugin
+from fsr_vllm import activation, plugin
+from fsr_vllm.compat.platform import device_memory
+from fsr_vllm.compat.registry import IGNORING, put_stock_models, take_up
 from fsr_vllm.engine.inputs import IGNORED_KEY
 from fsr_vllm.engine.models import FAMILIES
 from fsr_vllm.params import SETTINGS_KEY, ServerSettings
@@ -40,7 +42,7 @@ def test_device_memory(monkeypatch):
 
     assert callable(current_platform.get_device_total_memory)
     if current_platform.is_cpu():
-        assert compat_start.device_memory() is None
+        assert device_memory() is None
 
 
 @pytest.fixture
@@ -48,10 +50,10 @@ def registry(monkeypatch):
     """vLLM's registry with the plugin's classes, put back afterwards."""
     from vllm import ModelRegistry
 
-    monkeypatch.setenv(compat_start.IGNORING, "0")
+    monkeypatch.setenv(IGNORING, "0")
     plugin.register()
     yield ModelRegistry
-    compat_start.take_up(FAMILIES)
+    take_up(FAMILIES)
 
 
 def registered(registry):
@@ -59,8 +61,8 @@ def registered(registry):
 
 
 def test_children_of_a_front_end_that_ignores_register_nothing(registry):
-    compat_start.put_stock_models()
-    os.environ[compat_start.IGNORING] = "1"
+    put_stock_models()
+    os.environ[IGNORING] = "1"
     plugin.register()
     assert registered(registry) == ARCHITECTURE
 
@@ -91,7 +93,7 @@ def test_ignoring_is_vllm_as_it_is(registry, checkpoint, monkeypatch, named):
 
     theirs = {"fsr": {"ignore": True, "budget": "nonsense", "text_encoder": "nowhere/at-all"}}
     ignored, processor, hashes = started(theirs, mm_processor_kwargs={"fsr_budget": 32})
-    assert registered(registry) == ARCHITECTURE and os.environ[compat_start.IGNORING] == "1"
+    assert registered(registry) == ARCHITECTURE and os.environ[IGNORING] == "1"
     assert processor.__module__.startswith("vllm.")
     assert ignored.parallel_config.worker_extension_cls == ""
     assert ignored.scheduler_config.get_scheduler_cls().__module__.startswith("vllm.")
@@ -103,7 +105,7 @@ def test_ignoring_is_vllm_as_it_is(registry, checkpoint, monkeypatch, named):
         active, ours, _ = started({"fsr": {}})
         assert (
             registered(registry) == "FsrLlavaForConditionalGeneration"
-            and compat_start.IGNORING not in os.environ
+            and IGNORING not in os.environ
         )
         assert "Fsr" in ours.__name__ and hasattr(active.model_config.hf_config, SETTINGS_KEY)
     assert hashes == started(theirs)[2]

@@ -11,7 +11,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from fsr_vllm import compat, compat_surfaces
+from fsr_vllm.compat import errors, http
+from fsr_vllm.compat.engine_args import GRPC_LAUNCHERS
+from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.front_end import image_limit
+from fsr_vllm.compat.http import FOREIGN_HANDLERS, MODEL_CHECKS, owner, wrap_model_check
 from fsr_vllm.engine.extension import OURS, with_ours
 from fsr_vllm.engine.worker import FsrWorkerExtension
 
@@ -33,9 +37,9 @@ def test_chat_rendering():
     assert "self.model_config =" in inspect.getsource(BaseRenderer.__init__)
 
 
-@pytest.mark.parametrize(("module", "name"), compat_surfaces.MODEL_CHECKS)
+@pytest.mark.parametrize(("module", "name"), MODEL_CHECKS)
 def test_model_checks(module, name):
-    check = compat_surfaces.owner(module, name).__dict__["_check_model"]
+    check = owner(module, name).__dict__["_check_model"]
     assert parameters(check) == ["self", "request"] and inspect.iscoroutinefunction(
         inspect.unwrap(check)
     )
@@ -49,9 +53,9 @@ def test_models_have_names_and_adapters():
         assert "lora_requests" in source and "base_model_paths" in source
 
 
-@pytest.mark.parametrize(("module", "name", "method"), compat_surfaces.FOREIGN_HANDLERS)
+@pytest.mark.parametrize(("module", "name", "method"), FOREIGN_HANDLERS)
 def test_foreign_handlers(module, name, method):
-    cls = compat_surfaces.owner(module, name)
+    cls = owner(module, name)
     if (
         cls is None
     ):  # Cohere's chat endpoint needs a package of its own; vLLM leaves the route out without it
@@ -64,7 +68,7 @@ def test_foreign_handlers(module, name, method):
     handler = cls.__dict__[method]
     assert parameters(handler)[:3] == ["self", "request", "raw_request"]
     assert callable(cls.create_error_response)
-    base = compat_surfaces.owner(*compat_surfaces.MODEL_CHECKS[0])
+    base = owner(*MODEL_CHECKS[0])
     assert issubclass(cls, base) and "self.model_config =" in inspect.getsource(base.__init__)
 
 
@@ -74,8 +78,8 @@ def test_the_limit_of_images():
     assert "multimodal_config" in ModelConfig.__dataclass_fields__
     for limits, images in (({}, 999), ({"image": 3}, 3)):
         config = SimpleNamespace(multimodal_config=MultiModalConfig(limit_per_prompt=limits))
-        assert compat_surfaces.image_limit(config) == images
-    assert compat_surfaces.image_limit(SimpleNamespace(multimodal_config=None)) == 0
+        assert image_limit(config) == images
+    assert image_limit(SimpleNamespace(multimodal_config=None)) == 0
 
 
 def test_pooling():
@@ -113,18 +117,18 @@ def test_request_outputs_are_made_by_their_state():
 
 
 def test_grpc_launchers_are_still_there():
-    assert all(find_spec(name) for name in compat_surfaces.GRPC_LAUNCHERS)
+    assert all(find_spec(name) for name in GRPC_LAUNCHERS)
 
 
 def test_errors_can_be_pickled():
-    error = pickle.loads(pickle.dumps(compat.request_error("wrong", "fsr_budget")))
+    error = pickle.loads(pickle.dumps(request_error("wrong", "fsr_budget")))
     assert (
-        type(error) is compat.FsrRequestError
+        type(error) is errors.FsrRequestError
         and error.parameter == "fsr_budget"
         and "wrong" in str(error)
     )
     with pytest.raises(AttributeError):
-        _ = compat.Nothing
+        _ = errors.Nothing
 
 
 # --- what the wraps do ----------------------------------------------------------------------------
@@ -142,17 +146,15 @@ def test_a_name_that_is_served_is_not_taken_apart(monkeypatch):
         async def _check_model(self, request):
             return None if request.model in ("a@fsr64", "l@fsr1", "base") else "404"
 
-    monkeypatch.setattr(compat_surfaces, "MODEL_CHECKS", (("m", "n"),))
-    monkeypatch.setattr(compat_surfaces, "owner", lambda module, name: Serving)
+    monkeypatch.setattr(http, "MODEL_CHECKS", (("m", "n"),))
+    monkeypatch.setattr(http, "owner", lambda module, name: Serving)
     seen = []
 
     def split(model_config, request):
         request.model, suffix = request.model.split("@fsr")
         return suffix
 
-    assert compat_surfaces.wrap_model_check(
-        split, lambda config, request, note: seen.append((request.model, note))
-    )
+    assert wrap_model_check(split, lambda config, request, note: seen.append((request.model, note)))
     for name in ("a@fsr64", "l@fsr1", "base@fsr2", "other@fsr3"):
         asyncio.run(Serving()._check_model(SimpleNamespace(model=name)))
     assert seen == [
@@ -160,8 +162,8 @@ def test_a_name_that_is_served_is_not_taken_apart(monkeypatch):
         ("l@fsr1", None),
         ("base", "2"),
     ]  # an unknown model is vLLM's own error
-    monkeypatch.setattr(compat_surfaces, "owner", lambda module, name: None)
-    assert not compat_surfaces.wrap_model_check(split, None)
+    monkeypatch.setattr(http, "owner", lambda module, name: None)
+    assert not wrap_model_check(split, None)
 
 
 @pytest.fixture

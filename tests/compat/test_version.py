@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import pytest
 from pydantic import create_model
 
-from fsr_vllm import (
-    activation,
-    cli_args,
-    compat,
-    compat_start,
-    compat_surfaces,
-    compat_version,
-    params,
-    plugin,
+from fsr_vllm import activation, cli_args, params, plugin
+from fsr_vllm.compat import registry
+from fsr_vllm.compat import version as releases
+from fsr_vllm.compat.version import (
+    _NATIVE,
+    ALLOW,
+    native_field,
+    outside_window,
+    vllm_version,
+    why_inactive,
+    window,
 )
 from fsr_vllm.engine.conversation import settled
 from fsr_vllm.server.requests import RequestHook
@@ -22,7 +24,7 @@ from fsr_vllm.server.requests import RequestHook
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.delenv(compat_version.ALLOW, raising=False)
+    monkeypatch.delenv(ALLOW, raising=False)
     monkeypatch.setenv("VLLM_PLUGINS", "lora")
 
 
@@ -35,15 +37,15 @@ def engine_args(fsr=None):
 
 
 def this_is(monkeypatch, version):
-    monkeypatch.setattr(compat_version, "vllm_version", lambda: version)
+    monkeypatch.setattr(releases, "vllm_version", lambda: version)
 
 
 def test_this_vllm_is_inside_and_has_no_budget_of_its_own():
     import vllm.version
 
-    assert compat_version.vllm_version() == vllm.version.__version__
-    assert compat_version.window() and compat_version.outside_window() is None
-    assert compat_version.native_field() is None
+    assert vllm_version() == vllm.version.__version__
+    assert window() and outside_window() is None
+    assert native_field() is None
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,8 @@ def test_this_vllm_is_inside_and_has_no_budget_of_its_own():
 )
 def test_inside(monkeypatch, version):
     this_is(monkeypatch, version)
-    monkeypatch.setattr(compat_version, "window", lambda: "<0.34,>=0.26")
-    assert compat_version.outside_window() is None
+    monkeypatch.setattr(releases, "window", lambda: "<0.34,>=0.26")
+    assert outside_window() is None
 
 
 @pytest.mark.parametrize(
@@ -60,18 +62,18 @@ def test_inside(monkeypatch, version):
 )
 def test_outside_the_message_names_versions_and_ways_out(monkeypatch, version):
     this_is(monkeypatch, version)
-    monkeypatch.setattr(compat_version, "window", lambda: "<0.34,>=0.26")
-    message = compat_version.outside_window()
+    monkeypatch.setattr(releases, "window", lambda: "<0.34,>=0.26")
+    message = outside_window()
     assert (
         message and version in message and "<0.34" in message and "FSR_ALLOW_ANY_VLLM=1" in message
     )
-    monkeypatch.setenv(compat_version.ALLOW, "1")
-    assert compat_version.outside_window() is None
+    monkeypatch.setenv(ALLOW, "1")
+    assert outside_window() is None
 
 
 def test_a_checkout_that_is_not_installed_states_no_window(monkeypatch):
-    monkeypatch.setattr(compat_version, "DISTRIBUTION", "no-such-distribution")
-    assert compat_version.window.__wrapped__() is None
+    monkeypatch.setattr(releases, "DISTRIBUTION", "no-such-distribution")
+    assert window.__wrapped__() is None
 
 
 def test_outside_an_active_plugin_refuses_and_an_inactive_one_does_nothing(monkeypatch):
@@ -79,7 +81,9 @@ def test_outside_an_active_plugin_refuses_and_an_inactive_one_does_nothing(monke
     with pytest.raises(ValueError, match="supports vllm .* this is 0.99.0"):
         activation.put_settings(engine_args(fsr={}))
     inactive = engine_args()
-    monkeypatch.setattr(compat, "is_online", lambda args: pytest.fail("went on to hook requests"))
+    monkeypatch.setattr(
+        activation, "is_online", lambda args: pytest.fail("went on to hook requests")
+    )
     activation.put_settings(inactive)
     assert inactive.hf_overrides == {} and inactive.worker_extension_cls == ""
 
@@ -97,7 +101,7 @@ def test_outside_nothing_is_registered(monkeypatch):
 
     registered = []
     monkeypatch.setattr(vllm.ModelRegistry, "models", {})
-    monkeypatch.setattr(compat_start, "_stock_models", {})
+    monkeypatch.setattr(registry, "_stock_models", {})
     monkeypatch.setattr(
         vllm.ModelRegistry, "register_model", lambda *given: registered.append(given)
     )
@@ -113,7 +117,7 @@ def test_outside_hooks_that_are_gone_stop_only_those_who_asked(monkeypatch):
     def gone(*steps):
         raise AttributeError("EngineArgs has no attribute 'create_model_config'")
 
-    monkeypatch.setattr(compat, "wrap_engine_args", gone)
+    monkeypatch.setattr(plugin, "wrap_engine_args", gone)
     with pytest.raises(AttributeError):
         plugin.register()  # inside the window it is a bug of ours
     this_is(monkeypatch, "0.99.0")
@@ -135,7 +139,7 @@ def native(monkeypatch):
         request = create_model(
             "Request", __base__=ChatCompletionRequest, **{name: (int | None, None)}
         )
-        monkeypatch.setattr(compat_surfaces, "owner", lambda module, cls: request)
+        monkeypatch.setattr(releases, "owner", lambda module, cls: request)
 
     return gains
 
@@ -152,7 +156,7 @@ def native(monkeypatch):
 )
 def test_a_field_that_sets_image_tokens_is_recognised(native, name):
     native(name)
-    assert compat_version.native_field() == name
+    assert native_field() == name
 
 
 @pytest.mark.parametrize(
@@ -160,7 +164,7 @@ def test_a_field_that_sets_image_tokens_is_recognised(native, name):
 )
 def test_another_field_is_not(native, name):
     native(name)
-    assert compat_version.native_field() is None
+    assert native_field() is None
 
 
 def test_no_request_of_this_vllm_has_such_a_field():
@@ -173,17 +177,12 @@ def test_no_request_of_this_vllm_has_such_a_field():
 
     requests = (ChatCompletionRequest, completion.CompletionRequest, responses.ResponsesRequest)
     assert "mm_processor_kwargs" in ChatCompletionRequest.model_fields
-    assert not [
-        name
-        for kind in requests
-        for name in kind.model_fields
-        if compat_version._NATIVE.fullmatch(name)
-    ]
+    assert not [name for kind in requests for name in kind.model_fields if _NATIVE.fullmatch(name)]
 
 
 def test_the_plugin_steps_aside(native, monkeypatch, caplog):
     native("image_token_budget")
-    monkeypatch.setattr(compat, "is_online", lambda args: False)
+    monkeypatch.setattr(activation, "is_online", lambda args: False)
     args = engine_args(fsr={"min_budget": 8})
     with caplog.at_level("WARNING"):
         monkeypatch.setattr(plugin.logger, "propagate", True)
@@ -222,6 +221,6 @@ def test_requests_are_told_which_field_to_use(native):
 
 def test_the_override_prunes_all_the_same(native, monkeypatch):
     native("image_token_budget")
-    monkeypatch.setenv(compat_version.ALLOW, "1")
-    assert compat_version.native_field() is None
-    assert "not active" in compat_version.why_inactive("activate it")
+    monkeypatch.setenv(ALLOW, "1")
+    assert native_field() is None
+    assert "not active" in why_inactive("activate it")

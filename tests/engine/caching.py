@@ -21,7 +21,7 @@ TEXT = "Describe it at length, and say what the people in it do, what they wear,
 
 def pictures():
     """Any number of different images: crops of photographs."""
-    from fsr_vllm.testbed import photos
+    from benchmarks.testbed import photos
 
     originals = list(photos().values())
     for number in itertools.count():

@@ -30,7 +30,7 @@ TOOL_TEMPLATE = (
 
 
 def prompt(images, question, budget):
-    from fsr_vllm.testbed import photos
+    from benchmarks.testbed import photos
 
     pictures = photos()
     asked = {"prompt": "USER: " + "<image> and " * images + f"{question} ASSISTANT:"}
@@ -122,7 +122,7 @@ def tools(llm):
     """
     from vllm import SamplingParams
 
-    from fsr_vllm.testbed import photos
+    from benchmarks.testbed import photos
 
     image = {"type": "image_pil", "image_pil": photos()["chelsea"]}
     messages = [{"role": "user", "content": [image, {"type": "text", "text": WHAT}]}]

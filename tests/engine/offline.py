@@ -18,7 +18,7 @@ import numpy
 import torch
 
 import fsr_vllm
-from fsr_vllm.testbed import data_url
+from benchmarks.testbed import data_url
 
 
 def embedding(part):
@@ -101,7 +101,7 @@ def chat(llm, step, pictures, sampling):
 def main(spec_path: str, out_path: str) -> None:
     from vllm import LLM
 
-    from fsr_vllm.testbed import photos
+    from benchmarks.testbed import photos
 
     spec = json.loads(Path(spec_path).read_text())
     pictures = photos()

@@ -17,7 +17,7 @@ BUDGETS = (4, 12, 24)
 def answers(llm):
     from vllm import SamplingParams
 
-    from fsr_vllm.testbed import photos
+    from benchmarks.testbed import photos
 
     image = photos()["chelsea"]
     prompts = [

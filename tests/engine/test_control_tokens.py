@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from benchmarks.testbed.export import SHIPPED
 from fsr_vllm.engine.text_tower import ClipText, LlmText, plain_ids
-from fsr_vllm.testbed.export import SHIPPED
 
 CLIP = SHIPPED / "text_encoder"
 QUESTION = "what colour is the circle ?"

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from transformers import CLIPConfig, LlavaConfig
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from fsr_vllm import compat
+from fsr_vllm.compat.model import weight_source
 from fsr_vllm.engine.encoder_source import split_revision
 from fsr_vllm.engine.text_tower import ClipText, find_encoder
 
@@ -34,7 +34,7 @@ for encoder in asked:
     try:
         resolved, sign = find_encoder(served, encoder, "auto")
         tower = ClipText(resolved, sign)
-        source = compat.weight_source(*split_revision(resolved), "fsr_text.")
+        source = weight_source(*split_revision(resolved), "fsr_text.")
         weights = dict(DefaultModelLoader(LoadConfig())._get_weights_iterator(source))
         mark = float(weights["fsr_text.visual_projection.weight"].flatten()[0])
         found[encoder] = {"resolved": resolved, "mark": mark, "tokenizer": tower._tokenizer.name_or_path}

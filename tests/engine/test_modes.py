@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsr_vllm.testbed import build_checkpoint
+from benchmarks.testbed import build_checkpoint
 
 from .adapter_files import build_adapter
 from .modes import ASKED, VISUAL

@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
+from benchmarks.testbed import photos
 from fsr_vllm.methods.prototypes import save_prototypes
-from fsr_vllm.testbed import photos
 
 from .configurations import BAD, CONFIGURATIONS, MIXED, PROMPTS, REFUSED, SERVED, WHAT
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsr_vllm.testbed import build_checkpoint
+from benchmarks.testbed import build_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.full]
 

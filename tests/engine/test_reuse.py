@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fsr_vllm.testbed import build_checkpoint
+from benchmarks.testbed import build_checkpoint
 
 from .adapter_files import build_adapter
 from .caching import IMAGES

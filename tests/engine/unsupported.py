@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from fsr_vllm.testbed import photos
+from benchmarks.testbed import photos
 
 ENGINE = {
     "load_format": "dummy", "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4,

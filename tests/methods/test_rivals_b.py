@@ -122,7 +122,7 @@ def test_prumerge(grid, k, options):
 def test_vflowopt(grid, k, threshold, cell):
     rule = lambda x, margin: reference.vflowopt(
         x["features"], x["attention"], grid, k, margin, threshold, cell
-    )  # noqa: E731
+    )
     compare("vflowopt", rule, ("attention",), grid, k, threshold=threshold, cell=cell)
 
 
@@ -133,7 +133,7 @@ def test_quota(grid, k, power, fields):
     n = grid[0] * grid[1]
     rule = lambda x, margin: reference.quota(
         x["frame_weights"], x.get("saliency"), n, k, margin, power
-    )  # noqa: E731
+    )
     compare("quota", rule, fields, grid, k, power=power)
 
 
@@ -172,7 +172,7 @@ def test_sparsevlm(grid, k, t):
 def test_dart(grid, k, options, fields):
     rule = lambda x, margin: reference.dart(
         x["features"], x["probe"], x.get("text"), k, margin, **options
-    )  # noqa: E731
+    )
     compare("dart", rule, fields, grid, k, probe=slice(6), **options)
 
 

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from fsr_vllm.testbed import build_checkpoint
+from benchmarks.testbed import build_checkpoint
 
 from .conftest import KEY, NAME, embedded
 

@@ -213,7 +213,7 @@ def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoin
 
 
 def test_text_model_names_its_architecture(start, tmp_path):
-    from fsr_vllm.testbed import build_text_model
+    from benchmarks.testbed import build_text_model
 
     options = ("--limit-mm-per-prompt", "{}", "--fsr-model-alias")
     with start("text", build_text_model(tmp_path / "text"), *options) as server:
@@ -225,7 +225,7 @@ def test_text_model_names_its_architecture(start, tmp_path):
 
 
 def test_llava_without_clip_names_its_tower(start, tmp_path):
-    from fsr_vllm.testbed import build_clip_less
+    from benchmarks.testbed import build_clip_less
 
     with start("siglip", build_clip_less(tmp_path / "siglip")) as server:
         plain = server.ask("chelsea", WHAT)

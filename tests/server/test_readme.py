@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsr_vllm.demo import ENVIRONMENT, serve
-from fsr_vllm.testbed import demo_model
+from fsr_vllm.demo import ENVIRONMENT, demo_model, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

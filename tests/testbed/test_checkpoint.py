@@ -22,8 +22,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from benchmarks.testbed import build_checkpoint, build_clip_less, build_text_model, data_url, photos
 from fsr_vllm.signals import clip_relevance
-from fsr_vllm.testbed import build_checkpoint, build_clip_less, build_text_model, data_url, photos
 
 QUESTIONS = ["What is this?", "How many cups are on the table?"]
 NEW_TOKENS = 12
@@ -80,7 +80,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def test_same_seed_same_bytes_also_in_another_process(path, tmp_path):
-    code = "import sys; from fsr_vllm.testbed import build_checkpoint as b; b(sys.argv[1]); b(sys.argv[2], seed=1)"
+    code = "import sys; from benchmarks.testbed import build_checkpoint as b; b(sys.argv[1]); b(sys.argv[2], seed=1)"
     folders = [tmp_path / "same", tmp_path / "other"]
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code, *map(str, folders)], check=True, cwd=root)

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks.testbed import stats, tune
+from benchmarks.testbed.evaluate import merged, rows
+from benchmarks.testbed.report import markdown, plot, seeds_markdown
 from fsr_vllm.methods import get_method, methods
-from fsr_vllm.testbed import stats, tune
-from fsr_vllm.testbed.evaluate import merged, rows
-from fsr_vllm.testbed.report import markdown, plot, seeds_markdown
 
 
 def outcome(right):

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsr_vllm.testbed import questions, scenes
-from fsr_vllm.testbed.questions import FAMILIES, ask, balanced
-from fsr_vllm.testbed.scenes import DIGITS, PATCH, PATCHES, SIDE, SPLITS, patches, render, scene
+from benchmarks.testbed import questions, scenes
+from benchmarks.testbed.questions import FAMILIES, ask, balanced
+from benchmarks.testbed.scenes import DIGITS, PATCH, PATCHES, SIDE, SPLITS, patches, render, scene
 
 places = st.tuples(st.sampled_from(SPLITS), st.integers(0, 100_000))
 

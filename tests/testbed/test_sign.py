@@ -1,7 +1,7 @@
 """A real tower whose patch-text similarity is inverted, as OpenAI's CLIP has it: the sign it states
 sets that right.
 
-`inverted/` was made by `python -m fsr_vllm.testbed.train --plain`; [CLS] alone was trained, patches
+`inverted/` was made by `python -m benchmarks.testbed.train --plain`; [CLS] alone was trained, patches
 were left to themselves.
 """
 
@@ -13,17 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.testbed import towers
+from benchmarks.testbed.bench import signals_of
+from benchmarks.testbed.data import Pictures, pixels
+from benchmarks.testbed.export import TEXT_ENCODER, load_clip, stated_sign
+from benchmarks.testbed.questions import ask
+from benchmarks.testbed.scenes import patches
 from fsr_vllm.engine.text_tower import find_encoder
 from fsr_vllm.methods import get_method
 from fsr_vllm.methods.base import VisualTokens
 from fsr_vllm.params import SERVED_DEFAULTS
 from fsr_vllm.signals.relevance import clip_relevance
-from fsr_vllm.testbed import towers
-from fsr_vllm.testbed.bench import signals_of
-from fsr_vllm.testbed.data import Pictures, pixels
-from fsr_vllm.testbed.export import TEXT_ENCODER, load_clip, stated_sign
-from fsr_vllm.testbed.questions import ask
-from fsr_vllm.testbed.scenes import patches
 
 FOLDER = Path(__file__).parent / "inverted"
 BUDGET = 16

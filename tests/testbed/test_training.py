@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoProcessor, AutoTokenizer, CLIPModel, LlavaForConditionalGeneration
 
-from fsr_vllm.testbed import fit as fit_module
-from fsr_vllm.testbed import language, towers
-from fsr_vllm.testbed.export import load, tokenizers
-from fsr_vllm.testbed.fit import adamw, fit
-from fsr_vllm.testbed.questions import FAMILIES
-from fsr_vllm.testbed.scenes import scene
+from benchmarks.testbed import fit as fit_module
+from benchmarks.testbed import language, towers
+from benchmarks.testbed.export import load, tokenizers
+from benchmarks.testbed.fit import adamw, fit
+from benchmarks.testbed.questions import FAMILIES
+from benchmarks.testbed.scenes import scene
 
 ROOT = Path(__file__).parents[2]
 
 
 def train(*options, ok=True):
-    command = [sys.executable, "-m", "fsr_vllm.testbed.train", *map(str, options)]
+    command = [sys.executable, "-m", "benchmarks.testbed.train", *map(str, options)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert (done.returncode == 0) is ok, done.stdout + done.stderr
     return done
@@ -47,7 +47,7 @@ def test_miniature_learns_something(miniature):
         > 0.35
     )
     card = (miniature / "README.md").read_text()
-    assert "python -m fsr_vllm.testbed.train" in card and "{" not in card.replace("{0", "")
+    assert "python -m benchmarks.testbed.train" in card and "{" not in card.replace("{0", "")
 
 
 def test_miniature_loads_in_transformers(miniature):

@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from fsr_vllm.demo import scenes
+from benchmarks.testbed import towers
+from benchmarks.testbed.agreement import agreement
+from benchmarks.testbed.bench import Bench
+from benchmarks.testbed.data import Pictures
+from benchmarks.testbed.export import load_clip, stated_sign
+from benchmarks.testbed.questions import good_english
+from benchmarks.testbed.stats import macro
+from benchmarks.testbed.train import GATES
+from fsr_vllm.demo import demo_model, scenes
 from fsr_vllm.params import SERVED_DEFAULTS
-from fsr_vllm.testbed import demo_model, towers
-from fsr_vllm.testbed.agreement import agreement
-from fsr_vllm.testbed.bench import Bench
-from fsr_vllm.testbed.data import Pictures
-from fsr_vllm.testbed.export import load_clip, stated_sign
-from fsr_vllm.testbed.questions import good_english
-from fsr_vllm.testbed.stats import macro
-from fsr_vllm.testbed.train import GATES
 
 LEARNED = ("attribute", "object", "existence", "scene")
 
@@ -43,7 +43,7 @@ def test_the_folder_is_small_and_complete():
     assert sum(file.stat().st_size for file in files) < 16e6
     card = (demo_model() / "README.md").read_text()
     report = json.loads((demo_model() / "training.json").read_text())
-    assert report["recipe"]["plain"] is False and "python -m fsr_vllm.testbed.train" in card
+    assert report["recipe"]["plain"] is False and "python -m benchmarks.testbed.train" in card
     for family, value in report["accuracy"].items():
         assert family in card and f"{100 * value:.1f} %" in card
     printed = subprocess.run(

@@ -8,11 +8,12 @@ import torch
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from fsr_vllm import compat
+from fsr_vllm.compat.model import tower_attentions
+from fsr_vllm.compat.processing import stock_factories
 from fsr_vllm.engine.adapter import FsrModelMixin
 from fsr_vllm.engine.processor import TAP_SIGNALS, FsrProcessorMixin, processor_factory
 
-_STOCK = compat.stock_factories(LlavaForConditionalGeneration)
+_STOCK = stock_factories(LlavaForConditionalGeneration)
 
 
 def unsupported(hf_config: Any) -> str | None:
@@ -53,9 +54,7 @@ class FsrLlavaForConditionalGeneration(FsrModelMixin, LlavaForConditionalGenerat
     fsr_unsupported = staticmethod(unsupported)
 
     def fsr_attention(self) -> tuple[list[torch.nn.Module], int]:
-        return compat.tower_attentions(
-            self.vision_tower
-        ), self.config.vision_config.num_hidden_layers
+        return tower_attentions(self.vision_tower), self.config.vision_config.num_hidden_layers
 
     def fsr_tower(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # "full" keeps the [CLS] row at 0; without it this is exactly what the stock model projects.

@@ -1,4 +1,4 @@
-"""Accuracy per family and budget of every registered method: `python -m fsr_vllm.testbed.evaluate`.
+"""Accuracy per family and budget of every registered method: `python -m benchmarks.testbed.evaluate`.
 
 Rows: every method as published, every method that has something to tune as tuned on the validation
 split (`tune`), FSR as served, the oracle, and controls: the question replaced, the sign of
@@ -206,13 +206,13 @@ def merged(old: dict[str, Any], new: dict[str, Any], labels: Sequence[str]) -> d
 
 
 def _command(args: argparse.Namespace) -> str:
-    return shlex.join(["python", "-m", "fsr_vllm.testbed.evaluate", *args.given])
+    return shlex.join(["python", "-m", "benchmarks.testbed.evaluate", *args.given])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m fsr_vllm.testbed.evaluate", description=__doc__
+        prog="python -m benchmarks.testbed.evaluate", description=__doc__
     )
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--per-family", type=int, default=1000)

@@ -11,9 +11,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fsr_vllm.compat_identity import unpruned_tokens
-from fsr_vllm.compat_patching import wrap_method
-from fsr_vllm.compat_start import inherited_ignoring
+from fsr_vllm.compat.identity import unpruned_tokens
+from fsr_vllm.compat.patching import wrap_method
+from fsr_vllm.compat.registry import inherited_ignoring
 
 METHOD = "_try_schedule_encoder_inputs"
 

@@ -11,6 +11,8 @@ import os
 import re
 from importlib import metadata
 
+from fsr_vllm.compat.http import owner
+
 ALLOW = "FSR_ALLOW_ANY_VLLM"
 DISTRIBUTION = "fsr-vllm"
 # How a request field would be called that sets the number of an image's tokens, or the share that
@@ -79,7 +81,6 @@ def native_field() -> str | None:
     """
     if allowed_anyway():
         return None
-    from fsr_vllm.compat_surfaces import owner
 
     request = owner("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
     return next(

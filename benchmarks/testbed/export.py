@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import CLIPModel
 
-from . import demo_model, language, towers
+from fsr_vllm.demo import demo_model
+
+from . import language, towers
 from .checkpoint import Weights, image_processor, save_checkpoint
 from .language import Reader, Wording
 from .questions import vocabulary

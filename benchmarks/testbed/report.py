@@ -1,7 +1,7 @@
 """The evaluation as a Markdown table and a plot; several of them, of models of other training
 seeds, as one table:
 
-python -m fsr_vllm.testbed.report accuracy.json accuracy-1.json accuracy-2.json > accuracy-seeds.md
+python -m benchmarks.testbed.report accuracy.json accuracy-1.json accuracy-2.json > accuracy-seeds.md
 """
 
 from __future__ import annotations

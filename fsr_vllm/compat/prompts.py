@@ -1,16 +1,11 @@
-"""The part of `compat` that concerns prompts below any surface: where every input passes, offline
-ones included.
-
-The same rules hold: each entry says why it is needed and when it can go;
-`tests/compat/test_inputs.py` fails when one of them moves.
-"""
+"""Where every prompt passes before it is processed, offline ones included."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fsr_vllm.compat_patching import wrap_method
+from fsr_vllm.compat.patching import wrap_method
 
 # A prompt of vLLM that has been tokenised; an encoder-decoder's consists of two.
 _PARTS = ("encoder_prompt", "decoder_prompt")

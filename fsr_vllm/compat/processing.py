@@ -1,26 +1,44 @@
-"""The part of `compat` that concerns caches: identities of images, what becomes of them, and vLLM's
-own resets.
-
-Same rules as there: each entry says why it is needed, in which versions it was read or run, and
-when it can go.
-"""
+"""The steps of vLLM's multimodal processor and what they hand to one another."""
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import inspect
 import re
-import sys
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 _INTERNAL_UUID = re.compile(r"renderer\d+-mm-\d+-image-\d+")
-_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
-_forget: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def stock_factories(model_class: type) -> Any:
+    """The (info, processor, dummy_inputs) factories a vLLM model class was registered with.
+    Attribute in 0.26-0.33.
+    """
+    return model_class._processor_factory  # type: ignore[attr-defined]
+
+
+def mm_items_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The MultiModalDataItems among the arguments of `_apply_hf_processor_main`, whose signature
+    changed twice.
+    """
+    from vllm.multimodal.parse import MultiModalDataItems
+
+    return next(
+        value for value in (*args, *kwargs.values()) if isinstance(value, MultiModalDataItems)
+    )
+
+
+def processed_data_of(result: Any) -> Any:
+    """The BatchFeature in what `_apply_hf_processor_main` returns: a tuple until 0.28, the data
+    itself since 0.30.
+    """
+    if not isinstance(result, tuple):
+        return result
+    from transformers import BatchFeature
+
+    return next(value for value in result if isinstance(value, BatchFeature))
 
 
 def image_hashes(inputs: Any, info: Any) -> tuple[dict[str, list[str]], list[str]]:
@@ -133,106 +151,3 @@ def wrap_dummy_inputs(processor: Any, plan: Callable[[Any], Any]) -> None:
     processor.dummy_inputs.get_dummy_processor_inputs = lambda *args, **kwargs: plan(
         stock(*args, **kwargs)
     )
-
-
-def wrap_mm_cache_reset(clear: Callable[[Any], None]) -> None:
-    """Call `clear(processor)` whenever a front end clears its multimodal cache; safe to call twice.
-
-    Why: `BaseRenderer.clear_mm_cache` is where /reset_mm_cache, sleep and pause end in the front
-    end, whichever processor cache is in use, none included. To be called before a renderer is made,
-    which binds the method. Run in 0.32; where the method does not exist (it was elsewhere in older
-    versions) nothing is wrapped. Can go when a processor is told of resets.
-    """
-    from vllm.renderers import base
-
-    cls = base.BaseRenderer
-    stock = getattr(cls, "clear_mm_cache", None)
-    if stock is None or getattr(cls, "_fsr_resets", False):
-        return
-
-    @functools.wraps(stock)
-    def clear_mm_cache(self: Any) -> Any:
-        result = stock(self)
-        clear(getattr(self, "mm_processor", None))
-        return result
-
-    cls.clear_mm_cache = clear_mm_cache
-    cls._fsr_resets = True
-
-
-def on_runner_reset(model: Any) -> None:
-    """Have `model.fsr_forget()` called whenever this worker's runner drops encoder outputs or
-    multimodal caches.
-
-    Why: `reset_encoder_cache` and `reset_mm_cache` of the model runner are where vLLM's resets,
-    sleep, pause and reload_weights end in a worker, and none reaches the model. Wrapped on the
-    classes of both runners, of which one is already imported when a model is made. Run in 0.32. Can
-    go when a model is told of resets.
-    """
-    _forget.add(model)
-    for module in _RUNNERS:
-        cls = getattr(sys.modules.get(module), "GPUModelRunner", None)
-        if cls is None or getattr(cls, "_fsr_resets", False):
-            continue
-        for name in ("reset_encoder_cache", "reset_mm_cache"):
-            setattr(cls, name, _and_forget(getattr(cls, name)))
-        cls._fsr_resets = True
-
-
-def _and_forget(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock(self, *args, **kwargs)
-        for model in list(_forget):
-            model.fsr_forget()
-        return result
-
-    return reset
-
-
-def has_vision_tower() -> bool:
-    """Whether this pipeline rank runs the vision tower: the first one does."""
-    from vllm.distributed import get_pp_group
-
-    return get_pp_group().is_first_rank
-
-
-def front_end(app: Any) -> tuple[Any, Any]:
-    """The model config of an API server and its multimodal processor, None where the model has
-    none.
-
-    Why: the app's `state` holds what its routes work with; a server that only renders has no
-    `engine_client`, but an `online_renderer`. Read and run in 0.32. Can go when vLLM hands both to
-    endpoint plugins.
-    """
-    client = getattr(app.state, "engine_client", None)
-    renderer = client.renderer if client is not None else app.state.online_renderer.renderer
-    return renderer.model_config, getattr(renderer, "mm_processor", None)
-
-
-def engine_has_died(client: Any) -> bool:
-    """Whether nothing that is sent to the engine will be answered any more.
-
-    Why: a call that is sent to a dead engine is waited for without end, and keeps the process from
-    exiting. `errored` is what vLLM's own /health and watchdog read. Run in 0.32. Can go when such
-    calls fail.
-    """
-    return bool(client.errored)
-
-
-async def ask_workers(client: Any, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
-    """A method of every worker of every data-parallel engine.
-
-    Why: `collective_rpc` asks all engines and returns the first one's answer alone. The client's
-    `core_engines` and `_call_utility_async` were read in 0.27, 0.30 and 0.32, run in 0.32. Can go
-    when it returns all answers.
-    """
-    core = client.engine_core
-    engines = getattr(core, "core_engines", None) or []
-    if len(engines) < 2:
-        return await client.collective_rpc(method, args=args)
-    calls = (
-        core._call_utility_async("collective_rpc", method, None, args, None, engine=each)
-        for each in engines
-    )
-    return [worker for workers in await asyncio.gather(*calls) for worker in workers]

@@ -1,7 +1,7 @@
 """Hyper-parameters of every method, on the validation split: the same number of tries for each,
 then the best one.
 
-`python -m fsr_vllm.testbed.tune` writes benchmarks/results/tuning.json; `evaluate` reads it. The
+`python -m benchmarks.testbed.tune` writes benchmarks/results/tuning.json; `evaluate` reads it. The
 first try of a method is its published default, the others are drawn from `SPACE` by a fixed seed.
 All tries are run on a part of the questions, the better half of them on three times as many, the
 best quarter on all; what is compared is the mean over families and budgets.
@@ -126,7 +126,7 @@ def _key(method: str, options: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m fsr_vllm.testbed.tune", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.tune", description=__doc__)
     parser.add_argument("--per-family", type=int, default=300)
     parser.add_argument("--methods", nargs="*", default=list(SPACE), choices=list(SPACE))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         "tries": TRIES,
     }
     command = shlex.join(
-        ["python", "-m", "fsr_vllm.testbed.tune", *(sys.argv[1:] if argv is None else argv)]
+        ["python", "-m", "benchmarks.testbed.tune", *(sys.argv[1:] if argv is None else argv)]
     )
     report: dict[str, Any] = {"command": command, **settings, "methods": {}}
     if args.output.exists():

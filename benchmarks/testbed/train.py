@@ -1,4 +1,4 @@
-"""Train the testbed's model: `python -m fsr_vllm.testbed.train`; on a CPU or a GPU, resumable, from
+"""Train the testbed's model: `python -m benchmarks.testbed.train`; on a CPU or a GPU, resumable, from
 fixed seeds.
 
 Scenes, then CLIP's two towers, then (tower frozen) projector and language model on all tokens; the
@@ -203,7 +203,7 @@ def _check_same(recipe: Recipe, work: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status, 1 where a gate or the recipe was not met."""
-    parser = argparse.ArgumentParser(prog="python -m fsr_vllm.testbed.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed.train", description=__doc__)
     parser.add_argument(
         "--output", type=Path, default=Path("out/testbed"), help="folder of the checkpoint"
     )

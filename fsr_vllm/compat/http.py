@@ -1,15 +1,7 @@
-"""The other half of `compat`: names of vLLM's serving surfaces that are wrapped because it offers
-no hook there.
-
-The same rules hold: each entry says why it is needed and when it can go, and
-`tests/compat/test_surfaces.py` fails when one of them moves. Read and run in 0.32; a name that
-another version of the window lacks is passed over, and what depends on it is refused at start
-(`hooked`) or behaves as vLLM does.
-"""
+"""The HTTP surfaces: where a request is parsed and not yet rendered."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import importlib
 import sys
@@ -17,17 +9,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from fsr_vllm import compat, compat_identity
-from fsr_vllm.compat_patching import wrap_method
+from fsr_vllm.compat.errors import request_error_class
+from fsr_vllm.compat.patching import wrap_method
 
-RESULT_KEY = "fsr_visual_tokens"  # (kept, total) on a processed input
-ADAPTIVE_KEY = (
-    "fsr_adaptive"  # the budget that the load gave its images, where the request named none
-)
 MODEL_CHECKS = (
     ("vllm.entrypoints.serve.engine.serving", "BaseServing"),
     ("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing"),
 )
+
+
 # Handlers whose request models drop what they do not know, so that our fields never reach the
 # renderer by themselves.
 FOREIGN_HANDLERS = (
@@ -37,7 +27,6 @@ FOREIGN_HANDLERS = (
     ("vllm.entrypoints.scale_out.render.serving", "ServingRender", "render_messages_request"),
     ("vllm.entrypoints.scale_out.token_in_token_out.serving", "ServingTokens", "serve_tokens"),
 )
-GRPC_LAUNCHERS = ("vllm.entrypoints.launchers.grpc_server", "vllm.entrypoints.grpc_server")
 
 
 def owner(module: str, name: str) -> Any:
@@ -100,64 +89,6 @@ def wrap_renderer(before: Callable[[Any, Any], None], after: Callable[[Any], Non
     cls.preprocess_completion = preprocess_completion
     let_fields_pass(online_renderer)
     cls._fsr_wrapped = True
-
-
-def wrap_chat_rendering(settle: Callable[[Any, Any, Any], Any]) -> None:
-    """Let settle(model_config, conversations, mm_processor_kwargs) say what each conversation's
-    processor is given.
-
-    Why: BaseRenderer.render_chat and render_chat_async are where every surface that has messages
-    ends up, LLM.chat and pooling endpoints included, and the last place that still sees them. Can
-    go when a renderer takes a plugin's hook.
-    """
-    from vllm.renderers.base import BaseRenderer
-
-    def each(renderer: Any, conversations: Any, extras: Any) -> list[Any]:
-        given = (extras or {}).get("mm_processor_kwargs")
-        settled = settle(renderer.model_config, conversations, given)
-        if all(values is given for values in settled):
-            return []
-        return [{**(extras or {}), "mm_processor_kwargs": values} for values in settled]
-
-    def sync(stock: Any) -> Any:
-        def render_chat(
-            self: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
-        ) -> Any:
-            extras = each(self, conversations, prompt_extras)
-            if not extras:
-                return stock(self, conversations, *args, prompt_extras=prompt_extras, **kwargs)
-            pairs = zip(conversations, extras, strict=True)
-            return _joined(
-                [stock(self, [one], *args, prompt_extras=extra, **kwargs) for one, extra in pairs]
-            )
-
-        return render_chat
-
-    def asynchronous(stock: Any) -> Any:
-        async def render_chat_async(
-            self: Any, conversations: Any, *args: Any, prompt_extras: Any = None, **kwargs: Any
-        ) -> Any:
-            extras = each(self, conversations, prompt_extras)
-            if not extras:
-                return await stock(
-                    self, conversations, *args, prompt_extras=prompt_extras, **kwargs
-                )
-            pairs = zip(conversations, extras, strict=True)
-            calls = [
-                stock(self, [one], *args, prompt_extras=extra, **kwargs) for one, extra in pairs
-            ]
-            return _joined(await asyncio.gather(*calls))
-
-        return render_chat_async
-
-    wrap_method(BaseRenderer, "render_chat", sync)
-    wrap_method(BaseRenderer, "render_chat_async", asynchronous)
-
-
-def _joined(results: Any) -> Any:
-    return [one for result in results for one in result[0]], [
-        one for result in results for one in result[1]
-    ]
 
 
 def wrap_model_check(
@@ -243,14 +174,6 @@ def wrap_pooling(prepare: Callable[[Any, Any], None], report: Callable[[Any], No
     let_fields_pass(sys.modules[module])
 
 
-def image_limit(model_config: Any) -> int:
-    """How many images vLLM takes in one prompt; more are refused unread. Attribute and method in
-    0.26-0.33.
-    """
-    multimodal = getattr(model_config, "multimodal_config", None)
-    return 0 if multimodal is None else int(multimodal.get_limit_per_prompt("image"))
-
-
 def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
     """Call note(model_config, body) with the parsed JSON body before these handlers, and answer our
     errors as theirs.
@@ -269,7 +192,7 @@ def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
                 return await stock(
                     self, request, *args, **kwargs
                 )  # not all take a raw request before 0.32
-            except compat.request_error_class() as error:
+            except request_error_class() as error:
                 return self.create_error_response(
                     error
                 )  # raised, it would be logged as a failure of the server
@@ -278,44 +201,3 @@ def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
 
     for module, name, method in FOREIGN_HANDLERS:
         wrap_method(owner(module, name), method, make)
-
-
-def wrap_outputs() -> None:
-    """Put (kept, total) of a request on each of its outputs, as attribute `fsr_visual_tokens`.
-
-    Why: request outputs carry nothing of the processed input but its token ids. RequestState is
-    made of what goes to the engine, and makes the outputs of LLM, LLMEngine and AsyncLLM alike,
-    however the prompt came in. Run in 0.27, 0.28 and 0.30-0.32. Can go when outputs carry what the
-    processor left on its input.
-    """
-    from vllm.v1.engine.output_processor import RequestState
-
-    def begin(stock: Any) -> Any:
-        def from_new_request(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            state = stock(cls, *args, **kwargs)
-            request = kwargs.get("request", args[1] if len(args) > 1 else None)
-            if request is not None:
-                state.fsr_visual_tokens = compat_identity.visual_tokens(request.mm_features)
-            return state
-
-        return from_new_request
-
-    def output(stock: Any) -> Any:
-        def _new_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-            made = stock(self, *args, **kwargs)
-            if hasattr(self, "fsr_visual_tokens"):
-                made.fsr_visual_tokens = self.fsr_visual_tokens
-            return made
-
-        return _new_request_output
-
-    wrap_method(RequestState, "from_new_request", begin)
-    wrap_method(RequestState, "_new_request_output", output)
-
-
-def grpc_launcher_runs() -> bool:
-    """Whether this process is vLLM's stand-alone gRPC server, which has no HTTP side and reads no
-    fields of ours.
-    """
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return getattr(spec, "name", None) in GRPC_LAUNCHERS

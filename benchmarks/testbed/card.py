@@ -15,7 +15,7 @@ pipeline_tag: image-text-to-text
 visual tokens, five layers, the penultimate one is read), a two-layer projector, a Llama of four layers; `text_encoder/`
 holds the whole CLIP. vLLM, transformers and fsr_vllm load this folder as it is. `fsr-vllm demo-model` prints its path.
 
-**Data.** Synthetic scenes (`fsr_vllm/testbed/scenes.py`): coloured shapes, handwritten digits (the UCI set that
+**Data.** Synthetic scenes (`benchmarks/testbed/scenes.py`): coloured shapes, handwritten digits (the UCI set that
 scikit-learn carries, CC BY 4.0), drawn textures and parts of photographs that scikit-image carries. Training,
 validation and test scenes share no seed, no digit image and no part of a photograph.
 
@@ -47,7 +47,7 @@ def model_card(report: dict[str, Any]) -> str:
         **{name: value for name, value in recipe.items() if name not in defaults},
         checked=recipe["checked"],
         parameters=report["parameters"] / 1e6,
-        command="python -m fsr_vllm.testbed.train",
+        command="python -m benchmarks.testbed.train",
         device=report["device"],
         threads=report["threads"],
         tower_minutes=report["seconds"]["towers"] / 60,

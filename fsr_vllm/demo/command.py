@@ -45,11 +45,11 @@ def run(model: str | None = None, log: str | None = None) -> int:
     started = time.monotonic()
     asked = scenes() if model is None else photographs()
     if model is None:
-        from fsr_vllm.testbed import demo_model
+        from fsr_vllm.demo import demo_model
 
         model = str(demo_model())
         print(
-            "Model: the small LLaVA of fsr_vllm.testbed, trained on scenes like these; it never saw these ones."
+            "Model: the small LLaVA of benchmarks.testbed, trained on scenes like these; it never saw these ones."
         )
     with tempfile.TemporaryDirectory(prefix="fsr-demo-") as folder:
         log_path = Path(log or Path(folder) / "server.log")
@@ -74,9 +74,9 @@ def scenes() -> list[Asked]:
     import numpy as np
     from PIL import Image
 
-    from fsr_vllm.testbed.photos import data_url
-    from fsr_vllm.testbed.questions import FAMILIES, ask, good_english
-    from fsr_vllm.testbed.scenes import render, scene
+    from benchmarks.testbed.photos import data_url
+    from benchmarks.testbed.questions import FAMILIES, ask, good_english
+    from benchmarks.testbed.scenes import render, scene
 
     asked = []
     for number, family in enumerate(FAMILIES):
@@ -93,7 +93,7 @@ def scenes() -> list[Asked]:
 
 def photographs() -> list[Asked]:
     """Open questions about photographs, for a model that knows the world."""
-    from fsr_vllm.testbed.photos import data_url, photos
+    from benchmarks.testbed.photos import data_url, photos
 
     pictures = {name: data_url(image, size=(672, 672)) for name, image in photos().items()}
     return [

@@ -1,0 +1,31 @@
+"""Client errors in vLLM's own shape."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def request_error_class() -> type[Exception]:
+    """The class of `request_error`: made when first needed, since importing vllm here would cost
+    every process.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    # Also a ValueError, which VLLMValidationError was until 0.30: offline callers catch that.
+    return type("FsrRequestError", (VLLMValidationError, ValueError), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FsrRequestError":  # how pickle finds it, in whatever process an error arrives
+        return request_error_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def request_error(message: str, field: str) -> Exception:
+    """A client error: HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline; a long
+    name is cut.
+    """
+    message, field = message.replace(field, field[:80]), field[:80]
+    return request_error_class()(message, parameter=field)  # type: ignore[call-arg]
