@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
-from fsr_vllm.compat.attributes import ADAPTIVE_KEY, RESULT_KEY
+from fsr_vllm.compat.attributes import RESULT_KEY
 from fsr_vllm.compat.embeddings import embedding_rows
 from fsr_vllm.compat.errors import request_error
 from fsr_vllm.compat.identity import RESERVED, reserved_uuid
@@ -46,6 +46,7 @@ from fsr_vllm.params import (
     PREFIX,
     FieldError,
     ImagePlan,
+    Report,
     RequestFields,
     resolve,
     served_methods,
@@ -176,9 +177,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             inputs = self._plan_request(inputs)
         result = super().apply(inputs, *args, **kwargs)
         if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
-            result[RESULT_KEY] = self._count(inputs.fsr_plans)
-            if inputs.fsr_adaptive is not None:
-                result[ADAPTIVE_KEY] = inputs.fsr_adaptive
+            result[RESULT_KEY] = Report(*self._count(inputs.fsr_plans), inputs.fsr_adaptive)
         return result
 
     def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:

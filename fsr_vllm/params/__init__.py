@@ -42,6 +42,7 @@ from .travel import (
     REQUEST_KEY,
     Derived,
     FsrRequest,
+    Report,
     own_fields,
     request_of,
     with_request,
@@ -51,7 +52,7 @@ from .wording import cut, did_you_mean, shown
 
 __all__ = [
     "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_IMAGES", "MAX_QUESTION", "MAX_QUESTIONS", "PREFIX",
-    "REQUEST_FIELDS", "REQUEST_KEY", "SELECTION_VERSION", "SERVED_DEFAULTS", "SETTINGS_KEY",
+    "REQUEST_FIELDS", "REQUEST_KEY", "Report", "SELECTION_VERSION", "SERVED_DEFAULTS", "SETTINGS_KEY",
     "Budget", "Derived", "FieldError", "FsrRequest", "ImagePlan", "RequestFields",
     "ServerSettings", "build_method", "check_lengths", "cut", "did_you_mean", "given_settings",
     "ignoring", "own_fields", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range",

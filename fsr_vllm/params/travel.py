@@ -47,6 +47,17 @@ class FsrRequest:
     derived: Derived = Derived()
 
 
+@dataclass(frozen=True)
+class Report:
+    """What became of the visual tokens of one processed input; the processor leaves it on vLLM's
+    result.
+    """
+
+    kept: int = 0
+    total: int = 0
+    by_load: int | None = None  # the budget that the load gave images the request named none for
+
+
 def request_of(values: Mapping[str, Any] | None) -> FsrRequest | None:
     """The request that was parsed already, if these mm_processor_kwargs hold one."""
     found = (values or {}).get(REQUEST_KEY)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fsr_vllm.adaptive import LoadMonitor
-from fsr_vllm.compat.attributes import ADAPTIVE_KEY, RESULT_KEY
+from fsr_vllm.compat.attributes import RESULT_KEY
 from fsr_vllm.compat.errors import request_error
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.http import wrap_foreign_bodies, wrap_model_check, wrap_pooling, wrap_renderer
@@ -26,6 +26,7 @@ from fsr_vllm.params import (
     PREFIX,
     SETTINGS_KEY,
     FieldError,
+    Report,
     RequestFields,
     ServerSettings,
     parse_budget_text,
@@ -140,13 +141,11 @@ class RequestHook:
         if report is None:
             return
         for engine_input in engine_inputs:
-            result = (
-                engine_input.get(RESULT_KEY, (0, 0)) if isinstance(engine_input, dict) else (0, 0)
-            )
-            report.kept += result[0]
-            report.total += result[1]
-            if isinstance(engine_input, dict):
-                report.adaptive = engine_input.get(ADAPTIVE_KEY, report.adaptive)
+            found = engine_input.get(RESULT_KEY) if isinstance(engine_input, dict) else None
+            if isinstance(found, Report):
+                report.kept += found.kept
+                report.total += found.total
+                report.adaptive = found.by_load or report.adaptive
 
     def accept(self, model_config: Any, request: Any, suffix: str | None) -> None:
         """After vLLM knows the model: the budget behind its name, and fields that this endpoint

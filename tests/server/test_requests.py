@@ -8,8 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 from fsr_vllm import adaptive
+from fsr_vllm.compat.attributes import RESULT_KEY
 from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed, settled
-from fsr_vllm.params import MAX_QUESTION, MAX_QUESTIONS, SETTINGS_KEY, RequestFields, ServerSettings
+from fsr_vllm.params import (
+    MAX_QUESTION,
+    MAX_QUESTIONS,
+    SETTINGS_KEY,
+    Report,
+    RequestFields,
+    ServerSettings,
+)
 from fsr_vllm.server import alias
 from fsr_vllm.server.requests import RequestHook, RequestReport, current_report
 
@@ -206,7 +214,7 @@ def test_a_default_that_follows_the_load_stands_in_for_details_without_a_budget(
         assert planned(settings, [{"role": "user", "content": low}]) == ([16], None)
         assert planned(settings, messages, images=2, fsr_budget=500) == (500, None)
         assert report.adaptive is None
-        HOOK.after([{"fsr_visual_tokens": (64, 576), "fsr_adaptive": 64}])
+        HOOK.after([{RESULT_KEY: Report(64, 576, 64)}])
         assert report.adaptive == 64
     finally:
         current_report.reset(token)
@@ -238,15 +246,15 @@ def test_the_report_adds_up_all_inputs_of_a_request():
     try:
         HOOK.after(
             [
-                {"fsr_visual_tokens": (64, 576)},
+                {RESULT_KEY: Report(64, 576)},
                 {"prompt_token_ids": []},
-                {"fsr_visual_tokens": (1, 576)},
+                {RESULT_KEY: Report(1, 576)},
             ]
         )
     finally:
         current_report.reset(token)
     assert (report.kept, report.total) == (65, 1152)
-    HOOK.after([{"fsr_visual_tokens": (64, 576)}])  # outside an HTTP request: nobody to tell
+    HOOK.after([{RESULT_KEY: Report(64, 576)}])  # outside an HTTP request: nobody to tell
 
 
 def test_xargs_and_dropped_bodies_are_read_too():
