@@ -39,7 +39,7 @@ from fsr_vllm.engine.pixel_cache import PixelCache
 from fsr_vllm.engine.planned import PLAN_FIELDS, PlannedInputs, PlannedItems, Plans
 from fsr_vllm.engine.planning import Planner
 from fsr_vllm.engine.wire import image_key, pack_plan
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 from fsr_vllm.params import (
     FsrRequest,
     ImagePlan,
@@ -245,7 +245,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """
         if self.fsr_planner is None:
             return []
-        given, known = self.fsr_planner.signals, methods()
+        given, known = self.fsr_planner.signals, list_methods()
         return [name for name in served_methods() if given.issuperset(known[name].needs)]
 
     def _counted(self, planned: Plans) -> Report:
