@@ -7,12 +7,13 @@ Settled where the messages are rendered, below HTTP: /v1/chat/completions, /v1/r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeAlias
 
 from fsr_vllm.compat.chat import wrap_chat_rendering
 from fsr_vllm.compat.front_end import image_limit
+from fsr_vllm.compat.types import ModelConfig
 from fsr_vllm.engine import messages as read
 from fsr_vllm.engine.inputs import IGNORED_KEY, as_request_errors, requested
 from fsr_vllm.params import (
@@ -33,11 +34,16 @@ from fsr_vllm.params import (
 )
 from fsr_vllm.params.misplaced import in_messages
 
+Given: TypeAlias = Mapping[str, object] | None  # mm_processor_kwargs
+Conversation: TypeAlias = Iterable[object]  # chat messages, as a client or a user wrote them
+
 
 def install() -> None:
     """Hook vLLM's chat rendering, once per process."""
 
-    def settle(model_config: Any, conversations: Any, given: Any) -> Any:
+    def settle(
+        model_config: ModelConfig, conversations: Sequence[Conversation], given: Given
+    ) -> list[Given]:
         with as_request_errors():
             return settled(model_config, conversations, given)
 
@@ -45,8 +51,8 @@ def install() -> None:
 
 
 def settled(
-    model_config: Any, conversations: Sequence[Any], given: Mapping[str, Any] | None
-) -> list[Any]:
+    model_config: ModelConfig, conversations: Sequence[Conversation], given: Given
+) -> list[Given]:
     """mm_processor_kwargs of each conversation: `given` with what its images' questions and details
     are, or `given`.
 
@@ -72,11 +78,11 @@ def settled(
 
 def _settle_one(
     settings: ServerSettings,
-    messages: Any,
-    given: Mapping[str, Any] | None,
+    messages: Conversation,
+    given: Given,
     request: FsrRequest | None,
     most: int,
-) -> Any:
+) -> Given:
     read.materialise(messages)
     count = read.count_images(messages, most)
     if count > most:
@@ -99,7 +105,9 @@ def _settle_one(
     return with_request(given, replace(request, derived=derived))
 
 
-def budgets_by_detail(settings: ServerSettings, messages: Any) -> tuple[Budget | None, ...]:
+def budgets_by_detail(
+    settings: ServerSettings, messages: Conversation
+) -> tuple[Budget | None, ...]:
     """Per image: the budget its `image_url.detail` maps to; empty where no image's detail maps to
     one.
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from fsr_vllm.compat.errors import request_error
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.prompts import wrap_offline_parameters, wrap_prompts
+from fsr_vllm.compat.types import ModelConfig
 from fsr_vllm.params import (
     FieldError,
     FsrRequest,
@@ -40,7 +40,7 @@ def as_request_errors() -> Iterator[None]:
         raise request_error(str(error), error.field) from None
 
 
-def requested(model_config: Any, given: Mapping[str, Any] | None) -> FsrRequest | None:
+def requested(model_config: ModelConfig, given: Mapping[str, object] | None) -> FsrRequest | None:
     """The request in these mm_processor_kwargs, parsed here unless an earlier stage has; None where
     they hold no field of ours.
 
@@ -56,7 +56,7 @@ def requested(model_config: Any, given: Mapping[str, Any] | None) -> FsrRequest 
     return FsrRequest(RequestFields.parse(fields, settings, image_limit(model_config)))
 
 
-def _servable(model_config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _servable(model_config: ModelConfig, given: Mapping[str, object]) -> dict[str, object]:
     """Our fields as a client wrote them; FieldError if this server can have none, or one is spelt
     in another way.
     """
@@ -73,8 +73,8 @@ def _servable(model_config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def judged(
-    model_config: Any, given: Mapping[str, Any], has_media: bool
-) -> Mapping[str, Any]:
+    model_config: ModelConfig, given: Mapping[str, object], has_media: bool
+) -> Mapping[str, object]:
     """mm_processor_kwargs of one prompt, as it is to be processed.
 
     A prompt with media is left to our processor, which judges fields with the images in hand.
@@ -92,7 +92,7 @@ def judged(
     return without_fields(given)
 
 
-def refuse_extra_args(model_config: Any, extra: Mapping[str, Any]) -> None:
+def refuse_extra_args(model_config: ModelConfig, extra: Mapping[str, object]) -> None:
     """Refuse fields in SamplingParams.extra_args, which nobody reads offline; where the plugin is
     left aside they may stay.
     """

@@ -1,14 +1,15 @@
-"""From what a request asks for to one plan per image, and the cache identity that says what is kept."""
+"""From a request's fields to one plan per image, and the cache identity that says what is kept."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fsr_vllm import adaptive
 from fsr_vllm.compat.identity import mark
+from fsr_vllm.compat.types import Items, ProcessingInfo
 from fsr_vllm.params import (
     SELECTION_VERSION,
     Derived,
@@ -38,12 +39,11 @@ def prototype_file(model: str) -> str | None:
 class Planner:
     """Plans the images of one model under one server's settings; it keeps nothing of a prompt."""
 
-    def __init__(self, settings: ServerSettings, family: Family, info: Any) -> None:
+    def __init__(self, settings: ServerSettings, family: Family, info: ProcessingInfo) -> None:
         """`info` is vLLM's processing info. Errors: ValueError if requests that rely on the
         server's defaults could not be served.
         """
-        self.settings = settings
-        self._family, self._info = family, info
+        self.settings, self.family, self.info = settings, family, info
         self.signals = set(family.signals)
         if settings.text_encoder != "none":
             self.signals.add("relevance")
@@ -52,11 +52,11 @@ class Planner:
         if codebook is not None:
             self.signals.add("prototypes")
             digest = hashlib.sha256(Path(codebook).read_bytes()).hexdigest()
-        self._salt = identity_salt(settings, digest)
+        self.salt = identity_salt(settings, digest)
         self._check_defaults()
 
     def plan(
-        self, request: FsrRequest, images: Any, options: Mapping[str, Any]
+        self, request: FsrRequest, images: Items, options: Mapping[str, object]
     ) -> tuple[list[ImagePlan], int | None]:
         """One plan per image, in prompt order; and the default budget, where it follows the load
         and was used. `options` are the Hugging Face processor's.
@@ -64,19 +64,15 @@ class Planner:
         Errors: FieldError where the images cannot have what the client asked for.
         """
         totals = [
-            self._family.total(self._info, images, index, options)
+            self.family.total(self.info, images, index, options)
             for index in range(images.get_count())
         ]
         fields, by_load = completed(self.settings, request.fields, request.derived, totals)
         return resolve(fields, self.settings, totals, self.signals), by_load
 
-    def identities(self, hashes: Sequence[str], plans: Sequence[ImagePlan]) -> list[str]:
-        """Cache identities of planned images, from vLLM's own."""
-        return [identity(base, plan, self._salt) for base, plan in zip(hashes, plans, strict=True)]
-
     def _check_defaults(self) -> None:
         settings = self.settings
-        total = self._family.most_tokens(self._info.get_hf_config())
+        total = self.family.most_tokens(self.info.get_hf_config())
         details = settings.detail_budgets.values()
         for budget in (settings.default_budget, *details, settings.min_budget or 1):
             try:
@@ -115,7 +111,7 @@ def completed(
     What the client did not ask for is brought within the server's range rather than refused.
     """
     derived = derived.of(len(totals))
-    update: dict[str, Any] = {}
+    update: dict[str, object] = {}
     if fields.fsr_question is None and derived.questions:
         update["fsr_question"] = list(derived.questions)
     by_load = None
@@ -130,7 +126,6 @@ def completed(
             for budget, total in zip(budgets, totals, strict=True)
         ]
         update["fsr_budget"] = [
-            min(max(tokens, low), high or total)
-            for tokens, total in zip(kept, totals, strict=True)
+            min(max(tokens, low), high or total) for tokens, total in zip(kept, totals, strict=True)
         ]
     return fields.model_copy(update=update), by_load
