@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fsr_vllm.engine.attention_hook import AttentionLayout
 from fsr_vllm.engine.families.base import Family, WorkerHalf
 from fsr_vllm.engine.types import EncodedImage, ImageFeatures, ImageInput
 from fsr_vllm.engine.wire import unpack_plan
@@ -28,7 +29,7 @@ class FakeWorker(WorkerHalf):
         self.runs = []  # how many images each run of the tower had, and the signals asked for
 
     def attention_layout(self):
-        raise NotImplementedError
+        return AttentionLayout([torch.nn.Identity()], 1)
 
     def inputs(self, kwargs, plans):
         known = [unpack_plan(packed) for packed in plans]
