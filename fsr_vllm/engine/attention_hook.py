@@ -60,8 +60,8 @@ class AttentionHook:
     """Forms signals from the queries and keys of attention layers while the tower runs.
 
     A layer that nobody asks about runs untouched. Values are reduced over heads and over the
-    tensor-parallel group, so that all ranks hold the same. `shallow` are the `shallow_key`s that can
-    be asked for.
+    tensor-parallel group, so that all ranks hold the same. `shallow` are the `shallow_key`s that
+    can be asked for.
     """
 
     def __init__(self, layout: AttentionLayout, shallow: Collection[str]) -> None:

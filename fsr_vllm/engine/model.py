@@ -58,8 +58,8 @@ class FsrModelMixin:
             self.fsr_text = ClipText(path, settings.relevance_sign, dummy)
         relevance = words if settings.text_encoder == "llm" else self.fsr_text
         inputs = Inputs(relevance, words, _prototypes(vllm_config.model_config))
-        # The scheduler packs images by the rows they leave. The tower must not be handed more at once
-        # than it would get unpruned: that is what memory was profiled for.
+        # The scheduler packs images by the rows they leave. The tower must not be handed more at
+        # once than it would get unpruned: that is what memory was profiled for.
         at_once = vllm_config.scheduler_config.max_num_batched_tokens
         self.fsr = Pruner(half(self), settings, inputs, at_once)
         on_runner_reset(self)
@@ -154,7 +154,9 @@ class Pruner:
 
 
 def _prototypes(model_config: Any) -> Tensor | None:
-    """The codebook beside the model, if it has one. Errors: ValueError if its rows are of another width."""
+    """The codebook beside the model, if it has one. Errors: ValueError if its rows are of another
+    width.
+    """
     codebook = prototype_file(model_config.model)
     if codebook is None:
         return None

@@ -194,7 +194,9 @@ class ClipText(nn.Module):
 
 
 class LlmText:
-    """The language model's embeddings of a question: relevance without a text tower, `text` for methods."""
+    """The language model's embeddings of a question: relevance without a text tower, `text` for
+    methods.
+    """
 
     per_patch = False  # relevance speaks of the rows that the language model would get
 

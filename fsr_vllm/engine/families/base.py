@@ -1,9 +1,9 @@
 """The protocol of a model family: what the plugin has to know about a model that it prunes.
 
 A family has two halves. The front half answers for a checkpoint in processes that hold no model: it
-imports no model code. The worker half is made with the model and stands between vLLM's inputs and the
-rows that methods see. `factory` builds the vLLM classes from both; docs/adding-a-family.md says how to
-write one.
+imports no model code. The worker half is made with the model and stands between vLLM's inputs and
+the rows that methods see. `factory` builds the vLLM classes from both; docs/adding-a-family.md says
+how to write one.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Family(ABC):
     def total(self, info: Any, images: Any, index: int, options: Mapping[str, Any]) -> int:
         """Visual tokens N of an image without pruning.
 
-        `info` is vLLM's processing info and `options` are the processor's. An image may come without
-        its pixels, where vLLM has it cached under a `uuid`.
+        `info` is vLLM's processing info and `options` are the processor's. An image may come
+        without its pixels, where vLLM has it cached under a `uuid`.
         """
 
     def shorten(self, placeholder: Any, plan: ImagePlan) -> Any:
@@ -88,8 +88,8 @@ class WorkerHalf(ABC):
 
     @abstractmethod
     def inputs(self, kwargs: Mapping[str, Any], plans: Sequence[Tensor]) -> list[ImageInput]:
-        """One ImageInput per image of what `embed_multimodal` was given; `plans` as `pack_plan` made
-        them.
+        """One ImageInput per image of what `embed_multimodal` was given; `plans` as `pack_plan`
+        made them.
         """
 
     @abstractmethod
@@ -98,7 +98,8 @@ class WorkerHalf(ABC):
 
     @abstractmethod
     def rows(self, features: Sequence[ImageFeatures], wanted: frozenset[str]) -> list[EncodedImage]:
-        """Rows and signals as methods see them; equal images make equal rows, whatever is beside them.
+        """Rows and signals as methods see them; equal images make equal rows, whatever is beside
+        them.
 
         `wanted` are the fields of VisualTokens that some method of the batch reads.
         """
@@ -110,7 +111,7 @@ class WorkerHalf(ABC):
     def finish(self, image: EncodedImage, pruned: PrunedTokens | None) -> Tensor:
         """The rows vLLM gets for the image: the K kept ones, or all N where it is not pruned.
 
-        A copy in the second case: vLLM keeps rows image by image, and a view would keep the memory of
-        the whole batch alive.
+        A copy in the second case: vLLM keeps rows image by image, and a view would keep the memory
+        of the whole batch alive.
         """
         return image.rows.clone() if pruned is None else pruned.tokens

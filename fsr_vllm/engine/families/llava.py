@@ -95,7 +95,8 @@ class LlavaWorker(WorkerHalf):
     def features(self, images: Sequence[ImageInput], wanted: frozenset[str]) -> list[ImageFeatures]:
         pixels = torch.stack([image.pixels["pixel_values"] for image in images])
         with self.hook.reading(wanted) as signals:
-            # "full" keeps the [CLS] row at 0; without it this is exactly what the stock model projects.
+            # "full" keeps the [CLS] row at 0; without it this is exactly what the stock model
+            # projects.
             tower = self.model.vision_tower(pixels, feature_select_strategy="full")
         tensors = {"tower": tower, **signals}
         return [

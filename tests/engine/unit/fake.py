@@ -1,7 +1,7 @@
 """A family without a model: images of tiles, no square grid, newline rows that are no candidates.
 
-An image is (tiles, patches per row, features): each tile's patches lie in rows of the grid, each of which
-ends in a newline row. So no number of an image follows from that of another.
+An image is (tiles, patches per row, features): each tile's patches lie in rows of the grid, each of
+which ends in a newline row. So no number of an image follows from that of another.
 """
 
 from __future__ import annotations

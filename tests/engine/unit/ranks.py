@@ -1,6 +1,7 @@
 """One of two tensor-parallel ranks, run as a program: prunes an image whose saliencies nearly tie.
 
-The rank is told which of two patches comes first; printed are the places and the rows that it ends with.
+The rank is told which of two patches comes first; printed are the places and the rows that it ends
+with.
 """
 
 import json
