@@ -17,7 +17,7 @@ from fsr_vllm.compat.registry import put_models
 from fsr_vllm.compat.scheduler import wrap_scheduler
 from fsr_vllm.compat.state import ACTIVE, IGNORING, state
 from fsr_vllm.compat.version import outside_window
-from fsr_vllm.engine.models import FAMILIES
+from fsr_vllm.engine.families import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
 
