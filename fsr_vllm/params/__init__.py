@@ -29,15 +29,8 @@ from .request import (
     RequestFields,
     check_lengths,
 )
-from .server import (
-    HOW_TO_ACTIVATE,
-    SETTINGS_KEY,
-    ServerSettings,
-    given_settings,
-    ignoring,
-    read_settings,
-    refusal,
-)
+from .server import HOW_TO_ACTIVATE, SETTINGS_KEY, ServerSettings
+from .settings import given_settings, ignoring, read_settings, refusal
 from .travel import (
     REQUEST_KEY,
     Derived,

@@ -33,6 +33,7 @@ class ImagePlan:
 
     @property
     def pruned(self) -> bool:
+        """Whether the image keeps fewer visual tokens than it has."""
         return self.keep < self.total
 
     def encode(self) -> bytes:
@@ -41,13 +42,14 @@ class ImagePlan:
 
     @classmethod
     def decode(cls, data: bytes) -> ImagePlan:
+        """The plan that `encode` wrote."""
         return cls(**json.loads(data))
 
 
 def resolve(
     fields: RequestFields, settings: ServerSettings, totals: Sequence[int], signals: Collection[str]
 ) -> list[ImagePlan]:
-    """One plan per image, in prompt order; `signals` are the inputs this model can give a method."""
+    """One plan per image, in prompt order; `signals` are what this model can give a method."""
     from fsr_vllm.methods.options import beyond_serving
 
     count = len(totals)

@@ -64,7 +64,7 @@ def request_of(values: Mapping[str, Any] | None) -> FsrRequest | None:
     return found if isinstance(found, FsrRequest) else None
 
 
-def own_fields(values: Any) -> dict[str, Any]:
+def own_fields(values: object) -> dict[str, Any]:
     """The fields in our name space as a client wrote them; null counts as absent."""
     given = values if isinstance(values, Mapping) else {}
     return {
