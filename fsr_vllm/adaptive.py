@@ -80,6 +80,7 @@ class AdaptiveBudget:
     """
 
     def __init__(self, low: int, high: int, rule: Rule | None = None) -> None:
+        """A budget at rest, which is `high`."""
         self.levels = budget_levels(low, high)
         self.rule = rule or Rule()
         self.level = 0
@@ -90,6 +91,7 @@ class AdaptiveBudget:
 
     @property
     def budget(self) -> int:
+        """The budget that follows from all that was read so far."""
         return self.levels[self.level]
 
     def update(self, load: Load, now: float) -> int:
@@ -118,8 +120,9 @@ class AdaptiveBudget:
 
 
 class LoadMonitor:
-    """What one process knows of its engines' load, and the budget that follows from it; safe to use
-    from threads.
+    """What one process knows of its engines' load, and the budget that follows from it.
+
+    Safe to use from threads.
     """
 
     def __init__(
@@ -128,7 +131,10 @@ class LoadMonitor:
         high: int,
         rule: Rule | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ):
+    ) -> None:
+        """A monitor that knows of no load yet; it calls `changed` with the budgets before and
+        after.
+        """
         self.policy = AdaptiveBudget(low, high, rule)
         self.changed: Callable[[int, int], None] = lambda before, after: None
         self._clock = clock
@@ -203,9 +209,5 @@ def default_budget(bounds: tuple[int, int] | None) -> int | None:
     """
     if bounds is None:
         return None
-    if _active is None:
-        return bounds[
-            1
-            # a process that serves nothing, such as the engine's, where inputs are made for profiling
-        ]
-    return _active.budget()
+    # A process that serves nothing, such as the engine's, makes its inputs for profiling.
+    return bounds[1] if _active is None else _active.budget()
