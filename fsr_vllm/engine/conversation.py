@@ -7,73 +7,52 @@ Settled where the messages are rendered, below HTTP: /v1/chat/completions, /v1/r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
-from fsr_vllm import adaptive
 from fsr_vllm.compat.chat import wrap_chat_rendering
-from fsr_vllm.compat.errors import request_error
 from fsr_vllm.compat.front_end import image_limit
-from fsr_vllm.compat.version import why_inactive
-from fsr_vllm.engine.inputs import IGNORED_KEY
+from fsr_vllm.compat.types import ModelConfig
+from fsr_vllm.engine import messages as read
+from fsr_vllm.engine.inputs import IGNORED_KEY, as_request_errors, requested
 from fsr_vllm.params import (
-    HOW_TO_ACTIVATE,
-    MAX_IMAGES,
     MAX_QUESTION,
-    PREFIX,
-    SETTINGS_KEY,
     Budget,
+    Derived,
     FieldError,
+    FsrRequest,
     RequestFields,
     ServerSettings,
     per_image,
+    read_settings,
     readable,
-    resolve_budget,
+    refusal,
+    request_of,
+    with_request,
+    without_fields,
 )
-from fsr_vllm.params.misplaced import in_messages, misspelt
-from fsr_vllm.signals import instruction
+from fsr_vllm.params.misplaced import in_messages
 
-DERIVED_KEY = PREFIX + "derived"  # of mm_processor_kwargs, beside the client's own fields
-
-
-@dataclass(frozen=True)
-class Derived:
-    """What the conversation says of its images, one entry per image in prompt order; empty:
-    nothing.
-
-    It travels apart from what the client asked for, and is never judged, or named in an error, as
-    if it were that. A client cannot send one: what comes as JSON under this key is an unknown
-    field.
-    """
-
-    questions: tuple[str, ...] = ()
-    budgets: tuple[Budget | None, ...] = ()  # what `image_url.detail` maps to; None: the default
-
-    def of(self, count: int) -> Derived:
-        """This, if it speaks of `count` images."""
-        same = all(len(entries) in (0, count) for entries in (self.questions, self.budgets))
-        return self if same else Derived()
+Given: TypeAlias = Mapping[str, object] | None  # mm_processor_kwargs
+Conversation: TypeAlias = Iterable[object]  # chat messages, as a client or a user wrote them
 
 
-def install(unsupported: Callable[[Any], str | None]) -> None:
-    """Hook vLLM's chat rendering, once per process; `unsupported` is activation.unsupported."""
+def install() -> None:
+    """Hook vLLM's chat rendering, once per process."""
 
-    def settle(model_config: Any, conversations: Any, given: Any) -> Any:
-        try:
-            return settled(model_config, conversations, given, unsupported)
-        except FieldError as error:
-            raise request_error(str(error), error.field) from None
+    def settle(
+        model_config: ModelConfig, conversations: Sequence[Conversation], given: Given
+    ) -> list[Given]:
+        with as_request_errors():
+            return settled(model_config, conversations, given)
 
     wrap_chat_rendering(settle)
 
 
 def settled(
-    model_config: Any,
-    conversations: Sequence[Any],
-    given: Mapping[str, Any] | None,
-    unsupported: Callable[[Any], str | None],
-) -> list[Any]:
+    model_config: ModelConfig, conversations: Sequence[Conversation], given: Given
+) -> list[Given]:
     """mm_processor_kwargs of each conversation: `given` with what its images' questions and details
     are, or `given`.
 
@@ -83,69 +62,52 @@ def settled(
     unchanged = [given] * len(conversations)
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return unchanged  # what is ours in it is dropped where all inputs pass
-    fields = {k: v for k, v in (given or {}).items() if k.startswith(PREFIX) and v is not None}
     most = image_limit(model_config)
-    wrong = misspelt(given) or next(
-        filter(None, (in_messages(messages, most) for messages in conversations)), None
-    )
-    text = getattr(model_config.hf_config, SETTINGS_KEY, None)
-    reason = unsupported(model_config) if text is not None else None
-    if text is None or reason:
-        if fields or wrong:
-            reason = reason or why_inactive(HOW_TO_ACTIVATE)
-            name = wrong.field if wrong else min(fields)
-            raise FieldError(name, f"{name}: {reason}")
+    # Parsed once for all of them, and for conversations of text alone too, which no processor sees.
+    request = requested(model_config, given)
+    reason = refusal(model_config.hf_config)
+    if request_of(given) is None:  # else a server parsed it, after it had searched the whole body
+        wrong = next(filter(None, (in_messages(each, most) for each in conversations)), None)
+        if wrong is not None:
+            raise FieldError(wrong.field, f"{wrong.field}: {reason}") if reason else wrong
+    settings = read_settings(model_config.hf_config)
+    if settings is None or reason or (request is None and not settings.prunes_by_default):
         return unchanged
-    if wrong:
-        raise wrong
-    settings = ServerSettings.from_json(text)
-    check_lengths(model_config, fields)
-    # Once for all of them, and of text-only conversations too, where no processor would judge them.
-    RequestFields.parse(fields, settings)
-    if not fields and not settings.prunes_by_default:
-        return unchanged
-    return [_settle_one(settings, messages, given, fields, most) for messages in conversations]
+    return [_settle_one(settings, messages, given, request, most) for messages in conversations]
 
 
 def _settle_one(
-    settings: ServerSettings, messages: Any, given: Any, fields: Mapping[str, Any], most: int
-) -> Any:
-    instruction.materialise(messages)
-    count = instruction.count_images(messages, most)
+    settings: ServerSettings,
+    messages: Conversation,
+    given: Given,
+    request: FsrRequest | None,
+    most: int,
+) -> Given:
+    read.materialise(messages)
+    count = read.count_images(messages, most)
     if count > most:
         return given  # vLLM refuses them; nothing is read for what is not served
-    others = {k: v for k, v in (given or {}).items() if not k.startswith(PREFIX)}
-    if not count:
-        return others if fields else given  # text only: nothing to prune
-    for name in (
-        "fsr_budget",
-        "fsr_question",
-    ):  # said here, where the images are counted, rather than at the first one
-        per_image(fields.get(name), count, name)
+    if not count:  # text only: nothing to prune
+        return given if request is None else without_fields(given)
+    request = request or FsrRequest(RequestFields())
+    fields = request.fields
+    # Said here, where the images are counted, rather than at the first of them.
+    per_image(fields.fsr_budget, count, "fsr_budget")
+    per_image(fields.fsr_question, count, "fsr_question")
     questions: list[str] = []
-    if "fsr_question" not in fields:
+    if fields.fsr_question is None:
         # Of a long text the end is read: that is where people put their question.
-        questions = instruction.image_questions(messages, MAX_QUESTION)
+        questions = read.image_questions(messages, MAX_QUESTION)
         legible = {question: readable(question) for question in set(questions)}
         questions = [legible[question] for question in questions]
-    budgets = () if "fsr_budget" in fields else budgets_by_detail(settings, messages)
-    return {**others, **fields, DERIVED_KEY: Derived(tuple(questions), budgets)}
+    budgets = budgets_by_detail(settings, messages) if fields.fsr_budget is None else ()
+    derived = Derived(tuple(questions), budgets)
+    return with_request(given, replace(request, derived=derived))
 
 
-def check_lengths(model_config: Any, fields: Mapping[str, Any]) -> None:
-    """FieldError for a list with more entries than a prompt may hold images, before any entry is
-    looked at.
-    """
-    most = image_limit(model_config) or MAX_IMAGES  # embeddings are let in beyond a limit of 0
-    for name in ("fsr_budget", "fsr_question"):
-        value = fields.get(name)
-        if isinstance(value, (list, tuple)) and len(value) > most:
-            raise FieldError(
-                name, f"{name} has {len(value)} entries; a prompt may hold {most} images"
-            )
-
-
-def budgets_by_detail(settings: ServerSettings, messages: Any) -> tuple[Budget | None, ...]:
+def budgets_by_detail(
+    settings: ServerSettings, messages: Conversation
+) -> tuple[Budget | None, ...]:
     """Per image: the budget its `image_url.detail` maps to; empty where no image's detail maps to
     one.
 
@@ -154,35 +116,7 @@ def budgets_by_detail(settings: ServerSettings, messages: Any) -> tuple[Budget |
     """
     if not settings.detail_budgets:
         return ()
-    details = [detail or "auto" for detail in instruction.image_details(messages)]
+    details = [detail or "auto" for detail in read.image_details(messages)]
     if settings.detail_budgets.keys().isdisjoint(details):
         return ()
     return tuple(settings.detail_budgets.get(detail) for detail in details)
-
-
-def completed(
-    settings: ServerSettings, fields: RequestFields, derived: Derived, totals: Sequence[int]
-) -> tuple[RequestFields, int | None]:
-    """The client's fields with what was derived, and the default budget, where it says nothing; and
-    that default where it follows the load and was used.
-
-    What the client did not ask for is brought within the server's range rather than refused.
-    """
-    derived = derived.of(len(totals))
-    update: dict[str, Any] = {}
-    if fields.fsr_question is None and derived.questions:
-        update["fsr_question"] = list(derived.questions)
-    by_load = None
-    if fields.fsr_budget is None and totals:
-        budgets = derived.budgets or (None,) * len(totals)
-        by_load = adaptive.default_budget(settings.adaptive_range) if None in budgets else None
-        default = by_load or settings.default_budget
-        low, high = settings.min_budget or 1, settings.max_budget
-        update["fsr_budget"] = [
-            min(
-                max(resolve_budget(default if budget is None else budget, total), low),
-                high or total,
-            )
-            for budget, total in zip(budgets, totals, strict=True)
-        ]
-    return fields.model_copy(update=update), by_load

@@ -1,77 +1,100 @@
-"""Fields of ours on prompts that no surface has judged: refused where they cannot be honoured,
-never ignored.
-
-A prompt with images for one of our own processors is left to that processor, which judges it with
-the images in hand.
+"""What mm_processor_kwargs ask of us, on every way to a processor: fields are parsed once, and
+refused where they cannot be honoured, never ignored.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.prompts import wrap_offline_parameters, wrap_prompts
-from fsr_vllm.compat.version import why_inactive
-from fsr_vllm.params import HOW_TO_ACTIVATE, SETTINGS_KEY, FieldError, RequestFields, ServerSettings
-from fsr_vllm.params.misplaced import is_ours
+from fsr_vllm.compat.types import ModelConfig
+from fsr_vllm.params import (
+    FieldError,
+    FsrRequest,
+    RequestFields,
+    read_settings,
+    refusal,
+    request_of,
+    without_fields,
+)
+from fsr_vllm.params.misplaced import is_ours, misspelt
 
 IGNORED_KEY = "fsr_ignored"  # of the model config in a front end: drop fsr fields, prune nothing
 
 
-def without_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without our fields."""
-    return {key: value for key, value in values.items() if not is_ours(key)}
-
-
-def install(unsupported: Callable[[Any], str | None]) -> None:
-    """Hook the places where all inputs pass, once per process; `unsupported` is
-    activation.unsupported.
-    """
-
-    def prompt(model_config: Any, given: Mapping[str, Any], has_media: bool) -> Mapping[str, Any]:
-        return judged(model_config, given, has_media, unsupported)
-
-    wrap_prompts(prompt)
+def install() -> None:
+    """Hook the places where all inputs pass, once per process."""
+    wrap_prompts(judged)
     wrap_offline_parameters(refuse_extra_args)
 
 
+@contextmanager
+def as_request_errors() -> Iterator[None]:
+    """Turn a FieldError into the error that vLLM shows a client."""
+    try:
+        yield
+    except FieldError as error:
+        raise request_error(str(error), error.field) from None
+
+
+def requested(model_config: ModelConfig, given: Mapping[str, object] | None) -> FsrRequest | None:
+    """The request in these mm_processor_kwargs, parsed here unless an earlier stage has; None where
+    they hold no field of ours.
+
+    Errors: FieldError for a field that is wrong, or which this server cannot honour.
+    """
+    found = request_of(given)
+    if found is not None or not given:
+        return found
+    fields = _servable(model_config, given)
+    settings = read_settings(model_config.hf_config)
+    if not fields or settings is None:
+        return None
+    return FsrRequest(RequestFields.parse(fields, settings, image_limit(model_config)))
+
+
+def _servable(model_config: ModelConfig, given: Mapping[str, object]) -> dict[str, object]:
+    """Our fields as a client wrote them; FieldError if this server can have none, or one is spelt
+    in another way.
+    """
+    fields = {key: value for key, value in given.items() if is_ours(key) and value is not None}
+    if not fields:
+        return fields
+    wrong, reason = misspelt(fields), refusal(model_config.hf_config)
+    if reason is not None:
+        name = min(fields) if wrong is None else wrong.field
+        raise FieldError(name, f"{name}: {reason}")
+    if wrong is not None:
+        raise wrong
+    return fields
+
+
 def judged(
-    model_config: Any,
-    given: Mapping[str, Any],
-    has_media: bool,
-    unsupported: Callable[[Any], str | None],
-) -> Mapping[str, Any]:
-    """mm_processor_kwargs of one prompt, as it is to be processed. Errors: as of
-    `errors.request_error`.
+    model_config: ModelConfig, given: Mapping[str, object], has_media: bool
+) -> Mapping[str, object]:
+    """mm_processor_kwargs of one prompt, as it is to be processed.
+
+    A prompt with media is left to our processor, which judges fields with the images in hand.
+    Errors: as of `errors.request_error`.
     """
     if not any(map(is_ours, given)):
         return given
-    fields = {
-        key: value for key, value in given.items() if is_ours(key) and value is not None
-    }  # null is absent
-    if not fields or getattr(model_config.hf_config, IGNORED_KEY, False):
+    if getattr(model_config.hf_config, IGNORED_KEY, False):
         return without_fields(given)
-    text = getattr(model_config.hf_config, SETTINGS_KEY, None)
-    reason = why_inactive(HOW_TO_ACTIVATE) if text is None else unsupported(model_config)
-    first = min(fields)
-    if reason:
-        raise request_error(f"{first}: {reason}", first)
-    if has_media:
-        return given
-    # What the plugin derived is not the client's, and is not judged as such.
-    asked = {key: value for key, value in fields.items() if not dataclasses.is_dataclass(value)}
-    try:
-        RequestFields.parse(asked, ServerSettings.from_json(text))
-    except FieldError as error:
-        raise request_error(str(error), error.field) from None
+    with as_request_errors():
+        if has_media:
+            parsed = request_of(given) is not None
+            return given if parsed or _servable(model_config, given) else without_fields(given)
+        requested(model_config, given)
     return without_fields(given)
 
 
-def refuse_extra_args(model_config: Any, extra: Mapping[str, Any]) -> None:
-    """Fields in SamplingParams.extra_args, which nobody reads offline; where the plugin is left
-    aside they may stay.
+def refuse_extra_args(model_config: ModelConfig, extra: Mapping[str, object]) -> None:
+    """Refuse fields in SamplingParams.extra_args, which nobody reads offline; where the plugin is
+    left aside they may stay.
     """
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return
@@ -80,7 +103,7 @@ def refuse_extra_args(model_config: Any, extra: Mapping[str, Any]) -> None:
     )
     if name is not None:
         raise request_error(
-            f"{name} is not read in SamplingParams.extra_args: offline it belongs in mm_processor_kwargs, "
-            "of the prompt or of LLM.chat",
+            f"{name} is not read in SamplingParams.extra_args: offline it belongs in "
+            "mm_processor_kwargs, of the prompt or of LLM.chat",
             name,
         )

@@ -1,78 +1,131 @@
-"""What the server was told, the cache identity of a planned image, and inputs that carry one plan
-per image.
-"""
+"""From a request's fields to one plan per image, and the cache identity that says what is kept."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vllm.multimodal.processing import ProcessorInputs
-
+from fsr_vllm import adaptive
 from fsr_vllm.compat.identity import mark
-from fsr_vllm.params import SELECTION_VERSION, SETTINGS_KEY, ImagePlan, ServerSettings
+from fsr_vllm.compat.types import Items, ProcessingInfo
+from fsr_vllm.params import (
+    SELECTION_VERSION,
+    Derived,
+    FieldError,
+    FsrRequest,
+    ImagePlan,
+    RequestFields,
+    ServerSettings,
+    resolve,
+    resolve_budget,
+)
 
-
-def read_settings(hf_config: Any) -> ServerSettings | None:
-    """The server's settings as put into the model config at start; None while the plugin is not
-    active.
-    """
-    text = getattr(hf_config, SETTINGS_KEY, None)
-    return None if text is None else ServerSettings.from_json(text)
+if TYPE_CHECKING:
+    from fsr_vllm.engine.families.base import Family
 
 
 def prototype_file(model: str) -> str | None:
-    """The codebook beside a model in a local folder (see `fsr_vllm.methods.prototypes`), if it has
-    one.
+    """The codebook beside a model in a local folder (see `fsr_vllm.methods.prototypes`), if there
+    is one.
     """
-    # In a folder of its own: loaders take every *.safetensors file beside the model for weights of
-    # it.
-    path = os.path.join(model, "fsr", "prototypes.safetensors")
-    return path if os.path.isfile(path) else None
+    # It has a folder of its own, since loaders take every *.safetensors file beside the model for
+    # weights of the model.
+    path = Path(model, "fsr", "prototypes.safetensors")
+    return str(path) if path.is_file() else None
 
 
-def identity(base: str, plan: ImagePlan, settings: ServerSettings, codebook: str = "") -> str:
-    """Cache identity of a planned image; an unpruned one keeps vLLM's own, whoever asked for it and
+class Planner:
+    """Plans the images of one model under one server's settings; it keeps nothing of a prompt."""
+
+    def __init__(self, settings: ServerSettings, family: Family, info: ProcessingInfo) -> None:
+        """`info` is vLLM's processing info. Errors: ValueError if requests that rely on the
+        server's defaults could not be served.
+        """
+        self.settings, self.family, self.info = settings, family, info
+        self.signals = set(family.signals)
+        if settings.text_encoder != "none":
+            self.signals.add("relevance")
+        codebook = prototype_file(info.ctx.model_config.model)
+        digest = ""
+        if codebook is not None:
+            self.signals.add("prototypes")
+            digest = hashlib.sha256(Path(codebook).read_bytes()).hexdigest()
+        self.salt = identity_salt(settings, digest)
+        self._check_defaults()
+
+    def plan(
+        self, request: FsrRequest, images: Items, options: Mapping[str, object]
+    ) -> tuple[list[ImagePlan], int | None]:
+        """One plan per image, in prompt order; and the default budget, where it follows the load
+        and was used. `options` are the Hugging Face processor's.
+
+        Errors: FieldError where the images cannot have what the client asked for.
+        """
+        totals = [
+            self.family.total(self.info, images, index, options)
+            for index in range(images.get_count())
+        ]
+        fields, by_load = completed(self.settings, request.fields, request.derived, totals)
+        return resolve(fields, self.settings, totals, self.signals), by_load
+
+    def _check_defaults(self) -> None:
+        settings = self.settings
+        total = self.family.most_tokens(self.info.get_hf_config())
+        details = settings.detail_budgets.values()
+        for budget in (settings.default_budget, *details, settings.min_budget or 1):
+            try:
+                resolve(RequestFields(fsr_budget=budget), settings, [total], self.signals)
+            except FieldError as error:
+                raise ValueError(
+                    f"plugin fsr: requests that rely on the server's defaults would fail: {error}"
+                ) from None
+
+
+def identity_salt(settings: ServerSettings, codebook: str = "") -> str:
+    """What shapes the selection of every image of a server and is in no plan; `codebook` is the
+    digest of its file.
+    """
+    # It matters where KV blocks outlive this server.
+    parts = (SELECTION_VERSION, settings.text_encoder, settings.relevance_sign, codebook)
+    return "\0".join(["fsr", *map(str, parts)])
+
+
+def identity(base: str, plan: ImagePlan, salt: str) -> str:
+    """Cache identity of a planned image. An unpruned one keeps vLLM's own, whoever asked for it and
     how.
     """
     if not plan.pruned:
         return base
-    # The encoder and sign shape relevance: they matter where KV blocks outlive this server.
-    parts = (
-        "fsr",
-        str(SELECTION_VERSION),
-        str(settings.text_encoder),
-        str(settings.relevance_sign),
-        codebook,
-        base,
-    )
-    digest = hashlib.sha256("\0".join(parts).encode())
-    digest.update(b"\0" + plan.encode())
+    digest = hashlib.sha256(f"{salt}\0{base}\0".encode() + plan.encode())
     return mark(plan.total, digest.hexdigest())
 
 
-@dataclasses.dataclass
-class PlannedInputs(ProcessorInputs):
-    """vLLM's processor inputs, without our request fields and with one plan per image."""
+def completed(
+    settings: ServerSettings, fields: RequestFields, derived: Derived, totals: Sequence[int]
+) -> tuple[RequestFields, int | None]:
+    """The client's fields, with derived values and the default budget where it says nothing; and
+    that default, where it follows the load and was used.
 
-    fsr_plans: Sequence[ImagePlan] = ()
-    fsr_settings: ServerSettings | None = None
-    fsr_codebook: str = ""
-    fsr_dummy: bool = False
-    fsr_hashes: dict[str, list[str]] | None = None  # vLLM's own, once they are known
-    fsr_adaptive: int | None = None
-
-    def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
-        """Identities for processor cache, encoder cache and KV blocks: vLLM's own hash, then what
-        we keep of it.
-        """
-        hashes = dict(self.fsr_hashes or super().get_mm_hashes(*args, **kwargs))
-        if self.fsr_plans and self.fsr_settings is not None:
-            pairs = zip(hashes["image"], self.fsr_plans, strict=True)
-            hashes["image"] = [
-                identity(base, plan, self.fsr_settings, self.fsr_codebook) for base, plan in pairs
-            ]
-        return hashes
+    What the client did not ask for is brought within the server's range rather than refused.
+    """
+    derived = derived.of(len(totals))
+    update: dict[str, object] = {}
+    if fields.fsr_question is None and derived.questions:
+        update["fsr_question"] = list(derived.questions)
+    by_load = None
+    if fields.fsr_budget is None and totals:
+        budgets = derived.budgets or (None,) * len(totals)
+        # Read now rather than on arrival: what waits to be prepared is part of the load.
+        by_load = adaptive.default_budget(settings.adaptive_range) if None in budgets else None
+        default = by_load or settings.default_budget
+        low, high = settings.min_budget or 1, settings.max_budget
+        kept = [
+            resolve_budget(default if budget is None else budget, total)
+            for budget, total in zip(budgets, totals, strict=True)
+        ]
+        update["fsr_budget"] = [
+            min(max(tokens, low), high or total) for tokens, total in zip(kept, totals, strict=True)
+        ]
+    return fields.model_copy(update=update), by_load

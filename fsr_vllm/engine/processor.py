@@ -1,31 +1,22 @@
-"""Exactly K placeholders per image, cache identities that say what was kept, and the plan on its
-way to the model.
+"""vLLM's processor hooks: exactly K placeholders per image, identities that say what was kept, and
+the plan on its way to the model.
 
-A plan rides on the item list it belongs to (`MultiModalDataItems.fsr_plans`, beside the images'
-cache keys in `fsr_keys`), so that the processor itself stays stateless: several renderer threads
-may be inside it.
+A plan rides on the items it belongs to, so that the processor itself keeps nothing of a request:
+several renderer threads may be inside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
 from fsr_vllm.compat.attributes import RESULT_KEY
-from fsr_vllm.compat.embeddings import embedding_rows
-from fsr_vllm.compat.errors import request_error
-from fsr_vllm.compat.identity import RESERVED, reserved_uuid
 from fsr_vllm.compat.processing import (
     hf_kwargs_of,
-    image_hashes,
     join_images,
     mm_items_of,
     owned,
@@ -35,195 +26,133 @@ from fsr_vllm.compat.processing import (
     with_items,
     wrap_dummy_inputs,
 )
-from fsr_vllm.compat.version import why_inactive
-from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
-from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed
-from fsr_vllm.engine.embeddings import plan_embeddings
-from fsr_vllm.engine.planning import PlannedInputs, prototype_file, read_settings
+from fsr_vllm.compat.types import (
+    Anything,
+    Function,
+    Inputs,
+    Items,
+    Processed,
+    ProcessingInfo,
+    Processor,
+)
+from fsr_vllm.engine.inputs import as_request_errors, requested
+from fsr_vllm.engine.pixel_cache import PixelCache
+from fsr_vllm.engine.planned import (
+    IMAGE,
+    PLAN_FIELDS,
+    FrontCounts,
+    PlannedInputs,
+    PlannedItems,
+    plan_request,
+    planned,
+)
+from fsr_vllm.engine.planning import Planner
+from fsr_vllm.engine.wire import pack_plan
 from fsr_vllm.methods import list_methods
 from fsr_vllm.params import (
-    HOW_TO_ACTIVATE,
-    PREFIX,
-    FieldError,
+    FsrRequest,
     ImagePlan,
-    Report,
     RequestFields,
-    resolve,
+    read_settings,
     served_methods,
-    shown,
 )
-from fsr_vllm.params.misplaced import misspelt
 
-PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
-# What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the
-# text encoder.
-TAP_SIGNALS = frozenset(
-    "saliency shallow_saliency received shallow_received attention keys last_query last_key metric".split()
-    + "cls_row grid text".split()
-)
+if TYPE_CHECKING:
+    from fsr_vllm.engine.families.base import Family
 
 
 class FsrProcessorMixin(BaseMultiModalProcessor):
-    """Before a model family's stock processor; without settings every path is the stock one."""
+    """Stands before a model's stock processor; where nothing is pruned, every path is stock."""
 
-    fsr_unsupported: str | None = (
-        None  # why this model's images cannot be pruned; also read by the HTTP side
-    )
-    fsr_signals: frozenset[str] = (
-        frozenset()
-    )  # VisualTokens fields the family's model side can fill
+    fsr_family: ClassVar[Family]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Anything, **kwargs: Anything) -> None:
+        """Arguments are vLLM's. Errors: as of `Planner`."""
         super().__init__(*args, **kwargs)
-        self.fsr_settings = read_settings(self.info.get_hf_config())
-        wrap_dummy_inputs(self, self._profiled)
-        self.fsr_counts = {
-            "images": 0,
-            "pruned_images": 0,
-            "visual_tokens_kept": 0,
-            "visual_tokens_total": 0,
-        }
-        self.fsr_counts["preprocessed_images"] = (
-            0  # by the Hugging Face processor; warm-up left out
-        )
-        capacity = self.fsr_settings.pixel_cache_bytes if self.fsr_settings is not None else 0
-        self.fsr_pixels = PixelCache(capacity) if capacity else None
-        self._fsr_lock = threading.Lock()
-        self._fsr_given = set(self.fsr_signals)
-        if self.fsr_settings is not None and self.fsr_settings.text_encoder != "none":
-            self._fsr_given.add("relevance")
-        self._fsr_codebook = ""
-        codebook = (
-            prototype_file(self.info.ctx.model_config.model)
-            if self.fsr_settings is not None
-            else None
-        )
-        if codebook:
-            self._fsr_given.add("prototypes")
-            self._fsr_codebook = hashlib.sha256(Path(codebook).read_bytes()).hexdigest()
-
-    def fsr_check_defaults(self) -> None:
-        """ValueError, at start, if what the server gives requests that do not say could not be
-        served.
-        """
-        settings = self.fsr_settings
-        if settings is None or self.fsr_unsupported:
+        self.fsr_planner: Planner | None = None
+        self.fsr_pixels: PixelCache | None = None
+        self._fsr_counts = FrontCounts()
+        settings = read_settings(self.info.get_hf_config())
+        if settings is None or settings.unsupported is not None:
             return
-        total = self.fsr_total(None, 0)
-        for budget in (
-            settings.default_budget,
-            *settings.detail_budgets.values(),
-            settings.min_budget or 1,
-        ):
-            try:
-                resolve(RequestFields(fsr_budget=budget), settings, [total], self._fsr_given)
-            except FieldError as error:
-                raise ValueError(
-                    f"plugin fsr: requests that rely on the server's defaults would fail: {error}"
-                ) from None
+        self.fsr_planner = Planner(settings, self.fsr_family, self.info)
+        if settings.pixel_cache_bytes:
+            self.fsr_pixels = PixelCache(settings.pixel_cache_bytes)
+        wrap_dummy_inputs(self, self._profiled)
 
-    # What a family may have to override
-    # --------------------------------------------------------------------------
-
-    def fsr_total(self, items: Any, index: int) -> int:
-        """Visual tokens of an image without pruning; must not need pixels, which a cached image
-        comes without.
-
-        At start `items` is None: the largest number any image can have.
-        """
-        raise NotImplementedError
-
-    def fsr_shorten(self, placeholder: Any, plan: ImagePlan) -> Any:
-        """The placeholder sequence of a pruned image, cut from the stock one."""
-        return placeholder[: plan.keep]
-
-    # Steps of vLLM's processor, in order
-    # -------------------------------------------------------------------------
-
-    def _hf_processor_applies_updates(self, *args: Any, **kwargs: Any) -> bool:
+    def _hf_processor_applies_updates(self, *args: Anything, **kwargs: Anything) -> bool:
         """Asked until 0.28: Hugging Face's processor would write the unpruned number of
         placeholders.
         """
-        return (
-            super()._hf_processor_applies_updates(*args, **kwargs)
-            if self.fsr_settings is None
-            else False
-        )
+        stock = self.fsr_planner is None
+        return stock and super()._hf_processor_applies_updates(*args, **kwargs)
 
-    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+    def get_dummy_inputs(self, *args: Anything, **kwargs: Anything) -> ProcessorInputs:
+        """Inputs for profiling memory, asked for since 0.31."""
         return self._profiled(super().get_dummy_inputs(*args, **kwargs))
 
     def _profiled(self, inputs: ProcessorInputs) -> ProcessorInputs:
         """Profiling inputs, planned at the largest budget any request can have."""
-        if self.fsr_settings is None or self.fsr_unsupported:
+        if self.fsr_planner is None:
             return inputs
-        return self._planned(
-            inputs, {"fsr_budget": self.fsr_settings.max_budget or "off"}, dummy=True
-        )
+        most = self.fsr_planner.settings.max_budget or "off"
+        request = FsrRequest(RequestFields(fsr_budget=most))
+        return planned(self.fsr_planner, inputs, request, dummy=True)
 
-    def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> Any:
-        if self.fsr_settings is not None and (uuid := reserved_uuid(inputs)) is not None:
-            # It would be another image's identity, of another number of rows.
-            raise request_error(
-                f"uuid must not begin with {RESERVED!r}, as the server's own identities do; "
-                f"got {shown(uuid)}",
-                "uuid",
-            )
+    def apply(self, inputs: Inputs, *args: Anything, **kwargs: Anything) -> Anything:
+        """Process one prompt; the result says what was kept of its images."""
         if not isinstance(inputs, PlannedInputs):
-            if (wrong := misspelt(inputs.hf_processor_mm_kwargs)) is not None:
-                inactive = why_inactive(HOW_TO_ACTIVATE) if self.fsr_settings is None else None
-                why = inactive or self.fsr_unsupported
-                raise request_error(f"{wrong.field}: {why}" if why else str(wrong), wrong.field)
-            inputs = self._plan_request(inputs)
+            with as_request_errors():
+                request = requested(self.info.ctx.model_config, inputs.hf_processor_mm_kwargs)
+                if self.fsr_planner is not None:
+                    inputs = plan_request(self.fsr_planner, inputs, request)
         result = super().apply(inputs, *args, **kwargs)
-        if isinstance(inputs, PlannedInputs) and inputs.fsr_plans and not inputs.fsr_dummy:
-            result[RESULT_KEY] = Report(*self._count(inputs.fsr_plans), inputs.fsr_adaptive)
+        if isinstance(inputs, PlannedInputs) and inputs.fsr is not None and not inputs.fsr.dummy:
+            result[RESULT_KEY] = inputs.fsr.report()
+            self._fsr_counts.add_plans(inputs.fsr)
         return result
 
-    def _get_cache_missing_items(self, cache: Any, mm_data_items: Any, mm_hashes: Any) -> Any:
+    def _get_cache_missing_items(
+        self, cache: Anything, mm_data_items: Items, mm_hashes: Anything
+    ) -> tuple[Anything, Items]:
         is_cached, missing = super()._get_cache_missing_items(cache, mm_data_items, mm_hashes)
-        plans = getattr(mm_data_items, "fsr_plans", None)
-        if plans:
-            places = [place for place, cached in enumerate(is_cached["image"]) if not cached]
-            missing.fsr_plans = [plans[place] for place in places]
-            missing.fsr_keys = [mm_data_items.fsr_keys[place] for place in places]
-            missing.fsr_dummy = mm_data_items.fsr_dummy
+        if isinstance(mm_data_items, PlannedItems):
+            places = {
+                modality: [place for place, cached in enumerate(each) if not cached]
+                for modality, each in is_cached.items()
+            }
+            missing = PlannedItems(missing, mm_data_items.fsr.at(places))
         return is_cached, missing
 
-    def _apply_hf_processor_main(self, *args: Any, **kwargs: Any) -> Any:
+    def _apply_hf_processor_main(self, *args: Anything, **kwargs: Anything) -> Processed:
         items = mm_items_of(args, kwargs)
-        plans = getattr(items, "fsr_plans", None)
-        if not plans:
+        if not isinstance(items, PlannedItems) or not items.fsr.plans:
             return super()._apply_hf_processor_main(*args, **kwargs)
         result = self._preprocess(items, args, kwargs)
-        packed = [pack_plan(key, plan) for key, plan in zip(items.fsr_keys, plans, strict=True)]
-        processed_data_of(result)[PLAN_FIELD] = packed
+        data = processed_data_of(result)
+        for modality, plans in items.fsr.plans.items():
+            pairs = zip(items.fsr.keys[modality], plans, strict=True)
+            data[PLAN_FIELDS[modality]] = [pack_plan(key, plan) for key, plan in pairs]
         return result
 
-    def _preprocess(self, items: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _preprocess(
+        self, items: PlannedItems, args: tuple[Anything, ...], kwargs: dict[str, Anything]
+    ) -> Processed:
         """The stock step for images whose pixels are not in the cache, and all images in their
         order as its result.
         """
-        keys, cache = items.fsr_keys, self.fsr_pixels
-        by_us = cache is not None and all(keys) and set(items) == {"image"}
-        found = dict.fromkeys(keys) if by_us else {}
-        for key in found:
-            found[key] = cache.get(key)  # type: ignore[union-attr]
-        # An image that stands twice in a prompt is preprocessed once.
-        places = [
-            i
-            for i, key in enumerate(keys)
-            if not by_us or (found[key] is None and key not in keys[:i])
-        ]
-        if by_us and len(places) < len(keys):
-            some = with_items(args, kwargs, some_images(self.info, items, places))
-            result = super()._apply_hf_processor_main(*some[0], **some[1])
-        else:
-            result = super()._apply_hf_processor_main(*args, **kwargs)
-        with self._fsr_lock:
-            self.fsr_counts["preprocessed_images"] += 0 if items.fsr_dummy else len(places)
-        if cache is None or not by_us:
-            return result
+        stock, cache = super()._apply_hf_processor_main, self.fsr_pixels
+        counted = 0 if items.fsr.dummy else sum(map(len, items.fsr.plans.values()))
+        keys = [key for key in items.fsr.keys.get(IMAGE, ()) if key is not None]
+        if cache is None or set(items) != {IMAGE} or len(keys) < len(items[IMAGE]):
+            self._fsr_counts.add(preprocessed_images=counted)
+            return stock(*args, **kwargs)
+        found, places = cache.look_up(keys)
+        self._fsr_counts.add(preprocessed_images=len(places))
+        if len(places) < len(keys):
+            positional, kwargs = with_items(args, kwargs, some_images(self.info, items, places))
+            args = tuple(positional)
+        result = stock(*args, **kwargs)
         data = processed_data_of(result)
         fields = super()._get_mm_fields_config(data, hf_kwargs_of(args, kwargs))
         for place, item in zip(places, split_images(data, fields), strict=True):
@@ -234,93 +163,35 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
             data.update(join_images([found[key] for key in keys]))
         return result
 
-    def _get_mm_fields_config(self, hf_inputs: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_kwargs))
-        if PLAN_FIELD in hf_inputs:
-            # Read by Python in the worker: on the device it would cost a synchronisation per batch.
-            fields[PLAN_FIELD] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
-        return fields
+    def _get_mm_fields_config(
+        self, hf_inputs: Processed, hf_kwargs: Mapping[str, object]
+    ) -> dict[str, MultiModalFieldConfig]:
+        configs = dict(super()._get_mm_fields_config(hf_inputs, hf_kwargs))
+        for modality, name in PLAN_FIELDS.items():
+            if name in hf_inputs:
+                # Read by Python in the worker: on the device it would cost a synchronisation per
+                # batch.
+                configs[name] = MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+        return configs
 
-    def _get_prompt_updates(self, mm_items: MultiModalDataItems, *args: Any, **kwargs: Any) -> Any:
+    def _get_prompt_updates(
+        self, mm_items: Items, *args: Anything, **kwargs: Anything
+    ) -> Sequence[Anything]:
         updates = super()._get_prompt_updates(mm_items, *args, **kwargs)
-        plans = getattr(mm_items, "fsr_plans", None)
-        return [self._shortened(update, plans) for update in updates] if plans else updates
+        if not isinstance(mm_items, PlannedItems):
+            return updates
+        plans = mm_items.fsr.plans
+        return [
+            self._shortened(update, plans[update.modality]) if update.modality in plans else update
+            for update in updates
+        ]
 
-    def _plan_request(self, inputs: ProcessorInputs) -> ProcessorInputs:
-        given = inputs.hf_processor_mm_kwargs
-        fields = {k: v for k, v in given.items() if k.startswith(PREFIX) and v is not None}
-        derived = Derived()
-        if isinstance(fields.get(DERIVED_KEY), Derived):
-            derived = fields.pop(DERIVED_KEY)
-        if self.fsr_settings is None or self.fsr_unsupported:
-            why = self.fsr_unsupported
-            if self.fsr_settings is None:
-                why = why_inactive(HOW_TO_ACTIVATE)
-            if fields:
-                raise request_error(f"{min(fields)}: {why}", min(fields))
-            return inputs
-        images = inputs.mm_data_items.get("image")
-        if images is None:
-            return self._without(inputs)
-        try:
-            if isinstance(images, ImageProcessorItems):
-                return self._planned(inputs, fields, derived)
-            rows = embedding_rows(images)
-            return self._without(inputs, fsr_plans=plan_embeddings(fields, self.fsr_settings, rows))
-        except FieldError as error:
-            raise request_error(str(error), error.field) from None
-
-    def _without(self, inputs: ProcessorInputs, **more: Any) -> PlannedInputs:
-        """The same inputs without our fields, which are neither the Hugging Face processor's nor
-        hash factors.
-        """
-        values = {
-            field.name: getattr(inputs, field.name) for field in dataclasses.fields(ProcessorInputs)
-        }
-        rest = {k: v for k, v in inputs.hf_processor_mm_kwargs.items() if not k.startswith(PREFIX)}
-        return PlannedInputs(**{**values, "hf_processor_mm_kwargs": rest}, **more)
-
-    def _planned(
-        self,
-        inputs: ProcessorInputs,
-        values: Mapping[str, Any],
-        derived: Derived | None = None,
-        dummy: bool = False,
-    ) -> PlannedInputs:
-        """Inputs with a plan per image; FieldError if what the client asked for cannot be."""
-        settings = self.fsr_settings
-        assert settings is not None
-        items = inputs.mm_data_items
-        count = items.get_count("image", strict=False)
-        totals = [self.fsr_total(items["image"], index) for index in range(count)]
-        # Now rather than on arrival: what waits to be prepared is part of the load.
-        fields = RequestFields.parse(values, settings)
-        fields, by_load = completed(settings, fields, derived or Derived(), totals)
-        plans = resolve(fields, settings, totals, self._fsr_given)
-        planned = self._without(
-            inputs,
-            fsr_plans=plans,
-            fsr_settings=settings,
-            fsr_codebook=self._fsr_codebook,
-            fsr_dummy=dummy,
-        )
-        planned.fsr_adaptive = by_load
-        items.fsr_plans, items.fsr_keys, items.fsr_dummy = plans, [None] * count, dummy
-        if not dummy and count and (settings.pixel_cache_bytes or settings.feature_cache_bytes):
-            planned.fsr_hashes, images = image_hashes(planned, self.info)
-            items.fsr_keys = [image_key(image) for image in images]
-        return planned
-
-    def _shortened(self, update: Any, plans: Sequence[ImagePlan]) -> Any:
-        if update.modality != "image":
-            return update
+    def _shortened(self, update: Anything, plans: Sequence[ImagePlan]) -> Anything:
         stock = update.replacement
 
-        def replacement(index: int) -> Any:
-            placeholder = stock(index) if callable(stock) else stock
-            return (
-                self.fsr_shorten(placeholder, plans[index]) if plans[index].pruned else placeholder
-            )
+        def replacement(index: int) -> Anything:
+            placeholder, plan = stock(index) if callable(stock) else stock, plans[index]
+            return self.fsr_family.shorten(placeholder, plan) if plan.pruned else placeholder
 
         return dataclasses.replace(update, replacement=replacement)
 
@@ -328,40 +199,26 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """What this front end was asked for and what it preprocessed, with the pixel cache's
         pixel_*.
         """
-        with self._fsr_lock:
-            return self.fsr_counts | (
-                self.fsr_pixels.stats() if self.fsr_pixels is not None else {}
-            )
+        pixels = {} if self.fsr_pixels is None else self.fsr_pixels.stats()
+        return self._fsr_counts.all() | pixels
 
     def fsr_methods(self) -> list[str]:
         """The methods a request may name here: those that can be served, and have their inputs in
         this model.
         """
-        known = list_methods()
-        return [name for name in served_methods() if self._fsr_given.issuperset(known[name].needs)]
-
-    def _count(self, plans: Sequence[ImagePlan]) -> tuple[int, int]:
-        kept, total = (sum(getattr(plan, name) for plan in plans) for name in ("keep", "total"))
-        with self._fsr_lock:
-            self.fsr_counts["images"] += len(plans)
-            self.fsr_counts["pruned_images"] += sum(plan.pruned for plan in plans)
-            self.fsr_counts["visual_tokens_kept"] += kept
-            self.fsr_counts["visual_tokens_total"] += total
-        return kept, total
+        if self.fsr_planner is None:
+            return []
+        given, known = self.fsr_planner.signals, list_methods()
+        return [name for name in served_methods() if given.issuperset(known[name].needs)]
 
 
-def processor_factory(
-    stock: Callable[..., Any], mixin: type, unsupported: Callable[[Any], str | None]
-) -> Any:
-    """A factory for vLLM's registry: the stock processor of this checkpoint with the family's mixin
-    before it.
-    """
+def processor_factory(stock: Function, family: Family) -> Function:
+    """A factory for vLLM's registry: the stock processor of this checkpoint with ours before it."""
 
-    def build(info: Any, dummy_inputs: Any, **more: Any) -> Any:  # until 0.30 also `cache`
+    def build(info: ProcessingInfo, dummy_inputs: Anything, **more: Anything) -> Processor:
+        # `more` is `cache`, until 0.30.
         kind = type(stock(info, dummy_inputs, **more))
-        built = type(f"Fsr{kind.__name__}", (mixin, kind), {})(info, dummy_inputs, **more)
-        built.fsr_unsupported = unsupported(info.get_hf_config())
-        built.fsr_check_defaults()
-        return built
+        ours = type(f"Fsr{kind.__name__}", (FsrProcessorMixin, kind), {"fsr_family": family})
+        return ours(info, dummy_inputs, **more)
 
     return build

@@ -1,10 +1,8 @@
-"""What methods score by: saliency of the vision tower, relevance to the question, and which text is
-the question.
+"""What methods score by: saliency of the vision tower, and relevance to the question.
 
 Pure torch: neither vLLM nor transformers is imported here, and nothing else of this package.
 """
 
-from .instruction import image_details, image_questions, materialise
 from .relevance import (
     clip_relevance,
     embedding_relevance,
@@ -20,10 +18,7 @@ __all__ = [
     "clip_relevance",
     "cls_attention",
     "embedding_relevance",
-    "image_details",
-    "image_questions",
     "known_partner",
-    "materialise",
     "pool_chunks",
     "received_attention",
     "relevance_sign",

@@ -13,7 +13,6 @@ from their end, and images with one question share one string.
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 _IMAGE_TYPES = frozenset({"image_url", "input_image", "image_pil", "image_embeds", "image"})
 _TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
@@ -21,7 +20,7 @@ _TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
 _IMAGE_KEYS = ("image_url", "image_pil", "image_embeds", "image")
 
 
-def count_images(messages: Iterable[Any], most: int = sys.maxsize) -> int:
+def count_images(messages: Iterable[object], most: int = sys.maxsize) -> int:
     """The images of the conversation; counting stops once there are more than `most`.
 
     Errors: TypeError for content that reading would consume; call `materialise` first.
@@ -34,7 +33,7 @@ def count_images(messages: Iterable[Any], most: int = sys.maxsize) -> int:
     return count
 
 
-def image_questions(messages: Iterable[Any], longest: int = sys.maxsize) -> list[str]:
+def image_questions(messages: Iterable[object], longest: int = sys.maxsize) -> list[str]:
     """One question per image of the conversation, in prompt order, of its last `longest`
     characters; "" where none is.
 
@@ -44,7 +43,7 @@ def image_questions(messages: Iterable[Any], longest: int = sys.maxsize) -> list
 
     Errors: TypeError for content that reading would consume; call `materialise` first.
     """
-    turns: list[list[tuple[Mapping[str, Any], int]]] = [
+    turns: list[list[tuple[Mapping[str, object], int]]] = [
         []
     ]  # each begins with an assistant message, and holds images
     for message in _mappings(messages):
@@ -52,7 +51,7 @@ def image_questions(messages: Iterable[Any], longest: int = sys.maxsize) -> list
             turns.append([])
         turns[-1].append((message, sum(map(_is_image, _parts(message)))))
     questions: list[str] = []
-    before: Mapping[str, Any] = {}  # the last message with text of the user before this place
+    before: Mapping[str, object] = {}  # the last message with text of the user before this place
     earlier = ""
     for turn in turns:
         asked = _asked_from(turn, longest)
@@ -65,7 +64,7 @@ def image_questions(messages: Iterable[Any], longest: int = sys.maxsize) -> list
     return questions
 
 
-def _asked_from(turn: Sequence[tuple[Mapping[str, Any], int]], longest: int) -> list[str]:
+def _asked_from(turn: Sequence[tuple[Mapping[str, object], int]], longest: int) -> list[str]:
     """Per message of a turn, the end of the user's text from there on; only as far back as an image
     needs it.
     """
@@ -80,7 +79,7 @@ def _asked_from(turn: Sequence[tuple[Mapping[str, Any], int]], longest: int) -> 
     return result
 
 
-def _prepended(message: Mapping[str, Any], tail: str, longest: int) -> str:
+def _prepended(message: Mapping[str, object], tail: str, longest: int) -> str:
     """A message's texts and what follows them, cut to the last `longest` characters."""
     pieces, room = [tail] if tail else [], longest - len(tail)
     for text in _texts(reversed(_parts(message))):
@@ -92,7 +91,7 @@ def _prepended(message: Mapping[str, Any], tail: str, longest: int) -> str:
     return tail if pieces == [tail] else "\n".join(reversed(pieces))
 
 
-def image_details(messages: Iterable[Any]) -> list[str | None]:
+def image_details(messages: Iterable[object]) -> list[str | None]:
     """The `image_url.detail` of every image of the conversation, in prompt order; None where it is
     not given.
 
@@ -100,15 +99,11 @@ def image_details(messages: Iterable[Any]) -> list[str | None]:
 
     Errors: TypeError for content that reading would consume; call `materialise` first.
     """
-    return [
-        _detail(part)
-        for message in _mappings(messages)
-        for part in _parts(message)
-        if _is_image(part)
-    ]
+    parts = (part for message in _mappings(messages) for part in _parts(message))
+    return [_detail(part) for part in parts if isinstance(part, Mapping) and _is_image(part)]
 
 
-def materialise(messages: Iterable[Any]) -> None:
+def materialise(messages: Iterable[object]) -> None:
     """Replace every message content that is neither text nor a list by a list, in place: it can
     then be read twice.
     """
@@ -118,11 +113,11 @@ def materialise(messages: Iterable[Any]) -> None:
             message["content"] = list(content)  # type: ignore[index]  # a chat message is a dict
 
 
-def _mappings(messages: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+def _mappings(messages: Iterable[object]) -> Iterator[Mapping[str, object]]:
     return (message for message in messages if isinstance(message, Mapping))
 
 
-def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
+def _parts(message: Mapping[str, object]) -> Sequence[object]:
     content = message.get("content")
     if content is None or isinstance(content, (bytes, Mapping)):
         return ()
@@ -132,12 +127,13 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
         return content
     if isinstance(content, Iterable):
         raise TypeError(
-            f"message content is a one-shot {type(content).__name__}: call materialise() before reading it"
+            f"message content is a one-shot {type(content).__name__}: call materialise() before "
+            "reading it"
         )
     return ()
 
 
-def _is_image(part: Any) -> bool:
+def _is_image(part: object) -> bool:
     if not isinstance(part, Mapping):
         return False
     kind = part.get("type")
@@ -148,11 +144,11 @@ def _is_image(part: Any) -> bool:
     )
 
 
-def _is_user(message: Mapping[str, Any]) -> bool:
+def _is_user(message: Mapping[str, object]) -> bool:
     return message.get("role") == "user"
 
 
-def _texts(parts: Iterable[Any]) -> Iterator[str]:
+def _texts(parts: Iterable[object]) -> Iterator[str]:
     """Texts of parts that say something, as they stand."""
     for part in parts:
         if isinstance(part, Mapping) and not _is_image(part):
@@ -162,7 +158,7 @@ def _texts(parts: Iterable[Any]) -> Iterator[str]:
             yield part
 
 
-def _detail(part: Mapping[str, Any]) -> str | None:
+def _detail(part: Mapping[str, object]) -> str | None:
     image_url = part.get("image_url")
     detail = image_url.get("detail") if isinstance(image_url, Mapping) else None
     if detail is None:

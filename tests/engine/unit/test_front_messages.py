@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from fsr_vllm.signals.instruction import count_images, image_details, image_questions, materialise
+from fsr_vllm.engine.messages import count_images, image_details, image_questions, materialise
 
 URL = {"url": "data:image/png;base64,AAAA"}
 IMAGE = {"type": "image_url", "image_url": URL}
