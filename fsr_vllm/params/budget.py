@@ -60,11 +60,10 @@ def per_image(value: object, count: int, field: str) -> list[Any]:
 
 
 def parse_budget(value: object, field: str = "fsr_budget") -> Budget:
-    """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off"; FieldError
-    otherwise.
+    """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off".
 
-    A whole number written as a float is that integer, but for 1.0. Offline callers may also give
-    NumPy's numbers, which come back as Python's.
+    Errors: FieldError. A whole number written as a float is that integer, but for 1.0. Offline
+    callers may also give NumPy's numbers, which come back as Python's.
     """
     if isinstance(value, str) and value == "off":
         return "off"
@@ -142,9 +141,7 @@ def parse_range(value: object, field: str) -> tuple[int, int]:
 
 
 def resolve_budget(budget: Budget, total: int) -> int:
-    """Tokens kept of `total`: K = min(budget, N); a share keeps max(1, floor(share * N + 0.5));
-    "off" keeps all.
-    """
+    """Tokens kept of `total`: min(budget, N), or max(1, floor(share * N + 0.5)), or all."""
     if budget == "off":
         return total
     if isinstance(budget, float):

@@ -1,5 +1,4 @@
-"""Fields of ours that a request spells in another way or puts where nobody reads them: found, so
-that they are refused.
+"""Fields of ours that a request misspells, or puts where nobody reads them, are found here.
 
 A key is ours if, lower-cased and without - and _, it is fsr + budget, method, options or question.
 One that is null counts as absent, as it does in its right place. Paths are the client's, such as
@@ -41,9 +40,7 @@ def is_ours(key: object) -> bool:
 
 
 def misspelt(values: object, where: str = "") -> FieldError | None:
-    """The first field of a mapping that carries ours under another name than its own; `where` leads
-    to the mapping.
-    """
+    """The first field of ours under another name than its own; `where` leads to the mapping."""
     for key, value in values.items() if isinstance(values, dict) else ():
         if value is not None and (name := meant(key)) not in (None, key):
             return FieldError(where + key, f"{where + key} is not read: the field is called {name}")
@@ -60,8 +57,7 @@ def out_of_place(values: object, where: str, why: str = "") -> FieldError | None
 
 
 def in_messages(messages: object, images: int, where: str = "messages") -> FieldError | None:
-    """The first field of ours in a message or a content part of a conversation, or of a list of
-    conversations.
+    """The first field of ours in the messages and content parts of one or several conversations.
 
     After `images` images of a conversation nothing more of it is looked at: more than that the
     server refuses.
@@ -127,8 +123,10 @@ def _first(values: object) -> str | None:
 
 
 def _entries(values: object) -> Iterator[tuple[int, object]]:
-    """The entries of a list, up to one that is no object: token ids and texts are many. Other
-    iterables might be consumed by reading."""
+    """The entries of a list, up to one that is no object: token ids and texts are many.
+
+    Other iterables might be consumed by reading.
+    """
     for place, value in enumerate(values if isinstance(values, (list, tuple)) else ()):
         if isinstance(value, (int, float, str)):
             return

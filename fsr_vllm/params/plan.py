@@ -1,6 +1,4 @@
-"""What happens to each image of a request: fields, defaults and totals resolved to integers before
-any hash.
-"""
+"""What happens to each image of a request, resolved to integers before any hash."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ SELECTION_VERSION = 2
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """What happens to one image: `keep` of `total` tokens by `method`; all that changes its rows is
-    in here.
+    """What happens to one image: `keep` of `total` visual tokens, by `method`.
+
+    All that changes the image's rows is in here.
     """
 
     total: int

@@ -69,8 +69,7 @@ class RequestFields(Fields):
     def parse(
         cls, values: Mapping[str, Any], settings: ServerSettings, images: int = 0
     ) -> RequestFields:
-        """Validate fields against the registry and the server's bounds; FieldError for the first
-        that cannot be.
+        """Validate fields against the registry and the server's bounds; FieldError for the first.
 
         `images`: how many a prompt may hold, where that is known.
         """
@@ -92,9 +91,7 @@ REQUEST_FIELDS = tuple(RequestFields.model_fields)
 
 
 def check_lengths(values: Mapping[str, Any], images: int) -> None:
-    """FieldError for a list with more entries than a prompt may hold images, before any entry is
-    looked at.
-    """
+    """Refuse a list longer than any prompt has images, before an entry is looked at."""
     most = images or MAX_IMAGES  # embeddings are let in beyond a limit of 0
     for name in ("fsr_budget", "fsr_question"):
         value = values.get(name)

@@ -83,8 +83,9 @@ Encoder = Annotated[
 
 
 class ServerSettings(Fields):
-    """Options of one server (`--fsr-*`, or additional_config={"fsr": {...}}), the same in all its
-    processes.
+    """Options of one server, the same in all its processes.
+
+    They are `--fsr-*`, or additional_config={"fsr": {...}}.
     """
 
     prefix: ClassVar[str] = "fsr."
@@ -179,9 +180,7 @@ class ServerSettings(Fields):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> ServerSettings:
-        """Validated settings; FieldError names the option and, for an unknown one, those that
-        exist.
-        """
+        """Validated settings; FieldError names the option, and those that exist."""
         return cls.validated(values)
 
     @model_validator(mode="after")
@@ -213,9 +212,7 @@ class ServerSettings(Fields):
 
     @property
     def default_budget(self) -> Budget:
-        """What a request without a budget gets, without load: the server's default, else its
-        maximum, else all.
-        """
+        """What a request without a budget gets, without load."""
         if self.adaptive_range is not None:
             return self.adaptive_range[1]
         if self.budget is not None:
@@ -230,8 +227,11 @@ class ServerSettings(Fields):
     def check_bounds(
         self, budget: Budget, field: str = "fsr_budget", total: int | None = None
     ) -> None:
-        """Refuse a budget outside the server's range. A share is judged once `total`, an image's
-        tokens, is known; so is "off", of which the most that an image can have is judged before."""
+        """Refuse a budget outside the server's range.
+
+        A share is judged once `total`, an image's tokens, is known; so is "off", of which the most
+        that an image can have is judged before.
+        """
         low, high = self.min_budget or 1, self.max_budget or MAX_BUDGET
         written = f'{field} "off"' if budget == "off" else f"{field} {budget}"
         if budget == "off" and total is None:
@@ -254,9 +254,7 @@ class ServerSettings(Fields):
             raise FieldError(field, f"{written}, {self._limit(field, 'minimum')}")
 
     def _limit(self, field: str, which: str) -> str:
-        """What a budget exceeds, in words: a request's exceeds the server's bound, an option's
-        another option.
-        """
+        """What a budget exceeds: a request's the server's bound, an option's another option."""
         low, high = self.min_budget or 1, self.max_budget or MAX_BUDGET
         side, bound = ("above", high) if which == "maximum" else ("below", low)
         if field.startswith("fsr."):

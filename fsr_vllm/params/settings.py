@@ -11,7 +11,7 @@ from .wording import shown
 
 
 def given_settings(additional_config: object, named: bool) -> dict[str, Any] | None:
-    """This server's fsr settings as given, unjudged; None while the plugin is not active.
+    """The fsr settings of a server as given, unjudged; None while the plugin is not active.
 
     `named`: whether VLLM_PLUGINS names the plugin. Errors: FieldError where
     additional_config["fsr"] is no object.
@@ -42,9 +42,7 @@ def ignoring(given: Mapping[str, Any] | None) -> bool:
 
 
 def read_settings(hf_config: object) -> ServerSettings | None:
-    """The server's settings as put into the model config at start; None while the plugin is not
-    active.
-    """
+    """The settings that start-up put into the model config; None while the plugin is inactive."""
     text = getattr(hf_config, SETTINGS_KEY, None)
     return None if text is None else ServerSettings.from_json(text)
 

@@ -20,6 +20,6 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" with the nearest of the known words, or nothing where none is near."""
+    """A question that offers the nearest of the known words; nothing where none is near."""
     near = difflib.get_close_matches(cut(word).lower(), list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -29,9 +29,7 @@ class FsrEndpointPlugin:
         openapi.describe_fields(app)
 
     async def init_state(self, engine_client: EngineClient, state: App, args: Namespace) -> None:
-        """Open the routes' way to the workers; show the default budget on /metrics where it follows
-        the load.
-        """
+        """Open the routes' way to the workers; show a budget that follows the load on /metrics."""
         from fsr_vllm import adaptive
         from fsr_vllm.server import metrics, routes
 

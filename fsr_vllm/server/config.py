@@ -34,9 +34,7 @@ async def read_config(request: Request) -> dict[str, Any]:
 
 
 def described(model_config: ModelConfig, processor: Processor) -> dict[str, Any]:
-    """The answer for a model config and this front end's processor, which may be one that does not
-    prune.
-    """
+    """The answer for a model config and the processor of its front end, which may be vLLM's."""
     settings = read_settings(model_config.hf_config)
     methods: list[str] = []
     if settings is not None and settings.unsupported is None:

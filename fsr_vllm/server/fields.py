@@ -84,9 +84,7 @@ def with_header(values: dict[str, Any], header: str, settings: ServerSettings) -
 
 
 def header_budget(text: str) -> Budget | list[Budget]:
-    """The budget of one or several header lines, which HTTP joins by commas; FieldError where two
-    differ.
-    """
+    """The budget of one or several header lines, which HTTP joins by commas, if all agree."""
     one, *others = dict.fromkeys(_lines(text))
     budget = parse_budget_text(one, BUDGET_HEADER)
     for other in others:

@@ -1,6 +1,4 @@
-"""Pure ASGI middleware: the budget in by request header, kept/total out by response header. It
-never reads a body.
-"""
+"""Pure ASGI middleware: a budget by request header, kept/total by response header, no body."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ WITHOUT_ENGINE = ("/tokenize", "/detokenize", "/render", "/derender", "/count_to
 
 
 class FsrMiddleware:
-    """Opens a report for each HTTP request; the renderer hook fills it before the response starts."""
+    """Opens a report for each HTTP request, which is full before the response starts."""
 
     def __init__(self, app: ASGIApp) -> None:
         """`app` is what answers, vLLM's own middleware included."""

@@ -1,5 +1,4 @@
-"""Fields of ours in a request's wrong place or spelling: refused with the place they belong to,
-never ignored.
+"""Fields of ours in a wrong place or spelling are refused with the place they belong to.
 
 Looked at: the names at the top level and in the objects that people take for a place of extra
 fields, content parts, and the names of request headers. What was parsed is read where it lies:
@@ -17,7 +16,8 @@ from fsr_vllm.server.fields import BUDGET_HEADER
 
 CARRIERS = ("mm_processor_kwargs", "vllm_xargs")  # vLLM's own objects that may hold our fields
 WRONG_PLACES = {
-    "extra_body": "; extra_body is an argument of OpenAI's Python SDK, which puts what it holds there",
+    "extra_body": "; extra_body is an argument of OpenAI's Python SDK, which puts what it holds "
+    "there",
     "metadata": "",
     "chat_template_kwargs": "",
 }
@@ -32,8 +32,7 @@ def has_conversation(request: HttpRequest) -> bool:
 
 
 def in_body(request: HttpRequest, images: int) -> FieldError | None:
-    """The first of our fields that this request misplaces or misspells; `request` is a parsed model
-    or a parsed body.
+    """The first of our fields that a request, or its body as JSON, misplaces or misspells.
 
     `images` is the number of images that the model takes in a prompt.
     """
@@ -56,9 +55,7 @@ def _read(request: HttpRequest, name: str) -> object:
 
 
 def in_headers(names: Iterable[str]) -> FieldError | None:
-    """The first header (lower case, as ASGI has them) that looks like ours and is not the one that
-    is read.
-    """
+    """The first header that looks like ours and is not read; names come in lower case."""
     for name in names:
         plain = name.replace("-", "").replace("_", "")
         if name != BUDGET_HEADER and (plain.startswith("xfsr") or meant(name)):

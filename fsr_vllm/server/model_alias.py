@@ -1,8 +1,8 @@
-"""Model names with a budget behind them: `NAME@fsr128`, `NAME@fsr0.25`, `NAME@fsroff`, for clients
-that can set nothing but the model.
+"""Model names with a budget behind them: `NAME@fsr128`, `NAME@fsr0.25`, `NAME@fsroff`.
 
-The suffix comes off before vLLM checks the name, so that an unknown model or adapter is vLLM's
-usual 404. A name that is served as it stands, suffix and all, keeps its own meaning.
+They are for clients that can set nothing but the model. The suffix comes off before vLLM checks
+the name, so that an unknown model or adapter is vLLM's usual 404. A name that is served as it
+stands, suffix and all, keeps its own meaning.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.http import wrap_foreign_bodies, wrap_model_check, wrap_pooling, wrap_renderer
 from fsr_vllm.compat.types import EngineInputs, HttpRequest, ModelConfig, Renderer
 from fsr_vllm.params import (
+    NOTHING,
     FieldError,
     FsrRequest,
     Report,
@@ -35,8 +36,6 @@ UNREAD = {
     "them",
     "ScoringRequestMixin": "scoring endpoints do not prune",
 }
-# Of a request that asks for nothing: it tells the renderer that it was judged and searched.
-NOTHING = FsrRequest(RequestFields())
 
 
 def install(model_alias: bool = False) -> None:
@@ -114,9 +113,7 @@ def before(renderer: Renderer, request: HttpRequest) -> None:
 
 
 def before_body(renderer: Renderer, request: HttpRequest) -> None:
-    """`before` for a request whose model may drop what it does not know: `model_extra` is the whole
-    body here.
-    """
+    """`before` where the request model may drop fields: `model_extra` is the whole body here."""
     report = current_report.get() or RequestReport()
     with _client_errors():
         _search(renderer.model_config, request.model_extra, report)
@@ -141,9 +138,7 @@ def _takes_more(request: HttpRequest) -> bool:
 
 
 def _search(model_config: ModelConfig, request: HttpRequest, report: RequestReport) -> None:
-    """Refuse fields of ours in a wrong place or spelling; once per request, since its content parts
-    are read.
-    """
+    """Refuse fields of ours in a wrong place or spelling; once, since content parts are read."""
     if report.searched:
         return
     report.searched = isinstance(request, Mapping) or _takes_more(request)

@@ -26,9 +26,7 @@ def open_gate(engine_client: EngineClient) -> WorkerGate:
 
 @router.get("/v1/fsr/methods")
 async def list_methods() -> dict[str, Any]:
-    """All registered methods with what they need, whether the question matters to them, and where
-    they come from.
-    """
+    """All methods: what they need, whether the question matters, and where they come from."""
     return {
         "object": "list",
         "data": [{"id": name, **asdict(info)} for name, info in methods.list_methods().items()],
@@ -37,12 +35,11 @@ async def list_methods() -> dict[str, Any]:
 
 @router.get("/v1/fsr/stats", response_model=None)
 async def read_stats(request: Request) -> dict[str, Any] | JSONResponse:
-    """Counts of the API server that answers (there may be several) and of all workers;
-    `fsr_vllm.stats` offline.
+    """Counts of the API server that answers, of which there may be several, and of all workers.
 
-    `workers` is at most a second old, and None where the workers' extension is not ours.
-    `worker_calls` counts what this server sent to its workers for routes like this one, and what it
-    did not have to send or refused to.
+    Offline they are `fsr_vllm.stats`. `workers` is at most a second old, and None where the
+    workers' extension is not ours. `worker_calls` counts what this server sent to its workers for
+    routes like this one, and what it did not have to send or refused to.
     """
     _, processor = front_end(request.app)
     stats = getattr(processor, "fsr_stats", dict)
