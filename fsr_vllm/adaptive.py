@@ -22,18 +22,14 @@ STALE_SECONDS = 10.0
 
 
 def budget_levels(low: int, high: int, count: int = LEVELS) -> tuple[int, ...]:
-    """At most `count` budgets from `high` down to `low`, each about the same share of the one
-    before it.
-    """
+    """At most `count` budgets from `high` to `low`, each about the same share of the one before."""
     between = (round(high * (low / high) ** (step / (count - 1))) for step in range(1, count - 1))
     return tuple(sorted({high, *between, low}, reverse=True))
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that run, requests that wait, and the share of KV cache blocks that running requests
-    hold.
-    """
+    """Requests that run and that wait, and the share of KV cache blocks that running ones hold."""
 
     running: int = 0
     waiting: int = 0
@@ -59,8 +55,9 @@ class Rule:
     hold_seconds: float = 20.0
 
     def pressure(self, load: Load) -> float:
-        """From 0 to the number of points less one; never falls when more requests wait or more
-        cache is in use.
+        """From 0 to the number of points less one.
+
+        It never falls when more requests wait or more cache is in use.
         """
         waiting = load.waiting / (load.running + self.spare)
         return max(_position(waiting, self.queue), _position(load.kv_usage, self.kv))
@@ -75,11 +72,10 @@ def _position(value: float, points: Sequence[float]) -> float:
 
 
 class AdaptiveBudget:
-    """The budget of requests that name none: HIGH at rest, fewer tokens at once under load, more
-    again slowly.
-    """
+    """The budget of requests that name none: HIGH at rest, less under load at once, more slowly."""
 
     def __init__(self, low: int, high: int, rule: Rule | None = None) -> None:
+        """A budget at rest, which is `high`."""
         self.levels = budget_levels(low, high)
         self.rule = rule or Rule()
         self.level = 0
@@ -90,10 +86,11 @@ class AdaptiveBudget:
 
     @property
     def budget(self) -> int:
+        """The budget that follows from all that was read so far."""
         return self.levels[self.level]
 
     def update(self, load: Load, now: float) -> int:
-        """The budget from `now` (seconds, never going back) on, given the load that was just read."""
+        """The budget from `now` on (seconds, never going back), given the load just read."""
         now = max(now, self._time)
         # What was read last held until now: a first-order filter, which keeps order, so more load
         # never means more tokens. Rising and falling alike wait for it; a blip of a step or two
@@ -118,8 +115,9 @@ class AdaptiveBudget:
 
 
 class LoadMonitor:
-    """What one process knows of its engines' load, and the budget that follows from it; safe to use
-    from threads.
+    """What one process knows of its engines' load, and the budget that follows from it.
+
+    Safe to use from threads.
     """
 
     def __init__(
@@ -128,7 +126,8 @@ class LoadMonitor:
         high: int,
         rule: Rule | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ):
+    ) -> None:
+        """No load is known yet; `changed` is called with the budgets before and after a change."""
         self.policy = AdaptiveBudget(low, high, rule)
         self.changed: Callable[[int, int], None] = lambda before, after: None
         self._clock = clock
@@ -159,9 +158,7 @@ class LoadMonitor:
             return self._update()
 
     def load(self) -> Load:
-        """The engines' figures together; requests that came here and do not run yet wait, wherever
-        they are.
-        """
+        """The engines' figures together; a request that came here and does not run yet waits."""
         now = self._clock()
         fresh = [load for read, load in self._readings.values() if now - read <= STALE_SECONDS]
         running = sum(load.running for _, load in self._readings.values())
@@ -193,19 +190,13 @@ def start(low: int, high: int) -> Callable[[int, int, int, float], None]:
 
 
 def active() -> LoadMonitor | None:
-    """This process's monitor; None while its default budget is fixed."""
+    """The monitor of this process; None while its default budget is fixed."""
     return _active
 
 
 def default_budget(bounds: tuple[int, int] | None) -> int | None:
-    """The budget now for a request that names none, within `bounds`; None where those are None: it
-    is fixed.
-    """
+    """The budget now for a request that names none, within `bounds`; None without: it is fixed."""
     if bounds is None:
         return None
-    if _active is None:
-        return bounds[
-            1
-            # a process that serves nothing, such as the engine's, where inputs are made for profiling
-        ]
-    return _active.budget()
+    # A process that serves nothing, such as the engine's, makes its inputs for profiling.
+    return bounds[1] if _active is None else _active.budget()

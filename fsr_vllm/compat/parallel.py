@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+from fsr_vllm.compat.patching import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+BROADCAST = Entry(
+    "vllm.distributed.parallel_state:GroupCoordinator.broadcast",
+    "All ranks keep the tokens that rank 0 chose.",
+    "never: vLLM's models use it",
+    signature="(self, input_, src)",
+)
+FIRST_RANK = Entry(
+    "vllm.distributed.parallel_state:GroupCoordinator.is_first_rank",
+    "The first pipeline rank alone has a vision tower.",
+    "never: vLLM's models use it",
+)
 
 
 def tensor_parallel_sum(value: torch.Tensor) -> torch.Tensor:
@@ -20,6 +37,7 @@ def tensor_parallel_gather(value: torch.Tensor) -> torch.Tensor:
 
 
 def tensor_parallel_size() -> int:
+    """How many ranks share a layer."""
     from vllm.distributed import get_tensor_model_parallel_world_size
 
     return get_tensor_model_parallel_world_size()

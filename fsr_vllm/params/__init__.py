@@ -1,5 +1,4 @@
-"""What a request or a server may ask: validation, defaults, and the resolution to integers before
-any hash.
+"""What a request or a server may ask: validation, defaults, resolution to integers.
 
 Nothing here knows HTTP or vLLM. Errors are `FieldError`, which names the field and says what is
 allowed; the caller turns it into the error of its own surface.
@@ -29,16 +28,10 @@ from .request import (
     RequestFields,
     check_lengths,
 )
-from .server import (
-    HOW_TO_ACTIVATE,
-    SETTINGS_KEY,
-    ServerSettings,
-    given_settings,
-    ignoring,
-    read_settings,
-    refusal,
-)
+from .server import HOW_TO_ACTIVATE, SETTINGS_KEY, ServerSettings
+from .settings import given_settings, ignoring, read_settings, refusal
 from .travel import (
+    NOTHING,
     REQUEST_KEY,
     Derived,
     FsrRequest,
@@ -51,11 +44,12 @@ from .travel import (
 from .wording import cut, did_you_mean, shown
 
 __all__ = [
-    "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_IMAGES", "MAX_QUESTION", "MAX_QUESTIONS", "PREFIX",
-    "REQUEST_FIELDS", "REQUEST_KEY", "Report", "SELECTION_VERSION", "SERVED_DEFAULTS", "SETTINGS_KEY",
-    "Budget", "Derived", "FieldError", "FsrRequest", "ImagePlan", "RequestFields",
-    "ServerSettings", "build_method", "check_lengths", "cut", "did_you_mean", "given_settings",
-    "ignoring", "own_fields", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range",
-    "per_image", "read_settings", "readable", "refusal", "request_of", "resolve",
-    "resolve_budget", "same_budget", "served_methods", "shown", "with_request", "without_fields",
+    "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan", "MAX_BUDGET",
+    "MAX_IMAGES", "MAX_QUESTION", "MAX_QUESTIONS", "NOTHING", "PREFIX", "REQUEST_FIELDS",
+    "REQUEST_KEY", "Report", "RequestFields", "SELECTION_VERSION", "SERVED_DEFAULTS",
+    "SETTINGS_KEY", "ServerSettings", "build_method", "check_lengths", "cut", "did_you_mean",
+    "given_settings", "ignoring", "own_fields", "parse_budget", "parse_budget_text",
+    "parse_budgets", "parse_range", "per_image", "read_settings", "readable", "refusal",
+    "request_of", "resolve", "resolve_budget", "same_budget", "served_methods", "shown",
+    "with_request", "without_fields",
 ]  # fmt: skip

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .budget import FieldError
 from .wording import LONGEST, cut, did_you_mean, shown
+
+if TYPE_CHECKING:
+    from fsr_vllm.methods.base import Method
 
 # Laid under a request's `fsr_options`; {"preset": "paper"} drops it. Decided by measurement only: a
 # method that is not listed is served with its published defaults. FSR's:
@@ -24,9 +27,7 @@ def served_methods() -> list[str]:
 
 
 def known_method(name: str, field: str) -> str:
-    """The name itself; FieldError, with the methods that can be served and the nearest of them, if
-    it is none.
-    """
+    """The name itself; FieldError, with the methods that can be served, if it is none."""
     from fsr_vllm.methods import list_methods
 
     if name not in list_methods():
@@ -38,10 +39,8 @@ def known_method(name: str, field: str) -> str:
     return name
 
 
-def build_method(method: str, options: Mapping[str, Any] | None) -> Any:
-    """The method with published defaults, then served defaults, then `options`; FieldError if
-    wrong.
-    """
+def build_method(method: str, options: Mapping[str, Any] | None) -> Method:
+    """The method with published defaults, then served ones, then `options`, or FieldError."""
     from fsr_vllm.methods import get_method
 
     given = dict(options or {})

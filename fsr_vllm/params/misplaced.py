@@ -1,5 +1,4 @@
-"""Fields of ours that a request spells in another way or puts where nobody reads them: found, so
-that they are refused.
+"""Fields of ours that a request misspells, or puts where nobody reads them, are found here.
 
 A key is ours if, lower-cased and without - and _, it is fsr + budget, method, options or question.
 One that is null counts as absent, as it does in its right place. Paths are the client's, such as
@@ -9,7 +8,6 @@ One that is null counts as absent, as it does in its right place. Paths are the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from .budget import FieldError
 from .request import PREFIX, REQUEST_FIELDS
@@ -28,7 +26,7 @@ _HOLDERS = (
 )  # an image part's own object, in OpenAI's and in Anthropic's shape
 
 
-def meant(key: Any) -> str | None:
+def meant(key: object) -> str | None:
     """The field that a key spells, in whatever way; None for a key that is none of ours."""
     # Asked of every key of every part, so the cheapest question comes first.
     if not isinstance(key, str) or key[:1] not in _FIRST or len(key) > _LONGEST:
@@ -36,22 +34,20 @@ def meant(key: Any) -> str | None:
     return _SPELT.get(key.lower().replace("-", "").replace("_", ""))
 
 
-def is_ours(key: Any) -> bool:
+def is_ours(key: object) -> bool:
     """Whether a key is a field of ours in some spelling, or stands in our name space."""
     return isinstance(key, str) and (key.startswith(PREFIX) or meant(key) is not None)
 
 
-def misspelt(values: Any, where: str = "") -> FieldError | None:
-    """The first field of a mapping that carries ours under another name than its own; `where` leads
-    to the mapping.
-    """
+def misspelt(values: object, where: str = "") -> FieldError | None:
+    """The first field of ours under another name than its own; `where` leads to the mapping."""
     for key, value in values.items() if isinstance(values, dict) else ():
         if value is not None and (name := meant(key)) not in (None, key):
             return FieldError(where + key, f"{where + key} is not read: the field is called {name}")
     return None
 
 
-def out_of_place(values: Any, where: str, why: str = "") -> FieldError | None:
+def out_of_place(values: object, where: str, why: str = "") -> FieldError | None:
     """The first field of ours in a mapping that carries none."""
     key = _first(values)
     if key is None:
@@ -60,9 +56,8 @@ def out_of_place(values: Any, where: str, why: str = "") -> FieldError | None:
     return FieldError(where + key, f"{where + key} is not read: {name} belongs {_HOME[name]}{why}")
 
 
-def in_messages(messages: Any, images: int, where: str = "messages") -> FieldError | None:
-    """The first field of ours in a message or a content part of a conversation, or of a list of
-    conversations.
+def in_messages(messages: object, images: int, where: str = "messages") -> FieldError | None:
+    """The first field of ours in the messages and content parts of one or several conversations.
 
     After `images` images of a conversation nothing more of it is looked at: more than that the
     server refuses.
@@ -78,7 +73,7 @@ def in_messages(messages: Any, images: int, where: str = "messages") -> FieldErr
     return None
 
 
-def _in_conversation(messages: Any, images: int, where: str) -> FieldError | None:
+def _in_conversation(messages: object, images: int, where: str) -> FieldError | None:
     for place, message in _entries(messages):
         found, images = _in_message(message, images, f"{where}[{place}]")
         if found is not None or images < 0:
@@ -86,7 +81,7 @@ def _in_conversation(messages: Any, images: int, where: str) -> FieldError | Non
     return None
 
 
-def _in_message(message: Any, images: int, where: str) -> tuple[FieldError | None, int]:
+def _in_message(message: object, images: int, where: str) -> tuple[FieldError | None, int]:
     """What is found in one message, and how many images are left after it."""
     if not isinstance(message, dict):
         return None, images
@@ -97,7 +92,7 @@ def _in_message(message: Any, images: int, where: str) -> tuple[FieldError | Non
 
 
 def _in_parts(
-    parts: Any, images: int, where: str, nested: bool = False
+    parts: object, images: int, where: str, nested: bool = False
 ) -> tuple[FieldError | None, int]:
     found = None
     for place, part in _entries(parts):
@@ -119,7 +114,7 @@ def _in_parts(
     return found, images
 
 
-def _first(values: Any) -> str | None:
+def _first(values: object) -> str | None:
     """The first key of ours in a mapping."""
     for key, value in values.items() if isinstance(values, dict) else ():
         if value is not None and meant(key) is not None:
@@ -127,9 +122,11 @@ def _first(values: Any) -> str | None:
     return None
 
 
-def _entries(values: Any) -> Iterator[tuple[int, Any]]:
-    """The entries of a list, up to one that is no object: token ids and texts are many. Other
-    iterables might be consumed by reading."""
+def _entries(values: object) -> Iterator[tuple[int, object]]:
+    """The entries of a list, up to one that is no object: token ids and texts are many.
+
+    Other iterables might be consumed by reading.
+    """
     for place, value in enumerate(values if isinstance(values, (list, tuple)) else ()):
         if isinstance(value, (int, float, str)):
             return

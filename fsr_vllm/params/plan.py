@@ -1,6 +1,4 @@
-"""What happens to each image of a request: fields, defaults and totals resolved to integers before
-any hash.
-"""
+"""What happens to each image of a request, resolved to integers before any hash."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ SELECTION_VERSION = 2
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """What happens to one image: `keep` of `total` tokens by `method`; all that changes its rows is
-    in here.
+    """What happens to one image: `keep` of `total` visual tokens, by `method`.
+
+    All that changes the image's rows is in here.
     """
 
     total: int
@@ -33,6 +32,7 @@ class ImagePlan:
 
     @property
     def pruned(self) -> bool:
+        """Whether the image keeps fewer visual tokens than it has."""
         return self.keep < self.total
 
     def encode(self) -> bytes:
@@ -41,13 +41,14 @@ class ImagePlan:
 
     @classmethod
     def decode(cls, data: bytes) -> ImagePlan:
+        """The plan that `encode` wrote."""
         return cls(**json.loads(data))
 
 
 def resolve(
     fields: RequestFields, settings: ServerSettings, totals: Sequence[int], signals: Collection[str]
 ) -> list[ImagePlan]:
-    """One plan per image, in prompt order; `signals` are the inputs this model can give a method."""
+    """One plan per image, in prompt order; `signals` are what this model can give a method."""
     from fsr_vllm.methods.options import beyond_serving
 
     count = len(totals)

@@ -3,94 +3,164 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    model_validator,
+)
 
 from .budget import (
     MAX_BUDGET,
     Budget,
     FieldError,
-    field_error,
     parse_budget,
     parse_range,
     resolve_budget,
     whole,
 )
 from .method import known_method, served_methods
-from .wording import cut, did_you_mean, shown
+from .validation import Fields
 
-CACHE_BYTES = (
-    256 << 20
-)  # about 200 images of a CLIP-L/336 tower in half precision, or 400 preprocessed ones
+# About 200 images of a CLIP-L/336 tower in half precision, or 400 preprocessed ones.
+CACHE_BYTES = 256 << 20
+MOST_BYTES = 1 << 40
 SETTINGS_KEY = "fsr_settings"  # of the model config: how settings reach processors and workers
-HOW_TO_ACTIVATE = 'start the server with --plugin fsr (offline: additional_config={"fsr": {}}, or VLLM_PLUGINS=fsr)'
-DETAILS = ("low", "high", "auto", "original")  # every `image_url.detail` that OpenAI's API has
+HOW_TO_ACTIVATE = (
+    'start the server with --plugin fsr (offline: additional_config={"fsr": {}}, '
+    "or VLLM_PLUGINS=fsr)"
+)
+DETAILS = ("low", "high", "auto", "original")  # every `image_url.detail` of OpenAI's API
 _FOUND = ("tokens_per_image", "unsupported", "signals")  # what start-up finds, which is no option
 
 
-class ServerSettings(BaseModel):
-    """Options of one server (`--fsr-*`, or additional_config={"fsr": {...}}), the same in all its
-    processes.
+def _off(meaning: object) -> Callable[[object], object]:
+    """A reader of `off`, which YAML reads as false, where that means something."""
+    return lambda value: meaning if value is False or value == "off" else whole(value)
+
+
+def _budget(value: object, info: ValidationInfo) -> Budget | None:
+    off = "off" if value is False else value
+    return None if value is None else parse_budget(off, f"fsr.{info.field_name}")
+
+
+def _range(value: object) -> object:
+    if value is None or value is False:
+        return None
+    parse_range(value, "fsr.adaptive")
+    return value
+
+
+def _method(value: str) -> str:
+    known_method(value, "fsr.method")
+    if value not in (served := served_methods()):
+        raise FieldError(
+            "fsr.method",
+            f"fsr.method must be one of {', '.join(served)}; no server can give {value} its inputs",
+        )
+    return value
+
+
+def _sign(value: object) -> object:
+    return int(value) if value in ("1", "+1", "-1") else value
+
+
+Default = Annotated[Budget | None, BeforeValidator(_budget)]
+Bound = Annotated[Annotated[int, Field(ge=1, le=MAX_BUDGET)] | None, BeforeValidator(_off(None))]
+Bytes = Annotated[int, Field(ge=0, le=MOST_BYTES), BeforeValidator(_off(0))]
+Detail = Annotated[str, StringConstraints(pattern=f"^({'|'.join(DETAILS)})$")]
+# A name, or NAME@REVISION with something on both sides of the last @.
+Encoder = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, pattern=r"(?s)^([^@]+|.*[^\s].*@[^@]*[^@\s][^@]*)$"),
+    BeforeValidator(_off("none")),
+]
+
+
+class ServerSettings(Fields):
+    """Options of one server, the same in all its processes.
+
+    They are `--fsr-*`, or additional_config={"fsr": {...}}.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    prefix: ClassVar[str] = "fsr."
+    unknown: ClassVar[str] = "unknown fsr option {name}; known: {known}"
+    must: ClassVar[Mapping[str, str]] = {
+        "min_budget": f"be an integer from 1 to {MAX_BUDGET:,}",
+        "max_budget": f"be an integer from 1 to {MAX_BUDGET:,}",
+        "method": "be the name of a method",
+        "text_encoder": "be auto, a path, a name or NAME@REVISION, llm, or none",
+        "relevance_sign": "be auto, 1 or -1",
+        "detail_budgets": f"map {', '.join(DETAILS[:-1])} or {DETAILS[-1]} to a budget, "
+        'as in {"low": 64}',
+        "feature_cache_bytes": f"be a number of bytes from 0 (off) to {MOST_BYTES:,}",
+        "pixel_cache_bytes": f"be a number of bytes from 0 (off) to {MOST_BYTES:,}",
+        "model_alias": "be true or false",
+        "encoder_limit": "be unpruned or kept",
+        "ignore": "be true or false",
+    }
 
     # Descriptions are the help texts of `vllm serve`.
-    budget: Any = Field(
-        None,
-        description="Visual tokens kept per image when a request does not say: a number of tokens, a share between 0 "
-        'and 1, or "off" (default: the maximum where there is one, else off).',
+    budget: Default = Field(
+        default=None,
+        description="Visual tokens kept per image when a request does not say: a number of tokens, "
+        'a share between 0 and 1, or "off" (default: the maximum where there is one, else off).',
     )
-    adaptive: Any = Field(
-        None,
-        description="Default budget that follows the load: HIGH visual tokens per image at rest, down to LOW when "
-        "requests queue or KV fills.",
+    adaptive: Annotated[str | None, BeforeValidator(_range)] = Field(
+        default=None,
+        description="Default budget that follows the load: HIGH visual tokens per image at rest, "
+        "down to LOW when requests queue or KV fills.",
     )
-    min_budget: int | None = Field(None, description="Smallest budget a request may ask for.")
-    max_budget: int | None = Field(
-        None,
-        description="Largest budget a request may ask for. vLLM profiles memory with it, so more images fit; requests "
-        'for more, "off" included, are refused.',
+    min_budget: Bound = Field(default=None, description="Smallest budget a request may ask for.")
+    max_budget: Bound = Field(
+        default=None,
+        description="Largest budget a request may ask for. vLLM profiles memory with it, so more "
+        'images fit; requests for more, "off" included, are refused.',
     )
-    method: str = Field(
-        "fsr", description="Method used when a request does not say. See `fsr-vllm methods`."
+    method: Annotated[str, AfterValidator(_method)] = Field(
+        default="fsr",
+        description="Method used when a request does not say. See `fsr-vllm methods`.",
     )
-    text_encoder: str = Field(
-        "auto",
-        description="CLIP text tower for query relevance: auto, a path, a name or NAME@REVISION, llm, or none.",
+    text_encoder: Encoder = Field(
+        default="auto",
+        description="CLIP text tower for query relevance: auto, a path, a name or NAME@REVISION, "
+        "llm, or none.",
     )
-    relevance_sign: Any = Field(
-        "auto", description="Sign of the tower's patch-text cosine: auto, 1 or -1."
+    relevance_sign: Annotated[Literal["auto", 1, -1], BeforeValidator(_sign)] = Field(
+        default="auto", description="Sign of the tower's patch-text cosine: auto, 1 or -1."
     )
-    detail_budgets: dict[str, Any] = Field(
-        {}, description="Budgets for image_url.detail, e.g. '{\"low\": 64}'."
+    detail_budgets: Annotated[
+        dict[Detail, Default], BeforeValidator(lambda value: _off({})(value) or {})
+    ] = Field(default={}, description="Budgets for image_url.detail, e.g. '{\"low\": 64}'.")
+    feature_cache_bytes: Bytes = Field(
+        default=CACHE_BYTES,
+        description="Vision features kept in each worker, so that a known image is not encoded "
+        "again for another question, budget or method; 0 = off.",
     )
-    feature_cache_bytes: int = Field(
-        CACHE_BYTES,
-        description="Vision features kept in each worker, so that a known image is not encoded again for another "
-        "question, budget or method; 0 = off.",
-    )
-    pixel_cache_bytes: int = Field(
-        CACHE_BYTES,
+    pixel_cache_bytes: Bytes = Field(
+        default=CACHE_BYTES,
         description="Preprocessed images kept in each API server, by image alone; 0 = off.",
     )
     model_alias: bool = Field(
-        False,
-        description="Serve every model and adapter name with a budget behind it too, such as NAME@fsr128, "
-        "NAME@fsr0.25 or NAME@fsroff.",
+        default=False,
+        description="Serve every model and adapter name with a budget behind it too, such as "
+        "NAME@fsr128, NAME@fsr0.25 or NAME@fsroff.",
     )
     encoder_limit: Literal["unpruned", "kept"] = Field(
-        "unpruned",
-        description="What a pruned image counts in vLLM's limit on encoder work per step: its unpruned tokens, so that "
-        "many small budgets never keep others waiting longer than without pruning, or the kept ones, for throughput "
-        "of one's own batches.",
+        default="unpruned",
+        description="What a pruned image counts in vLLM's limit on encoder work per step: its "
+        "unpruned tokens, so that many small budgets never keep others waiting longer than "
+        "without pruning, or the kept ones, for throughput of one's own batches.",
     )
     ignore: bool = Field(
-        False,
-        description="Roll back: serve as vLLM alone does. All other --fsr-* options are unused, and requests' fsr "
-        "fields, headers and @fsr suffixes are dropped unread.",
+        default=False,
+        description="Roll back: serve as vLLM alone does. All other --fsr-* options are unused, "
+        "and requests' fsr fields, headers and @fsr suffixes are dropped unread.",
     )
     # What start-up finds:
     tokens_per_image: int | None = None  # the most visual tokens that an image can have
@@ -110,136 +180,8 @@ class ServerSettings(BaseModel):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> ServerSettings:
-        """Validated settings; FieldError names the option and, for an unknown one, those that
-        exist.
-        """
-        known = cls.options()
-        unknown = sorted(set(map(str, values)) - set(known))
-        if unknown:
-            name = cut(unknown[0])
-            near = did_you_mean(name, known)
-            raise FieldError(
-                f"fsr.{name}", f"unknown fsr option {name!r}; known: {', '.join(known)}{near}"
-            )
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise field_error(error, "fsr.") from None
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _check_budget(cls, value: Any) -> Any:
-        return None if value is None else _budget(value, "fsr.budget")
-
-    @field_validator("adaptive", mode="before")
-    @classmethod
-    def _check_adaptive(cls, value: Any) -> Any:
-        if value is False:  # YAML's off
-            return None
-        if value is not None:
-            parse_range(value, "fsr.adaptive")
-        return value
-
-    @field_validator("min_budget", "max_budget", mode="before")
-    @classmethod
-    def _check_bound(cls, value: Any, info: Any) -> Any:
-        if value is None or value is False or value == "off":
-            return None
-        value = whole(value)
-        if type(value) is not int or not 1 <= value <= MAX_BUDGET:
-            name = f"fsr.{info.field_name}"
-            raise FieldError(
-                name, f"{name} must be an integer from 1 to {MAX_BUDGET:,}; got {shown(value)}"
-            )
-        return value
-
-    @field_validator("feature_cache_bytes", "pixel_cache_bytes", mode="before")
-    @classmethod
-    def _check_bytes(cls, value: Any, info: Any) -> Any:
-        if value is False or value == "off":
-            return 0
-        value = whole(value)
-        if type(value) is not int or not 0 <= value <= 1 << 40:
-            name = f"fsr.{info.field_name}"
-            raise FieldError(
-                name,
-                f"{name} must be a number of bytes from 0 (off) to {1 << 40:,}; got {shown(value)}",
-            )
-        return value
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _check_method(cls, value: Any) -> str:
-        if not isinstance(value, str):
-            raise FieldError(
-                "fsr.method", f"fsr.method must be the name of a method; got {shown(value)}"
-            )
-        known_method(value, "fsr.method")
-        if value not in (served := served_methods()):
-            raise FieldError(
-                "fsr.method",
-                f"fsr.method must be one of {', '.join(served)}; no server can give {value} its inputs",
-            )
-        return value
-
-    @field_validator("text_encoder", mode="before")
-    @classmethod
-    def _check_encoder(cls, value: Any) -> str:
-        if value is False or value == "off":
-            return "none"
-        name, at, revision = value.rpartition("@") if isinstance(value, str) else ("", "", "")
-        if (
-            not isinstance(value, str)
-            or not value.strip()
-            or (at and not (name.strip() and revision.strip()))
-        ):
-            raise FieldError(
-                "fsr.text_encoder",
-                f"fsr.text_encoder must be auto, a path, a name or NAME@REVISION, llm, or none; got {shown(value)}",
-            )
-        return value.strip()
-
-    @field_validator("relevance_sign", mode="before")
-    @classmethod
-    def _check_sign(cls, value: Any) -> Any:
-        if isinstance(value, bool) or str(value) not in ("auto", "1", "-1", "+1"):
-            raise FieldError(
-                "fsr.relevance_sign",
-                f"fsr.relevance_sign must be auto, 1 or -1; got {shown(value)}",
-            )
-        return "auto" if value == "auto" else int(value)
-
-    @field_validator("encoder_limit", mode="before")
-    @classmethod
-    def _check_encoder_limit(cls, value: Any) -> Any:
-        if value not in ("unpruned", "kept"):
-            raise FieldError(
-                "fsr.encoder_limit",
-                f"fsr.encoder_limit must be unpruned or kept; got {shown(value)}",
-            )
-        return value
-
-    @field_validator("detail_budgets", mode="before")
-    @classmethod
-    def _check_details(cls, value: Any) -> Any:
-        name = "fsr.detail_budgets"
-        if value is None or value is False or value == "off":
-            return {}
-        if not isinstance(value, Mapping) or not set(value) <= set(DETAILS):
-            allowed = f"{', '.join(DETAILS[:-1])} or {DETAILS[-1]}"
-            raise FieldError(
-                name,
-                f'{name} must map {allowed} to a budget, as in {{"low": 64}}; got {shown(value)}',
-            )
-        return {detail: _budget(budget, name) for detail, budget in value.items()}
-
-    @field_validator("model_alias", "ignore", mode="before")
-    @classmethod
-    def _check_flag(cls, value: Any, info: Any) -> Any:
-        if not isinstance(value, bool):
-            name = f"fsr.{info.field_name}"
-            raise FieldError(name, f"{name} must be true or false; got {shown(value)}")
-        return value
+        """Validated settings; FieldError names the option, and those that exist."""
+        return cls.validated(values)
 
     @model_validator(mode="after")
     def _check_together(self) -> ServerSettings:
@@ -270,9 +212,7 @@ class ServerSettings(BaseModel):
 
     @property
     def default_budget(self) -> Budget:
-        """What a request without a budget gets, without load: the server's default, else its
-        maximum, else all.
-        """
+        """What a request without a budget gets, without load."""
         if self.adaptive_range is not None:
             return self.adaptive_range[1]
         if self.budget is not None:
@@ -287,8 +227,11 @@ class ServerSettings(BaseModel):
     def check_bounds(
         self, budget: Budget, field: str = "fsr_budget", total: int | None = None
     ) -> None:
-        """Refuse a budget outside the server's range. A share is judged once `total`, an image's
-        tokens, is known; so is "off", of which the most that an image can have is judged before."""
+        """Refuse a budget outside the server's range.
+
+        A share is judged once `total`, an image's tokens, is known; so is "off", of which the most
+        that an image can have is judged before.
+        """
         low, high = self.min_budget or 1, self.max_budget or MAX_BUDGET
         written = f'{field} "off"' if budget == "off" else f"{field} {budget}"
         if budget == "off" and total is None:
@@ -311,63 +254,10 @@ class ServerSettings(BaseModel):
             raise FieldError(field, f"{written}, {self._limit(field, 'minimum')}")
 
     def _limit(self, field: str, which: str) -> str:
-        """What a budget exceeds, in words: a request's exceeds the server's bound, an option's
-        another option.
-        """
+        """What a budget exceeds: a request's the server's bound, an option's another option."""
         low, high = self.min_budget or 1, self.max_budget or MAX_BUDGET
         side, bound = ("above", high) if which == "maximum" else ("below", low)
         if field.startswith("fsr."):
             return f"{side} fsr.{which[:3]}_budget {bound}"
         allowed = f"{low} to {high}" if self.max_budget is not None else f"{low} or more"
         return f"{side} this server's {which} {bound} (allowed: {allowed})"
-
-
-def _budget(value: Any, name: str) -> Budget:
-    """A server's budget; YAML reads a bare `off` as false."""
-    return "off" if value is False else parse_budget(value, name)
-
-
-def given_settings(additional_config: Any, named: bool) -> dict[str, Any] | None:
-    """This server's fsr settings as given, unjudged; None while the plugin is not active.
-
-    `named`: whether VLLM_PLUGINS names the plugin. Errors: FieldError where
-    additional_config["fsr"] is no object.
-    """
-    if not isinstance(additional_config, Mapping) or "fsr" not in additional_config:
-        return {} if named else None
-    given = additional_config["fsr"]
-    if given is not None and not isinstance(given, Mapping):
-        hint = (
-            '; to switch the plugin off, leave it out, or give {"ignore": true}'
-            if given is False
-            else ""
-        )
-        raise FieldError(
-            "additional_config",
-            f'additional_config["fsr"] must be an object of options; got {type(given).__name__}{hint}',
-        )
-    return dict(given or {})
-
-
-def ignoring(given: Mapping[str, Any] | None) -> bool:
-    """Whether these settings say that the plugin is to be left aside, whatever else they hold."""
-    value = (given or {}).get("ignore", False)
-    if not isinstance(value, bool):
-        raise FieldError("fsr.ignore", f"fsr.ignore must be true or false; got {shown(value)}")
-    return value
-
-
-def read_settings(hf_config: Any) -> ServerSettings | None:
-    """The server's settings as put into the model config at start; None while the plugin is not
-    active.
-    """
-    text = getattr(hf_config, SETTINGS_KEY, None)
-    return None if text is None else ServerSettings.from_json(text)
-
-
-def refusal(hf_config: Any) -> str | None:
-    """Why no request of this server can have fields of ours; None if it can."""
-    settings = read_settings(hf_config)
-    if settings is None:
-        return f"plugin fsr is not active; {HOW_TO_ACTIVATE}"
-    return settings.unsupported

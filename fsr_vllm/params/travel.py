@@ -20,8 +20,7 @@ REQUEST_KEY = PREFIX + "request"  # of mm_processor_kwargs
 
 @dataclass(frozen=True)
 class Derived:
-    """What the conversation says of its images, one entry per image in prompt order; empty:
-    nothing.
+    """What the conversation says of its images, one entry per image in prompt order, or nothing.
 
     It travels apart from what the client asked for, and is never judged, or named in an error, as
     if it were that.
@@ -31,7 +30,7 @@ class Derived:
     budgets: tuple[Budget | None, ...] = ()  # what `image_url.detail` maps to; None: the default
 
     def of(self, count: int) -> Derived:
-        """This, if it speaks of `count` images."""
+        """What is derived, if it speaks of `count` images."""
         same = all(len(entries) in (0, count) for entries in (self.questions, self.budgets))
         return self if same else Derived()
 
@@ -49,13 +48,16 @@ class FsrRequest:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the visual tokens of one processed input; the processor leaves it on vLLM's
-    result.
-    """
+    """What became of the visual tokens of one processed input; it stays on vLLM's result."""
 
     kept: int = 0
     total: int = 0
     by_load: int | None = None  # the budget that the load gave images the request named none for
+
+
+# Of a request that asks for nothing. Where a request has been read already, this stands for that:
+# no later stage has to look for fields again.
+NOTHING = FsrRequest(RequestFields())
 
 
 def request_of(values: Mapping[str, Any] | None) -> FsrRequest | None:
@@ -64,7 +66,7 @@ def request_of(values: Mapping[str, Any] | None) -> FsrRequest | None:
     return found if isinstance(found, FsrRequest) else None
 
 
-def own_fields(values: Any) -> dict[str, Any]:
+def own_fields(values: object) -> dict[str, Any]:
     """The fields in our name space as a client wrote them; null counts as absent."""
     given = values if isinstance(values, Mapping) else {}
     return {

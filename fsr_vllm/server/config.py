@@ -1,6 +1,4 @@
-"""GET /v1/fsr/config: what this server allows and does by default, as its API server knows it: no
-worker is asked.
-"""
+"""GET /v1/fsr/config: what this server allows and does by default, as its API server knows it."""
 
 from __future__ import annotations
 
@@ -12,36 +10,43 @@ from fastapi import APIRouter, Request
 
 from fsr_vllm import __version__
 from fsr_vllm.compat.front_end import front_end
-from fsr_vllm.params import SETTINGS_KEY, ServerSettings, build_method, resolve_budget
+from fsr_vllm.compat.types import ModelConfig, Processor
+from fsr_vllm.params import build_method, read_settings, resolve_budget
 
 router = APIRouter(tags=["fsr"])
+ignored_router = APIRouter(tags=["fsr"])
+
+
+@ignored_router.get("/v1/fsr/config")
+async def read_ignored() -> dict[str, Any]:
+    """The answer of a server that leaves the plugin aside."""
+    return {"object": "fsr.config", "version": __version__, "ignored": True, "prunes": False}
 
 
 @router.get("/v1/fsr/config")
 async def read_config(request: Request) -> dict[str, Any]:
-    """Bounds, defaults, method and text encoder of this server; the same for every client."""
+    """Bounds, defaults, method and text encoder of this server; the same for every client.
+
+    No worker is asked.
+    """
     model_config, processor = front_end(request.app)
     return described(model_config, processor)
 
 
-def described(model_config: Any, processor: Any) -> dict[str, Any]:
-    """The answer for a model config and the processor in this front end, which may be one that does
-    not prune.
-    """
-    text = getattr(model_config.hf_config, SETTINGS_KEY, None)
-    why = getattr(processor, "fsr_unsupported", None) if text is not None else None
-    methods: list[str] = (
-        getattr(processor, "fsr_methods", list)() if text is not None and not why else []
-    )
+def described(model_config: ModelConfig, processor: Processor) -> dict[str, Any]:
+    """The answer for a model config and the processor of its front end, which may be vLLM's."""
+    settings = read_settings(model_config.hf_config)
+    methods: list[str] = []
+    if settings is not None and settings.unsupported is None:
+        methods = getattr(processor, "fsr_methods", list)()
     answer: dict[str, Any] = {
         "object": "fsr.config",
         "version": __version__,
         "ignored": False,
         "prunes": bool(methods),
     }
-    if text is None:
+    if settings is None:
         return answer
-    settings = ServerSettings.from_json(text)
     total, low_high = settings.tokens_per_image, settings.adaptive_range
     default = settings.default_budget
     return {

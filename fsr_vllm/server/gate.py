@@ -1,5 +1,4 @@
-"""The one way from a route of ours to the workers: bounded, so that no number of clients can hold
-up the engine.
+"""The one way from a route of ours to the workers: no number of clients can hold up the engine.
 
 A worker answers between two steps of the engine, so each question delays everybody's next token. At
 most one is under way per API server, few wait for it, and the rest are sent away with 503. Pure
@@ -11,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Answer: TypeAlias = Any  # whatever the workers' method returns
 
 QUEUE = 8  # questions that may wait for the one under way
 TIMEOUT_SECONDS = 5.0  # a caller's patience, waiting included
@@ -19,24 +21,23 @@ SHARED_SECONDS = 1.0  # how long an answer to a question without arguments serve
 
 
 class Unavailable(Exception):
-    """The workers cannot be asked now; `retry_after` (seconds) says when to come again, None:
-    never.
-    """
+    """The workers cannot be asked now."""
 
     def __init__(self, message: str, retry_after: int | None) -> None:
+        """`retry_after` (seconds) says when to come again, None: never."""
         super().__init__(message)
         self.retry_after = retry_after
 
 
+@dataclass(eq=False)
 class _Question:
     """One call to the workers and those who wait for its answer."""
 
-    def __init__(self) -> None:
-        self.task: asyncio.Task[Any] | None = None
-        self.callers = 0
-        self.dropped = False  # its callers had gone before it was sent
-        self.sent_at: float | None = None
-        self.answered_at: float | None = None
+    task: asyncio.Task[Answer] | None = None
+    callers: int = 0
+    dropped: bool = False  # its callers had gone before it was sent
+    sent_at: float | None = None
+    answered_at: float | None = None
 
 
 class WorkerGate:
@@ -49,11 +50,12 @@ class WorkerGate:
 
     def __init__(
         self,
-        call: Callable[[str, tuple[Any, ...]], Awaitable[Any]],
+        call: Callable[[str, tuple[object, ...]], Awaitable[Answer]],
         dead: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
         timeout: float = TIMEOUT_SECONDS,
     ) -> None:
+        """`call` reaches the workers, `dead` says that nobody will answer any more."""
         self._call, self.dead, self._clock, self._timeout = call, dead, clock, timeout
         self._turn = asyncio.Lock()
         self._shared: dict[str, _Question] = {}
@@ -61,7 +63,7 @@ class WorkerGate:
         self._waiting = 0
         self.counts = {"sent": 0, "shared": 0, "refused": 0, "late": 0}
 
-    async def ask(self, method: str, *args: Any) -> Any:
+    async def ask(self, method: str, *args: object) -> Answer:
         """The workers' answer. Errors: Unavailable, or whatever the call itself raised."""
         self._check_engine()
         question = None if args else self._shared.get(method)
@@ -89,7 +91,7 @@ class WorkerGate:
             and self._clock() - question.sent_at >= self._timeout
         )
 
-    def _enqueue(self, method: str, args: tuple[Any, ...]) -> _Question:
+    def _enqueue(self, method: str, args: tuple[object, ...]) -> _Question:
         if self._is_late(self._sent):
             self._refuse("the workers are late with an earlier answer", round(self._timeout))
         if self._waiting >= QUEUE + (not self._turn.locked()):
@@ -112,7 +114,7 @@ class WorkerGate:
         if question.sent_at is None:  # dropped while it waited
             self._waiting -= 1
 
-    async def _run(self, question: _Question, method: str, args: tuple[Any, ...]) -> Any:
+    async def _run(self, question: _Question, method: str, args: tuple[object, ...]) -> Answer:
         async with self._turn:
             self._check_engine()
             self._waiting -= 1
@@ -123,7 +125,7 @@ class WorkerGate:
             finally:
                 question.answered_at, self._sent = self._clock(), None
 
-    async def _answer(self, question: _Question) -> Any:
+    async def _answer(self, question: _Question) -> Answer:
         task = question.task
         assert task is not None
         question.callers += 1

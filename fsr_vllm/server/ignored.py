@@ -1,5 +1,4 @@
-"""A server that leaves the plugin aside (`--fsr-ignore`): what requests say to us is dropped,
-unread and unjudged.
+"""A server that leaves the plugin aside (`--fsr-ignore`) drops what requests say to us, unread.
 
 Vanilla vLLM would refuse fields in mm_processor_kwargs, and model names with a budget behind them;
 all else of ours it ignores by itself.
@@ -7,24 +6,12 @@ all else of ours it ignores by itself.
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import APIRouter
-
-from fsr_vllm import __version__
 from fsr_vllm.compat.http import wrap_model_check, wrap_pooling, wrap_renderer
-from fsr_vllm.engine.inputs import without_fields
+from fsr_vllm.compat.types import HttpRequest, ModelConfig, Renderer
+from fsr_vllm.params import without_fields
 from fsr_vllm.params.misplaced import is_ours
-from fsr_vllm.server.alias import MARK
+from fsr_vllm.server import model_alias
 from fsr_vllm.server.misplaced import CARRIERS
-
-router = APIRouter(tags=["fsr"])
-
-
-@router.get("/v1/fsr/config")
-async def read_config() -> dict[str, Any]:
-    """The same route as of a server that prunes (`server.config`)."""
-    return {"object": "fsr.config", "version": __version__, "ignored": True, "prunes": False}
 
 
 def install() -> None:
@@ -34,7 +21,7 @@ def install() -> None:
     wrap_model_check(drop_suffix, lambda model_config, request, suffix: None)
 
 
-def drop_fields(renderer: Any, request: Any) -> None:
+def drop_fields(renderer: Renderer, request: HttpRequest) -> None:
     """Take our fields out of vLLM's own carriers; at the top level nobody reads them."""
     for name in CARRIERS:
         values = getattr(request, name, None)
@@ -42,9 +29,6 @@ def drop_fields(renderer: Any, request: Any) -> None:
             setattr(request, name, without_fields(values) or None)
 
 
-def drop_suffix(model_config: Any, request: Any) -> None:
+def drop_suffix(model_config: ModelConfig, request: HttpRequest) -> None:
     """Take `@fsr...` off a model name that is not served as it stands."""
-    if isinstance(request.model, str):
-        base, mark, _ = request.model.rpartition(MARK)
-        if mark and base:
-            request.model = base
+    model_alias.split(request)

@@ -1,16 +1,14 @@
-"""Pure ASGI middleware: the budget in by request header, kept/total out by response header. It
-never reads a body.
-"""
+"""Pure ASGI middleware: a budget by request header, kept/total by response header, no body."""
 
 from __future__ import annotations
 
-from typing import Any
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fsr_vllm import adaptive
 from fsr_vllm.server import misplaced
-from fsr_vllm.server.requests import RequestReport, current_report
+from fsr_vllm.server.fields import BUDGET_HEADER
+from fsr_vllm.server.report import RequestReport, current_report
 
-BUDGET_HEADER = misplaced.BUDGET_HEADER.encode()
 TOKENS_HEADER = b"x-fsr-visual-tokens"
 EXPOSE_HEADER = b"access-control-expose-headers"
 ADAPTIVE_HEADER = b"x-fsr-adaptive"
@@ -20,27 +18,31 @@ WITHOUT_ENGINE = ("/tokenize", "/detokenize", "/render", "/derender", "/count_to
 
 
 class FsrMiddleware:
-    """Opens a report for each HTTP request; the renderer hook fills it before the response starts."""
+    """Opens a report for each HTTP request, which is full before the response starts."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: ASGIApp) -> None:
+        """`app` is what answers, vLLM's own middleware included."""
         self.app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on, between its report's opening and its closing."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = [
-            value.decode("latin-1") for name, value in scope["headers"] if name == BUDGET_HEADER
+            (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]
         ]
-        report = RequestReport(budget_header=", ".join(headers) if headers else None)
-        report.wrong_header = misplaced.in_headers(
-            name.decode("latin-1") for name, _ in scope["headers"]
+        budgets = [value for name, value in headers if name == BUDGET_HEADER]
+        report = RequestReport(
+            header=", ".join(budgets) if budgets else None,
+            wrong_header=misplaced.in_headers(name for name, _ in headers),
+            by_middleware=True,
         )
         # A page of another origin reads only the headers that the answer names; vLLM's CORS
         # middleware names none.
-        foreign = any(name == b"origin" for name, _ in scope["headers"])
+        foreign = any(name == "origin" for name, _ in headers)
 
-        async def send_with_header(message: Any) -> None:
+        async def send_with_header(message: Message) -> None:
             if message["type"] == "http.response.start" and report.total:
                 value = f"{report.kept}/{report.total}".encode()
                 added = [(TOKENS_HEADER, value)]

@@ -15,7 +15,8 @@ def _metrics() -> tuple[Gauge, Counter]:
     # process.
     gauge = Gauge(
         "fsr_adaptive_budget",
-        "Visual tokens per image that requests without a budget get now (several API servers: the least of them).",
+        "Visual tokens per image that requests without a budget get now (several API servers: "
+        "the least of them).",
         multiprocess_mode="livemin",
     )
     counter = Counter(

@@ -8,13 +8,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from fsr_vllm import methods
 from fsr_vllm.compat.front_end import ask_workers, engine_has_died, front_end
+from fsr_vllm.compat.types import EngineClient
 from fsr_vllm.server.gate import Unavailable, WorkerGate
 
 router = APIRouter(tags=["fsr"])
 
 
-def open_gate(engine_client: Any) -> WorkerGate:
+def open_gate(engine_client: EngineClient) -> WorkerGate:
     """The way to the workers of one API server's engine."""
     return WorkerGate(
         lambda method, args: ask_workers(engine_client, method, args),
@@ -24,25 +26,20 @@ def open_gate(engine_client: Any) -> WorkerGate:
 
 @router.get("/v1/fsr/methods")
 async def list_methods() -> dict[str, Any]:
-    """All registered methods with what they need, whether the question matters to them, and where
-    they come from.
-    """
-    from fsr_vllm import methods
-
+    """All methods: what they need, whether the question matters, and where they come from."""
     return {
         "object": "list",
         "data": [{"id": name, **asdict(info)} for name, info in methods.list_methods().items()],
     }
 
 
-@router.get("/v1/fsr/stats")
-async def read_stats(request: Request) -> Any:
-    """Counts of the API server that answers (there may be several) and of all workers;
-    `fsr_vllm.stats` offline.
+@router.get("/v1/fsr/stats", response_model=None)
+async def read_stats(request: Request) -> dict[str, Any] | JSONResponse:
+    """Counts of the API server that answers, of which there may be several, and of all workers.
 
-    `workers` is at most a second old, and None where the workers' extension is not ours.
-    `worker_calls` counts what this server sent to its workers for routes like this one, and what it
-    did not have to send or refused to.
+    Offline they are `fsr_vllm.stats`. `workers` is at most a second old, and None where the
+    workers' extension is not ours. `worker_calls` counts what this server sent to its workers for
+    routes like this one, and what it did not have to send or refused to.
     """
     _, processor = front_end(request.app)
     stats = getattr(processor, "fsr_stats", dict)
