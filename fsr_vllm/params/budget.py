@@ -92,10 +92,10 @@ def whole(value: object) -> object:
 
 def same_budget(left: object, right: object) -> bool:
     """Whether two budgets as written are one; 64 and 64.0 are, 1 and true are not."""
+    if left is right:  # a list of any length, and NaN, which is no budget
+        return True
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(same_budget, left, right))
-    if left is right:  # NaN, which is no budget, is itself all the same
-        return True
     return type(whole(left)) is type(whole(right)) and whole(left) == whole(right)
 
 

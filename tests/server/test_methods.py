@@ -5,6 +5,8 @@ import pytest
 
 from fsr_vllm.methods import list_methods
 
+pytestmark = pytest.mark.engine
+
 
 def test_the_list_says_what_may_be_named(main):
     listed = {entry["id"]: entry for entry in main.get("/v1/fsr/methods")["data"]}
