@@ -2,60 +2,108 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
 
+from fsr_vllm.compat.patching import Entry, Patch
+from fsr_vllm.compat.types import (
+    Anything,
+    EngineArgs,
+    Function,
+    HfConfig,
+    HfOverrides,
+    ModelConfig,
+    Namespace,
+    Parser,
+)
+
+_WHY = (
+    "There is no hook for a plugin's own options; `vllm serve`, `LLM()`, run-batch and Ray all "
+    "pass this method."
+)
+_UNTIL = "vLLM offers options of plugins"
+ADD_CLI_ARGS = Patch(
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args", _WHY, _UNTIL, signature="(parser)"
+)
+FROM_CLI_ARGS = Patch(
+    "vllm.engine.arg_utils:EngineArgs.from_cli_args", _WHY, _UNTIL, signature="(cls, args)"
+)
+CREATE_MODEL_CONFIG = Patch(
+    "vllm.engine.arg_utils:EngineArgs.create_model_config", _WHY, _UNTIL, signature="(self)"
+)
+PARSE = Patch(
+    "vllm.utils.argparse_utils:FlexibleArgumentParser.parse_known_args",
+    "Some front ends fail in their own way before engine arguments are built; options of ours are "
+    "judged before that, on the one parser that has them.",
+    _UNTIL,
+    signature="(self)",
+    read="0.27-0.32",
+)
+ASYNC = Entry(
+    "vllm.engine.arg_utils:AsyncEngineArgs",
+    "Tells the arguments of an API server (also of run-batch and Ray) from those of `LLM()`.",
+    "arguments say for which front end they are",
+)
 GRPC_LAUNCHERS = ("vllm.entrypoints.launchers.grpc_server", "vllm.entrypoints.grpc_server")
+_GRPC = "vLLM's gRPC servers, known by the name of the running module, have no HTTP side."
+GRPC = tuple(
+    Entry(f"{module}:serve_grpc", _GRPC, "they pass the Python front end", missing="without grpcio")
+    for module in GRPC_LAUNCHERS
+)
 
 
 def wrap_engine_args(
-    add_cli_args: Callable[[Any], None],
-    from_cli_args: Callable[[Any], None],
-    before_model_config: Callable[[Any], None],
-    after_model_config: Callable[[Any, Any], None],
+    add_cli_args: Callable[[Parser], None],
+    from_cli_args: Callable[[Namespace], None],
+    before_model_config: Callable[[EngineArgs], None],
+    after_model_config: Callable[[EngineArgs, ModelConfig], None],
 ) -> None:
-    """Run our steps around EngineArgs.add_cli_args, from_cli_args and create_model_config; safe to
-    call twice.
+    """Run our steps around EngineArgs.add_cli_args, from_cli_args and create_model_config."""
 
-    Why: there is no hook for a plugin's own options, and these three are what `vllm serve`,
-    `LLM()`, run-batch and Ray all pass. Same signatures in 0.26-0.33. Can go when vLLM offers
-    plugin options.
-    """
-    from vllm.engine.arg_utils import EngineArgs
+    def adding(stock: Function) -> Function:
+        def wrapped(parser: Parser, *args: Anything, **kwargs: Anything) -> Parser:
+            parser = stock(parser, *args, **kwargs)
+            add_cli_args(parser)
+            return parser
 
-    if getattr(EngineArgs, "_fsr_wrapped", False):
-        return
-    stock_add, stock_from, stock_create = (
-        EngineArgs.add_cli_args,
-        EngineArgs.from_cli_args.__func__,
-        EngineArgs.create_model_config,
-    )
+        return wrapped
 
-    @functools.wraps(stock_add)
-    def wrapped_add(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        parser = stock_add(parser, *args, **kwargs)
-        add_cli_args(parser)
-        return parser
+    def reading(stock: Function) -> Function:
+        def wrapped(cls: type, args: Namespace, *rest: Anything, **kwargs: Anything) -> EngineArgs:
+            from_cli_args(args)
+            return stock(cls, args, *rest, **kwargs)
 
-    @functools.wraps(stock_from)
-    def wrapped_from(cls: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        from_cli_args(args)
-        return stock_from(cls, args, *rest, **kwargs)
+        return wrapped
 
-    @functools.wraps(stock_create)
-    def wrapped_create(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before_model_config(self)
-        model_config = stock_create(self, *args, **kwargs)
-        after_model_config(self, model_config)
-        return model_config
+    def creating(stock: Function) -> Function:
+        def wrapped(self: EngineArgs, *args: Anything, **kwargs: Anything) -> ModelConfig:
+            before_model_config(self)
+            model_config = stock(self, *args, **kwargs)
+            after_model_config(self, model_config)
+            return model_config
 
-    EngineArgs.add_cli_args = staticmethod(wrapped_add)
-    EngineArgs.from_cli_args = classmethod(wrapped_from)
-    EngineArgs.create_model_config = wrapped_create
-    EngineArgs._fsr_wrapped = True
+        return wrapped
+
+    ADD_CLI_ARGS.apply(adding)
+    FROM_CLI_ARGS.apply(reading)
+    CREATE_MODEL_CONFIG.apply(creating)
+
+
+def judge_parsed(parser: Parser, reason: Callable[[Namespace, list[str]], str | None]) -> None:
+    """Let reason(namespace, unknown arguments) say why what this parser read is an error."""
+
+    def make(stock: Function) -> Function:
+        def parse_known_args(*args: Anything, **kwargs: Anything) -> tuple[Namespace, list[str]]:
+            namespace, rest = stock(*args, **kwargs)
+            said = reason(namespace, rest)
+            if said:
+                parser.error(said)
+            return namespace, rest
+
+        return parse_known_args
+
+    PARSE.apply(make, owner=parser)
 
 
 class ComposedOverride:
@@ -63,16 +111,16 @@ class ComposedOverride:
     pickled.
     """
 
-    def __init__(self, user: Callable[[Any], Any], keys: dict[str, Any]) -> None:
+    def __init__(self, user: Callable[[HfConfig], HfConfig], keys: dict[str, str]) -> None:
         self.user, self.keys = user, keys
 
-    def __call__(self, config: Any) -> Any:
+    def __call__(self, config: HfConfig) -> HfConfig:
         config = self.user(config)
         config.update(self.keys)
         return config
 
 
-def with_overrides(hf_overrides: Any, keys: dict[str, Any]) -> Any:
+def with_overrides(hf_overrides: HfOverrides, keys: dict[str, str]) -> HfOverrides:
     """`hf_overrides` with our keys added: the way settings reach processors, which see only the
     model config.
     """
@@ -83,7 +131,7 @@ def with_overrides(hf_overrides: Any, keys: dict[str, Any]) -> Any:
     return {**(hf_overrides or {}), **keys}
 
 
-def is_online(engine_args: Any) -> bool:
+def is_online(engine_args: EngineArgs) -> bool:
     """Whether these arguments belong to an API server (also run-batch and Ray) rather than to
     `LLM()`.
     """
@@ -92,11 +140,8 @@ def is_online(engine_args: Any) -> bool:
     return isinstance(engine_args, AsyncEngineArgs)
 
 
-def python_front_end_bypassed(args: Any) -> str | None:
-    """The option that would answer requests outside Python, and so outside our hooks; None if there
-    is none.
-    """
-
+def python_front_end_bypassed(args: Namespace) -> str | None:
+    """The option that would answer requests outside Python, and so outside our hooks, or None."""
     if getattr(args, "grpc", False):
         return "--grpc"
     if grpc_launcher_runs():
@@ -107,8 +152,6 @@ def python_front_end_bypassed(args: Any) -> str | None:
 
 
 def grpc_launcher_runs() -> bool:
-    """Whether this process is vLLM's stand-alone gRPC server, which has no HTTP side and reads no
-    fields of ours.
-    """
+    """Whether this process is vLLM's stand-alone gRPC server."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     return getattr(spec, "name", None) in GRPC_LAUNCHERS

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+
+from fsr_vllm.compat.patching import Entry
+
+VALIDATION_ERROR = Entry(
+    "vllm.exceptions:VLLMValidationError",
+    "What becomes HTTP 400 with `param`; until 0.30 it was a ValueError, which offline callers "
+    "catch, so ours is both.",
+    "it is a ValueError again",
+)
 
 
 @functools.cache
@@ -13,11 +21,10 @@ def request_error_class() -> type[Exception]:
     """
     from vllm.exceptions import VLLMValidationError
 
-    # Also a ValueError, which VLLMValidationError was until 0.30: offline callers catch that.
     return type("FsrRequestError", (VLLMValidationError, ValueError), {"__module__": __name__})
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[Exception]:
     if name == "FsrRequestError":  # how pickle finds it, in whatever process an error arrives
         return request_error_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

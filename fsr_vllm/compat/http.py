@@ -2,107 +2,162 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
 
 from fsr_vllm.compat.errors import request_error_class
-from fsr_vllm.compat.patching import wrap_method
+from fsr_vllm.compat.patching import Entry, Patch
+from fsr_vllm.compat.types import Anything, EngineInputs, Function, HttpRequest, ModelConfig
 
-MODEL_CHECKS = (
-    ("vllm.entrypoints.serve.engine.serving", "BaseServing"),
-    ("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing"),
+_ONLINE = "vllm.renderers.online_renderer"
+_POOLING = "vllm.entrypoints.pooling.base.serving"
+_DECLARED = "a plugin can declare fields of requests"
+PREPROCESS_CHAT = Patch(
+    f"{_ONLINE}:OnlineRenderer.preprocess_chat",
+    "All OpenAI-style requests are parsed objects here and not yet rendered; a middleware that "
+    "rewrites bodies would read media twice.",
+    _DECLARED,
+    signature="async (self, request, messages)",
+)
+PREPROCESS_COMPLETION = Patch(
+    f"{_ONLINE}:OnlineRenderer.preprocess_completion",
+    "The same for requests without images, whose fields are judged too.",
+    _DECLARED,
+    signature="async (self, request)",
+)
+_TRUST = (
+    "Since 0.31 mm_processor_kwargs of requests are refused unless --trust-request-mm-kwargs opens "
+    "them all. Ours, which are validated by then, pass; all other keys are still judged by vLLM."
+)
+MM_KWARGS = tuple(
+    Patch(
+        f"{module}:validate_request_mm_kwargs",
+        _TRUST,
+        _DECLARED,
+        signature="(*, mm_processor_kwargs)",
+        missing="until 0.30",
+    )
+    for module in (_ONLINE, _POOLING)
+)
+_MODEL = (
+    "The one step that all endpoints with a `model` take before they read anything else of a "
+    "request: budgets behind model names are read here, and misplaced fields refused."
+)
+MODEL_CHECKS = tuple(
+    Patch(
+        f"{target}._check_model",
+        _MODEL,
+        "a plugin can resolve model names",
+        signature="async (self, request)",
+        missing="releases that check model names elsewhere",
+    )
+    for target in (
+        "vllm.entrypoints.serve.engine.serving:BaseServing",
+        f"{_POOLING}:PoolingBaseServing",
+    )
+)
+POOLING_CONTEXT = Patch(
+    f"{_POOLING}:PoolingBaseServing._init_ctx",
+    "Pooling endpoints have a way of their own to the renderer, judge mm_processor_kwargs "
+    "themselves, and some of their request models drop unknown fields.",
+    _DECLARED,
+    signature="async (self, io_processor, request, raw_request)",
+    missing="releases without this class",
+)
+POOLING_RESULT = Patch(
+    f"{_POOLING}:PoolingBaseServing._preprocessing",
+    "Where the processed inputs of a pooling request are seen, for the answer's header.",
+    _DECLARED,
+    signature="async (self, io_processor, ctx)",
+    missing="releases without this class",
+)
+_FOREIGN = (
+    "Its request model drops unknown fields. FastAPI has parsed the body and keeps the result on "
+    "the request object, so that reading it costs no second parse."
+)
+FOREIGN_HANDLERS = tuple(
+    Patch(
+        f"vllm.entrypoints.{target}",
+        _FOREIGN,
+        "its request model passes unknown fields on",
+        signature="async (self, request)",
+        missing=missing,
+    )
+    for target, missing in (
+        ("anthropic.serving:AnthropicServingMessages.create_messages", "releases without it"),
+        ("anthropic.serving:AnthropicServingMessages.count_tokens", "releases without it"),
+        ("cohere.serving:CohereServingChatV2.create_chat_v2", "without the package cohere"),
+        ("scale_out.render.serving:ServingRender.render_messages_request", "releases without it"),
+        ("scale_out.token_in_token_out.serving:ServingTokens.serve_tokens", "releases without it"),
+    )
+)
+SERVED_NAMES = tuple(
+    Entry(
+        f"vllm.entrypoints.openai.models.serving:{name}",
+        "`base_model_paths` and `lora_requests`: a name that is served as it stands keeps its "
+        "own meaning, whatever suffix it ends in.",
+        "a plugin can resolve model names",
+    )
+    for name in ("OpenAIModelRegistry", "OpenAIServingModels")
 )
 
-
-# Handlers whose request models drop what they do not know, so that our fields never reach the
-# renderer by themselves.
-FOREIGN_HANDLERS = (
-    ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "create_messages"),
-    ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "count_tokens"),
-    ("vllm.entrypoints.cohere.serving", "CohereServingChatV2", "create_chat_v2"),
-    ("vllm.entrypoints.scale_out.render.serving", "ServingRender", "render_messages_request"),
-    ("vllm.entrypoints.scale_out.token_in_token_out.serving", "ServingTokens", "serve_tokens"),
-)
+Before = Callable[[Anything, HttpRequest], None]
+After = Callable[[EngineInputs], None]
 
 
-def owner(module: str, name: str) -> Any:
-    """A class of vLLM, or None where this version has it not."""
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
+def _let_fields_pass(patch: Patch) -> None:
+    def make(stock: Function) -> Function:
+        def validate(*, mm_processor_kwargs: Anything = None, **kwargs: Anything) -> None:
+            others = {
+                key: value
+                for key, value in (mm_processor_kwargs or {}).items()
+                if not key.startswith("fsr_")
+            }
+            stock(mm_processor_kwargs=others or None, **kwargs)
+
+        return validate
+
+    patch.apply(make)
 
 
-def let_fields_pass(module: Any) -> None:
-    """Let fsr_* keys, which are validated already, pass the check of mm_processor_kwargs that
-    `module` imported.
-    """
-    check = getattr(module, "validate_request_mm_kwargs", None)
-    if check is None or hasattr(check, "__wrapped__"):
-        return
+def wrap_renderer(before: Before, after: After) -> None:
+    """Call `before(renderer, request)` and `after(engine_inputs)` around every such request."""
 
-    @functools.wraps(check)
-    def validate(*, mm_processor_kwargs: Any = None, **kwargs: Any) -> None:
-        others = {k: v for k, v in (mm_processor_kwargs or {}).items() if not k.startswith("fsr_")}
-        check(mm_processor_kwargs=others or None, **kwargs)
+    def chat(stock: Function) -> Function:
+        async def preprocess_chat(
+            self: Anything, request: HttpRequest, *args: Anything, **kwargs: Anything
+        ) -> Anything:
+            before(self, request)
+            conversation, engine_inputs = await stock(self, request, *args, **kwargs)
+            after(engine_inputs)
+            return conversation, engine_inputs
 
-    module.validate_request_mm_kwargs = validate
+        return preprocess_chat
 
+    def completion(stock: Function) -> Function:
+        async def preprocess_completion(
+            self: Anything, request: HttpRequest, *args: Anything, **kwargs: Anything
+        ) -> Anything:
+            before(self, request)
+            return await stock(self, request, *args, **kwargs)
 
-def wrap_renderer(before: Callable[[Any, Any], None], after: Callable[[Any], None]) -> None:
-    """Call `before(renderer, request)` and `after(engine_inputs)` around every chat-style request.
+        return preprocess_completion
 
-    Why: OnlineRenderer.preprocess_chat is where all OpenAI-style requests are parsed objects and
-    not yet rendered; a body-rewriting middleware would read media twice. Since 0.31 per-request
-    mm_processor_kwargs are refused unless --trust-request-mm-kwargs opens them all; our validated
-    fsr_* keys pass, every other key is still judged by vLLM. Same signature in 0.26-0.33. Can go
-    when vLLM lets a plugin declare request fields.
-    """
-    from vllm.renderers import online_renderer
-
-    cls = online_renderer.OnlineRenderer
-    if getattr(cls, "_fsr_wrapped", False):
-        return
-    stock = cls.preprocess_chat
-
-    @functools.wraps(stock)
-    async def preprocess_chat(
-        self: Any, request: Any, messages: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        before(self, request)
-        conversation, engine_inputs = await stock(self, request, messages, *args, **kwargs)
-        after(engine_inputs)
-        return conversation, engine_inputs
-
-    stock_completion = cls.preprocess_completion
-
-    @functools.wraps(stock_completion)
-    async def preprocess_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        before(self, request)  # it has no images: fields are judged, and there is nothing to prune
-        return await stock_completion(self, request, *args, **kwargs)
-
-    cls.preprocess_chat = preprocess_chat
-    cls.preprocess_completion = preprocess_completion
-    let_fields_pass(online_renderer)
-    cls._fsr_wrapped = True
+    PREPROCESS_CHAT.apply(chat)
+    PREPROCESS_COMPLETION.apply(completion)
+    _let_fields_pass(MM_KWARGS[0])
 
 
 def wrap_model_check(
-    before: Callable[[Any, Any], Any], after: Callable[[Any, Any, Any], None]
+    before: Callable[[ModelConfig, HttpRequest], Anything],
+    after: Callable[[ModelConfig, HttpRequest, Anything], None],
 ) -> bool:
-    """Call before(model_config, request), vLLM's own check of `request.model`, then
-    after(model_config, request, note).
-
-    Why: the one step that all endpoints with a `model` take before they read anything else of a
-    request. Returns whether this vLLM has it. Can go when model names can be resolved by a plugin.
+    """Call before(model_config, request) unless its `model` is served as it stands, vLLM's own
+    check, then after(model_config, request, note). Returns whether this vLLM has the check.
     """
 
-    def make(stock: Any) -> Any:
-        async def _check_model(self: Any, request: Any) -> Any:
+    def make(stock: Function) -> Function:
+        async def _check_model(self: Anything, request: HttpRequest) -> Anything:
             served = {path.name for path in self.models.base_model_paths} | set(
                 self.models.lora_requests
             )
@@ -114,43 +169,35 @@ def wrap_model_check(
 
         return _check_model
 
-    wrapped = [
-        wrap_method(owner(module, name), "_check_model", make) for module, name in MODEL_CHECKS
-    ]
-    return all(wrapped)  # judged when all are wrapped
+    return all([patch.apply(make) for patch in MODEL_CHECKS])  # judged when all are wrapped
 
 
-def wrap_pooling(prepare: Callable[[Any, Any], None], report: Callable[[Any], None]) -> None:
+async def _body(request: HttpRequest, raw_request: HttpRequest) -> dict[str, Anything]:
+    """What the client sent, also what the request's model drops."""
+    body = await raw_request.json() if raw_request is not None else request.model_extra
+    return body if isinstance(body, dict) else {}
+
+
+def wrap_pooling(prepare: Before, report: After) -> None:
     """Read a pooling request's fields as the renderer hook reads a chat request's, and report what
     was kept.
-
-    Why: pooling endpoints have a way of their own to the renderer, and judge mm_processor_kwargs by
-    a name of their own. Can go with `wrap_renderer`.
     """
-    module = "vllm.entrypoints.pooling.base.serving"
-    cls = owner(module, "PoolingBaseServing")
-    if cls is None:
-        return
 
-    def context(stock: Any) -> Any:
+    def context(stock: Function) -> Function:
         async def _init_ctx(
-            self: Any, io_processor: Any, request: Any, raw_request: Any = None
-        ) -> Any:
+            self: Anything,
+            io_processor: Anything,
+            request: HttpRequest,
+            raw_request: HttpRequest = None,
+        ) -> Anything:
             ctx = await stock(self, io_processor, request, raw_request)
-            # Some of these request models drop unknown fields; the body was parsed and kept by
-            # FastAPI.
-            body = (
-                await raw_request.json() if raw_request is not None else (request.model_extra or {})
-            )
-            body = body if isinstance(body, dict) else {}
+            body = await _body(request, raw_request)
             given = ctx.prompt_extras.get("mm_processor_kwargs")
             dropped = body.get("mm_processor_kwargs")
-            if given is None and isinstance(
-                dropped, dict
-            ):  # ours alone: no check of vLLM has seen the others
-                given = {
-                    key: value for key, value in dropped.items() if key.startswith("fsr_")
-                } or None
+            if given is None and isinstance(dropped, dict):
+                # Ours alone: no check of vLLM has seen the others.
+                ours = {key: value for key, value in dropped.items() if key.startswith("fsr_")}
+                given = ours or None
             shown = SimpleNamespace(
                 model_extra=body, mm_processor_kwargs=given, vllm_xargs=body.get("vllm_xargs")
             )
@@ -161,43 +208,68 @@ def wrap_pooling(prepare: Callable[[Any, Any], None], report: Callable[[Any], No
 
         return _init_ctx
 
-    def preprocessing(stock: Any) -> Any:
-        async def _preprocessing(self: Any, io_processor: Any, ctx: Any) -> Any:
+    def preprocessing(stock: Function) -> Function:
+        async def _preprocessing(self: Anything, io_processor: Anything, ctx: Anything) -> Anything:
             result = await stock(self, io_processor, ctx)
             report([entry["prompts"] for entry in ctx.engine_inputs or ()])
             return result
 
         return _preprocessing
 
-    wrap_method(cls, "_init_ctx", context)
-    wrap_method(cls, "_preprocessing", preprocessing)
-    let_fields_pass(sys.modules[module])
+    POOLING_CONTEXT.apply(context)
+    POOLING_RESULT.apply(preprocessing)
+    _let_fields_pass(MM_KWARGS[1])
 
 
-def wrap_foreign_bodies(note: Callable[[Any, Any], None]) -> None:
+def wrap_foreign_bodies(note: Callable[[ModelConfig, Anything], None]) -> None:
     """Call note(model_config, body) with the parsed JSON body before these handlers, and answer our
     errors as theirs.
-
-    Why: Anthropic's and Cohere's request models drop unknown fields. FastAPI has parsed the body
-    and kept the result on the request object, so reading it costs no second parse. Can go when
-    those models pass unknown fields on.
     """
 
-    def make(stock: Any) -> Any:
-        async def handler(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def make(stock: Function) -> Function:
+        async def handler(
+            self: Anything, request: HttpRequest, *args: Anything, **kwargs: Anything
+        ) -> Anything:
             raw_request = kwargs.get("raw_request", args[0] if args else None)
             try:
                 if raw_request is not None:
                     note(self.model_config, await raw_request.json())
-                return await stock(
-                    self, request, *args, **kwargs
-                )  # not all take a raw request before 0.32
+                # Not all take a raw request before 0.32.
+                return await stock(self, request, *args, **kwargs)
             except request_error_class() as error:
-                return self.create_error_response(
-                    error
-                )  # raised, it would be logged as a failure of the server
+                # Raised, it would be logged as a failure of the server.
+                return self.create_error_response(error)
 
         return handler
 
-    for module, name, method in FOREIGN_HANDLERS:
-        wrap_method(owner(module, name), method, make)
+    for patch in FOREIGN_HANDLERS:
+        patch.apply(make)
+
+
+def wrap_refusals(judge: Callable[[ModelConfig, HttpRequest | Mapping[str, object]], None]) -> None:
+    """Call judge(model_config, parsed request or body) once on each surface, before anything of a
+    request is read: all that an inactive plugin does here.
+    """
+
+    def checked(stock: Function) -> Function:
+        async def _check_model(self: Anything, request: HttpRequest) -> Anything:
+            judge(self.model_config, request)
+            return await stock(self, request)
+
+        return _check_model
+
+    def pooling(stock: Function) -> Function:
+        async def _init_ctx(
+            self: Anything,
+            io_processor: Anything,
+            request: HttpRequest,
+            raw_request: HttpRequest = None,
+        ) -> Anything:
+            judge(self.model_config, await _body(request, raw_request))
+            return await stock(self, io_processor, request, raw_request)
+
+        return _init_ctx
+
+    MODEL_CHECKS[0].apply(checked)
+    POOLING_CONTEXT.apply(pooling)
+    wrap_foreign_bodies(judge)

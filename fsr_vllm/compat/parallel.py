@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+from fsr_vllm.compat.patching import Entry
+
+if TYPE_CHECKING:
+    import torch
+
+_PUBLIC = "never: vLLM's models use it"
+GROUPS = (
+    Entry(
+        "vllm.distributed:tensor_model_parallel_all_reduce",
+        "Sums partial maps of attention over the heads of all ranks.",
+        _PUBLIC,
+    ),
+    Entry(
+        "vllm.distributed:tensor_model_parallel_all_gather",
+        "Heads of all ranks in their own order.",
+        _PUBLIC,
+    ),
+    Entry("vllm.distributed:get_tensor_model_parallel_world_size", "The size of it.", _PUBLIC),
+    Entry(
+        "vllm.distributed.parallel_state:GroupCoordinator.broadcast",
+        "All ranks keep the tokens that rank 0 chose.",
+        _PUBLIC,
+        signature="(self, input_, src)",
+    ),
+    Entry(
+        "vllm.distributed.parallel_state:GroupCoordinator.is_first_rank",
+        "The first pipeline rank alone has a vision tower.",
+        _PUBLIC,
+    ),
+)
 
 
 def tensor_parallel_sum(value: torch.Tensor) -> torch.Tensor:
@@ -20,6 +51,7 @@ def tensor_parallel_gather(value: torch.Tensor) -> torch.Tensor:
 
 
 def tensor_parallel_size() -> int:
+    """How many ranks share a layer."""
     from vllm.distributed import get_tensor_model_parallel_world_size
 
     return get_tensor_model_parallel_world_size()

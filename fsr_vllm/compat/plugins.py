@@ -6,7 +6,18 @@ import os
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 
+from fsr_vllm.compat.patching import Entry
+
 PLUGIN = "fsr"
+LOADING = Entry(
+    "vllm.plugins:load_plugins_by_group",
+    "VLLM_PLUGINS filters all groups: our name alone would switch off every other plugin (LoRA "
+    "resolvers, platforms). Unset means all but endpoint plugins, which is spelled out before "
+    "anything is added.",
+    "vLLM has an additive option of its own",
+    signature="(group)",
+    link="https://github.com/vllm-project/vllm/issues/46565",
+)
 
 
 # Groups that vLLM loads by itself while VLLM_PLUGINS is unset; endpoint plugins always wait to be
@@ -17,20 +28,13 @@ AUTO_GROUPS = (
     "vllm.platform_plugins",
     "vllm.stat_logger_plugins",
 )
-
-
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 
 
 def installed_plugins() -> list[str]:
     """Names of all installed vLLM plugins, of every group."""
-    return sorted(
-        {
-            entry.name
-            for group in (*AUTO_GROUPS, ENDPOINT_GROUP)
-            for entry in entry_points(group=group)
-        }
-    )
+    groups = (*AUTO_GROUPS, ENDPOINT_GROUP)
+    return sorted({entry.name for group in groups for entry in entry_points(group=group)})
 
 
 def named_plugins() -> list[str]:
@@ -40,13 +44,7 @@ def named_plugins() -> list[str]:
 
 
 def enable_plugins(names: Iterable[str]) -> None:
-    """Add to VLLM_PLUGINS, which child processes and Ray inherit.
-
-    Why: setting it to our name alone would switch off every other plugin (LoRA resolvers,
-    platforms), since the variable filters all groups. Unset means "all but endpoint plugins", so
-    that is spelled out first. Read in 0.26-0.33. Can go when vLLM has an additive option of its
-    own.
-    """
+    """Add to VLLM_PLUGINS, which child processes and Ray inherit."""
     names = list(names)
     current = named_plugins()
     if "VLLM_PLUGINS" not in os.environ:

@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from fsr_vllm.compat.patching import wrap_method
+from fsr_vllm.compat.patching import Patch
+from fsr_vllm.compat.types import Anything, Function, ModelConfig, Renderer
 
 # A prompt of vLLM that has been tokenised; an encoder-decoder's consists of two.
 _PARTS = ("encoder_prompt", "decoder_prompt")
 
+_WHY = (
+    "Prompts of every kind end up here before they are processed: LLM.generate and LLM.chat, "
+    "AsyncLLM, raw prompts given to an engine, HTTP; of every architecture, with or without "
+    "images. Prompts without mm_processor_kwargs are not touched."
+)
+_UNTIL = "a renderer takes a hook of a plugin"
+PROCESS = Patch(
+    "vllm.renderers.base:BaseRenderer.process_for_engine",
+    _WHY,
+    _UNTIL,
+    signature="(self, prompt)",
+    missing="some older releases: prompts are then judged by our own processors alone",
+)
+PROCESS_ASYNC = Patch(
+    "vllm.renderers.base:BaseRenderer.process_for_engine_async",
+    _WHY,
+    _UNTIL,
+    signature="async (self, prompt)",
+    missing="as above",
+)
+_EXTRA = (
+    "Behind HTTP `vllm_xargs` becomes `SamplingParams.extra_args`, and our fields in it are read "
+    "there; offline nobody reads them. "
+)
+_READ = "vLLM refuses extra_args that nothing reads"
+PROCESS_INPUTS = Patch(
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+    _EXTRA + "Raw prompts come from users of LLMEngine and AsyncLLM: servers render theirs first.",
+    _READ,
+    signature="(self, request_id, prompt, params)",
+    missing="some older releases",
+)
+ADD_REQUEST = Patch(
+    "vllm.entrypoints.llm:LLM._add_request",
+    _EXTRA + "All calls of `LLM` end in this one. In 0.32 a base class of LLM holds it.",
+    _READ,
+    signature="(self, prompt, params)",
+    missing="some older releases",
+)
 
-def wrap_prompts(judge: Callable[[Any, Mapping[str, Any], bool], Mapping[str, Any]]) -> None:
+
+def wrap_prompts(judge: Callable[[ModelConfig, Mapping[str, Anything], bool], Anything]) -> None:
     """Let judge(model_config, mm_processor_kwargs, has_media) say what each prompt is processed
     with; call it often.
-
-    Why: BaseRenderer.process_for_engine and its async twin are where prompts of every kind end up
-    before they are processed: LLM.generate and LLM.chat, AsyncLLM, raw prompts given to an engine,
-    HTTP; of every architecture, with or without images. Prompts without mm_processor_kwargs are not
-    touched. Read and run in 0.32; where a version lacks one of the two, prompts are judged by our
-    own processors alone. Can go when a renderer takes a plugin's hook.
     """
-    from vllm.renderers.base import BaseRenderer
 
-    def judged(renderer: Any, prompt: Any) -> Any:
+    def judged(renderer: Renderer, prompt: Anything) -> Anything:
         parts = [prompt[name] for name in _PARTS if isinstance(prompt.get(name), dict)] or [prompt]
         for part in parts:
             given = part.get("mm_processor_kwargs")
@@ -33,60 +66,59 @@ def wrap_prompts(judge: Callable[[Any, Mapping[str, Any], bool], Mapping[str, An
                 )
         return prompt
 
-    def sync(stock: Any) -> Any:
-        def process_for_engine(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    def sync(stock: Function) -> Function:
+        def process_for_engine(
+            self: Renderer, prompt: Anything, *args: Anything, **kwargs: Anything
+        ) -> Anything:
             return stock(self, judged(self, prompt), *args, **kwargs)
 
         return process_for_engine
 
-    def asynchronous(stock: Any) -> Any:
+    def asynchronous(stock: Function) -> Function:
         async def process_for_engine_async(
-            self: Any, prompt: Any, *args: Any, **kwargs: Any
-        ) -> Any:
+            self: Renderer, prompt: Anything, *args: Anything, **kwargs: Anything
+        ) -> Anything:
             return await stock(self, judged(self, prompt), *args, **kwargs)
 
         return process_for_engine_async
 
-    wrap_method(BaseRenderer, "process_for_engine", sync)
-    wrap_method(BaseRenderer, "process_for_engine_async", asynchronous)
+    PROCESS.apply(sync)
+    PROCESS_ASYNC.apply(asynchronous)
 
 
-def wrap_offline_parameters(judge: Callable[[Any, Mapping[str, Any]], None]) -> None:
-    """Call judge(model_config, extra_args) for the sampling parameters of every offline request;
-    call it often.
+def wrap_offline_parameters(judge: Callable[[ModelConfig, Mapping[str, Anything]], None]) -> None:
+    """Call judge(model_config, extra_args) for the sampling parameters of every offline request."""
 
-    Why: behind HTTP `vllm_xargs` becomes `SamplingParams.extra_args`, and our fields in it are read
-    there; offline nobody reads them. `LLM._add_request` is what all of `LLM`'s calls end in; raw
-    prompts that reach InputProcessor.process_inputs come from users of LLMEngine and AsyncLLM,
-    since servers render theirs first. Read and run in 0.32; a name that a version lacks is passed
-    over. Can go when vLLM refuses extra_args that nothing reads.
-    """
-    from vllm.entrypoints.llm import LLM
-    from vllm.v1.engine.input_processor import InputProcessor
-
-    def checked(model_config: Any, params: Any) -> None:
+    def checked(model_config: ModelConfig, params: Anything) -> None:
         extra = getattr(params, "extra_args", None)
         if isinstance(extra, Mapping) and extra:
             judge(model_config, extra)
 
-    def of_llm(stock: Any) -> Any:
-        def _add_request(self: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    def of_llm(stock: Function) -> Function:
+        def _add_request(
+            self: Anything, prompt: Anything, params: Anything, *args: Anything, **kwargs: Anything
+        ) -> Anything:
             checked(self.model_config, params)
             return stock(self, prompt, params, *args, **kwargs)
 
         return _add_request
 
-    def of_engines(stock: Any) -> Any:
+    def of_engines(stock: Function) -> Function:
         def process_inputs(
-            self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any
-        ) -> Any:
+            self: Anything,
+            request_id: Anything,
+            prompt: Anything,
+            params: Anything,
+            *args: Anything,
+            **kwargs: Anything,
+        ) -> Anything:
             if not (isinstance(prompt, dict) and "type" in prompt):
                 checked(self.model_config, params)
             return stock(self, request_id, prompt, params, *args, **kwargs)
 
         return process_inputs
 
-    owner = next((cls for cls in LLM.__mro__ if "_add_request" in cls.__dict__), None)
-    if owner is not None:
-        wrap_method(owner, "_add_request", of_llm)
-    wrap_method(InputProcessor, "process_inputs", of_engines)
+    llm = ADD_REQUEST.owner()
+    holder = next((cls for cls in llm.__mro__ if ADD_REQUEST.name in vars(cls)), None)
+    ADD_REQUEST.apply(of_llm, owner=holder or llm)
+    PROCESS_INPUTS.apply(of_engines)

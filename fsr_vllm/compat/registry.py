@@ -1,26 +1,33 @@
-"""vLLM's model registry, and the state that child processes inherit."""
+"""vLLM's model registry."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
-from typing import Any
 
-# Set by a front end that leaves the plugin aside, for its child processes, which register models
-# before they know any configuration.
-IGNORING = "FSR_IGNORING"
+from fsr_vllm.compat.patching import Entry
+from fsr_vllm.compat.types import Anything
 
+MODELS = Entry(
+    "vllm:ModelRegistry.models",
+    "The entries that registering replaces lie here, and nowhere else is a way back to them. A "
+    "mapping from architecture to an entry with `module_name` and `class_name`.",
+    "models can be registered for one engine alone",
+    read="0.27-0.32",
+)
+RESOLVED = Entry(
+    "vllm.model_executor.model_loader.utils:_MODEL_ARCH_BY_HASH",
+    "Keeps the class that an architecture had for an earlier engine of the process.",
+    "models can be registered for one engine alone",
+    read="0.27-0.32",
+)
 
-_stock_models: dict[str, Any] = {}
+_stock_models: dict[str, Anything] = {}
 
 
 def put_models(families: Mapping[str, str]) -> None:
-    """Register our model classes ("module:class" by architecture) over vLLM's own; safe to repeat.
-
-    Why: `ModelRegistry.models` is where the entries lie that registering replaces, and the only way
-    back to them. A mapping from architecture to entry in 0.27-0.32. Can go when models can be
-    registered for one engine alone.
+    """Register our model classes ("module:class" by architecture) over vLLM's own; safe to
+    repeat.
     """
     from vllm import ModelRegistry
 
@@ -45,27 +52,5 @@ def put_stock_models() -> None:
 
 
 def _forget_resolved() -> None:
-    """Why: `_MODEL_ARCH_BY_HASH` keeps the class that an architecture had for an earlier engine. In
-    0.27-0.32.
-    """
-    loader = sys.modules.get("vllm.model_executor.model_loader.utils")
-    getattr(loader, "_MODEL_ARCH_BY_HASH", {}).clear()
-
-
-def inherited_ignoring() -> bool:
-    """Whether this process, or the one that started it, leaves the plugin aside."""
-    return os.environ.get(IGNORING) == "1"
-
-
-def leave_aside() -> bool:
-    """Models are vLLM's own, here and in child processes; returns whether that is new."""
-    new = not inherited_ignoring()
-    os.environ[IGNORING] = "1"
-    put_stock_models()
-    return new
-
-
-def take_up(families: Mapping[str, str]) -> None:
-    """The opposite of `leave_aside`: a process may have several engines, one after another."""
-    os.environ.pop(IGNORING, None)
-    put_models(families)
+    loader = sys.modules.get(RESOLVED.target.partition(":")[0])
+    getattr(loader, RESOLVED.name, {}).clear()

@@ -1,58 +1,85 @@
-"""The part of `compat` that concerns the scheduler: an image costs a step what the vision tower
-spends on it.
-
-Same rules as there: each entry says why it is needed, in which versions it was read or run, and
-when it can go.
-"""
+"""The scheduler: an image costs a step what the vision tower spends on it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from fsr_vllm.compat.identity import unpruned_tokens
-from fsr_vllm.compat.patching import wrap_method
-from fsr_vllm.compat.registry import inherited_ignoring
+from fsr_vllm.compat.patching import Patch, shadowed
+from fsr_vllm.compat.state import IGNORING, state
+from fsr_vllm.compat.types import (
+    Anything,
+    Feature,
+    Function,
+    Scheduler,
+    SchedulerRequest,
+    VllmConfig,
+)
 
-METHOD = "_try_schedule_encoder_inputs"
+_UNTIL = "vLLM counts encoder work apart from embeddings"
+_LINK = "https://github.com/vllm-project/vllm/pull/41239"
+SCHEDULER_CLASS = Patch(
+    "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
+    "The engine core makes its scheduler after plugins are loaded, and asks here for the class.",
+    _UNTIL,
+    signature="(self)",
+    run="0.27, 0.28, 0.30-0.32",
+    link=_LINK,
+)
+ENCODER_STEP = Patch(
+    "vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs",
+    "The scheduler counts an image by its placeholders, so a budget of 1 lets hundreds of images "
+    "into one step, and all other requests wait for the tower. Here an image counts as what it "
+    "would without pruning, so that no step gives the tower more than an unpruned server's would. "
+    "Relied on: the arguments, and the place of the budget in the result.",
+    _UNTIL,
+    signature="(self, request, num_computed_tokens, num_new_tokens, encoder_compute_budget)",
+    run="0.27, 0.28, 0.30-0.32",
+    missing="schedulers that encode in another step",
+    link=_LINK,
+)
+CAN_ALLOCATE = Patch(
+    "vllm.v1.core.encoder_cache_manager:EncoderCacheManager.can_allocate",
+    "Stock asks it for every image before it charges the image's placeholders. Shadowed on the one "
+    "object, whatever its class, for the length of one call.",
+    _UNTIL,
+    signature="(self, request, input_id, encoder_compute_budget, num_embeds_to_schedule)",
+    run="0.27, 0.28, 0.30-0.32",
+    link=_LINK,
+)
 
 
-def wrap_scheduler(limited: Callable[[Any], bool]) -> bool:
-    """Limit the tower's work of a step where limited(vllm_config) holds; False where this vLLM has
-    no such step.
+def wrap_scheduler(limited: Callable[[VllmConfig], bool]) -> None:
+    """Limit the tower's work of a step where limited(vllm_config) holds."""
 
-    Why: the scheduler counts an image by its placeholders, so a budget of 1 lets hundreds of images
-    into one step, and all other requests wait for the tower. Here an image counts as what it would
-    without pruning, so that no step gives the tower more than an unpruned server's would. The
-    engine core makes its scheduler after plugins are loaded and asks
-    `SchedulerConfig.get_scheduler_cls` for the class. The method's arguments and the place of the
-    budget in its result were read in 0.26-0.33, run in 0.27, 0.28 and 0.30-0.32. Can go when vLLM
-    counts encoder work apart from embeddings.
-    """
-    from vllm.config.scheduler import SchedulerConfig
-
-    def make(stock: Any) -> Any:
-        def get_scheduler_cls(self: Any) -> Any:
+    def make(stock: Function) -> Function:
+        def get_scheduler_cls(self: Anything) -> type:
             cls = stock(self)
-            if not inherited_ignoring():
+            if state() != IGNORING:
                 limit(cls, limited)
             return cls
 
         return get_scheduler_cls
 
-    return wrap_method(SchedulerConfig, "get_scheduler_cls", make)
+    SCHEDULER_CLASS.apply(make)
 
 
-def limit(cls: type, limited: Callable[[Any], bool]) -> bool:
+def limit(cls: type, limited: Callable[[VllmConfig], bool]) -> bool:
     """Wrap the step of the scheduler class (or of the one it inherits it from) that picks images;
     once.
     """
 
-    def make(stock: Any) -> Any:
+    def make(stock: Function) -> Function:
         def schedule_encoder_inputs(
-            self: Any, request: Any, computed: int, new: int, budget: int, *args: Any, **kwargs: Any
-        ) -> Any:
+            self: Scheduler,
+            request: SchedulerRequest,
+            computed: int,
+            new: int,
+            budget: int,
+            *args: Anything,
+            **kwargs: Anything,
+        ) -> tuple[Anything, ...]:
             features = request.mm_features
             # A request that decodes has no image before it: this is all that most calls cost.
             if not features or computed >= _end(features[-1]) or not limited(self.vllm_config):
@@ -68,11 +95,11 @@ def limit(cls: type, limited: Callable[[Any], bool]) -> bool:
 
         return schedule_encoder_inputs
 
-    owner = next((each for each in cls.__mro__ if METHOD in each.__dict__), None)
-    return wrap_method(owner, METHOD, make)
+    owner = next((each for each in cls.__mro__ if ENCODER_STEP.name in vars(each)), cls)
+    return ENCODER_STEP.apply(make, owner)
 
 
-def _end(feature: Any) -> int:
+def _end(feature: Feature) -> int:
     return feature.mm_position.offset + feature.mm_position.length
 
 
@@ -86,7 +113,7 @@ class EncoderGate:
     one with hundreds of images would keep them all waiting.
     """
 
-    def __init__(self, scheduler: Any, request: Any, budget: int) -> None:
+    def __init__(self, scheduler: Scheduler, request: SchedulerRequest, budget: int) -> None:
         self.scheduler, self.request, self.budget = scheduler, request, budget
         self.whole = scheduler.max_num_encoder_input_tokens
         self.spent = 0
@@ -101,23 +128,17 @@ class EncoderGate:
         return max(kept, min(unpruned_tokens(self.request.mm_features[place]), self.whole))
 
     @contextlib.contextmanager
-    def over(self, manager: Any) -> Iterator[None]:
+    def over(self, manager: Anything) -> Iterator[None]:
         """Shadow the method on this one object, whatever its class, for the length of one call."""
-        before, stock = manager.__dict__.get("can_allocate"), manager.can_allocate
+        stock = manager.can_allocate
 
-        def can_allocate(request: Any, place: int, left: int, scheduled: int) -> bool:
+        def can_allocate(request: SchedulerRequest, place: int, left: int, scheduled: int) -> bool:
             return self.admits(place, left) and self._note(
                 stock(request, place, left, scheduled), place, left
             )
 
-        manager.can_allocate = can_allocate
-        try:
+        with shadowed(manager, CAN_ALLOCATE.name, can_allocate):
             yield
-        finally:
-            if before is None:
-                del manager.can_allocate
-            else:
-                manager.can_allocate = before
 
     def admits(self, place: int, left: int) -> bool:
         """Whether the image fits beside what stock has charged by now; `left` is what stock has
@@ -138,7 +159,7 @@ class EncoderGate:
         self._allowed = (left, self.cost(place)) if allowed else None
         return allowed
 
-    def whole_or_not_yet(self, result: tuple[Any, ...], new: int) -> tuple[Any, ...]:
+    def whole_or_not_yet(self, result: tuple[Anything, ...], new: int) -> tuple[Anything, ...]:
         """Stock's result for a prompt that must not be split, or one that leaves it to a later
         step.
 
@@ -151,7 +172,7 @@ class EncoderGate:
             return ([], 0, self.budget, *([] for _ in result[3:]))
         return self.charged(result)
 
-    def charged(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    def charged(self, result: tuple[Anything, ...]) -> tuple[Anything, ...]:
         """Stock's result with what these images leave of the step's budget, in unpruned tokens.
 
         The caller takes the third element for what is left, but only if it schedules the request:
@@ -171,7 +192,7 @@ class EncoderGate:
         return self._others
 
 
-def _contenders(scheduler: Any) -> Iterator[Any]:
+def _contenders(scheduler: Scheduler) -> Iterator[SchedulerRequest]:
     yield from scheduler.running
     if (
         scheduler.waiting
@@ -179,5 +200,5 @@ def _contenders(scheduler: Any) -> Iterator[Any]:
         yield scheduler.waiting.peek_request()
 
 
-def _to_encode(request: Any) -> bool:
+def _to_encode(request: SchedulerRequest) -> bool:
     return bool(request.mm_features) and request.num_computed_tokens < _end(request.mm_features[-1])

@@ -1,7 +1,5 @@
 """Which vLLM this is: outside the supported window the plugin refuses, beside a budget of vLLM's
-own it steps aside.
-
-FSR_ALLOW_ANY_VLLM=1 lifts both. Part of `compat`; the same rules hold.
+own it steps aside. FSR_ALLOW_ANY_VLLM=1 lifts both.
 """
 
 from __future__ import annotations
@@ -11,10 +9,17 @@ import os
 import re
 from importlib import metadata
 
-from fsr_vllm.compat.http import owner
+from fsr_vllm.compat.patching import Entry
 
 ALLOW = "FSR_ALLOW_ANY_VLLM"
 DISTRIBUTION = "fsr-vllm"
+CHAT_REQUEST = Entry(
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest",
+    "The fields of a chat request are where every OpenAI-style feature arrives. Two features that "
+    "shorten the same placeholders would disagree, so the plugin steps aside for one of vLLM's "
+    "own. No release up to 0.33 has one.",
+    "such a release is out: with the plugin",
+)
 # How a request field would be called that sets the number of an image's tokens, or the share that
 # is kept.
 _MEDIA = r"(image|visual|vision|mm|multimodal)"
@@ -25,11 +30,13 @@ _NATIVE = re.compile(
 
 
 def allowed_anyway() -> bool:
+    """Whether the user takes the risk of another vLLM."""
     return os.environ.get(ALLOW, "0").lower() in ("1", "true")
 
 
 @functools.cache
 def vllm_version() -> str:
+    """The installed vLLM's own word."""
     from vllm.version import __version__
 
     return __version__
@@ -66,31 +73,27 @@ def outside_window() -> str | None:
     except InvalidVersion:  # "dev": vLLM's own word where it does not know
         pass
     return (
-        f"plugin fsr supports vllm {supported}, this is {vllm_version()}; install a release of that range, "
-        f"look for a newer {DISTRIBUTION}, or set {ALLOW}=1 to try it all the same"
+        f"plugin fsr supports vllm {supported}, this is {vllm_version()}; install a release of "
+        f"that range, look for a newer {DISTRIBUTION}, or set {ALLOW}=1 to try it all the same"
     )
 
 
 def native_field() -> str | None:
     """The request field with which vLLM itself sets how many tokens an image gets; None while it
     has none.
-
-    Why: two features that shorten the same placeholders would disagree. No release up to 0.33 has
-    one; the fields of a chat request are where every OpenAI-style feature arrives. Can go, with the
-    plugin, when such a release is out.
     """
     if allowed_anyway():
         return None
-
-    request = owner("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest")
-    return next(
-        (name for name in getattr(request, "model_fields", ()) if _NATIVE.fullmatch(name)), None
-    )
+    fields = getattr(CHAT_REQUEST.find(), "model_fields", ())
+    return next((name for name in fields if _NATIVE.fullmatch(name)), None)
 
 
-def why_inactive(how_to_activate: str) -> str:
-    """What a request with fsr fields is told by a server that does not prune."""
+def steps_aside() -> str | None:
+    """Why requests cannot have fields of ours beside a budget of vLLM's own; None without one."""
     native = native_field()
     if native is None:
-        return f"plugin fsr is not active; {how_to_activate}"
-    return f"plugin fsr steps aside, since this vLLM has a budget of its own: use {native}, or start with {ALLOW}=1"
+        return None
+    return (
+        f"plugin fsr steps aside, since this vLLM has a budget of its own: use {native}, or start "
+        f"with {ALLOW}=1"
+    )
