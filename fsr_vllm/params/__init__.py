@@ -19,7 +19,7 @@ from .budget import (
     resolve_budget,
     same_budget,
 )
-from .method import SERVED_DEFAULTS, build_method, served_methods
+from .method import build_method, served_methods
 from .plan import SELECTION_VERSION, ImagePlan, resolve
 from .request import (
     MAX_QUESTION,
@@ -51,7 +51,7 @@ from .wording import cut, did_you_mean, shown
 
 __all__ = [
     "HOW_TO_ACTIVATE", "MAX_BUDGET", "MAX_IMAGES", "MAX_QUESTION", "MAX_QUESTIONS", "PREFIX",
-    "REQUEST_FIELDS", "REQUEST_KEY", "SELECTION_VERSION", "SERVED_DEFAULTS", "SETTINGS_KEY",
+    "REQUEST_FIELDS", "REQUEST_KEY", "SELECTION_VERSION", "SETTINGS_KEY",
     "Budget", "Derived", "FieldError", "FsrRequest", "ImagePlan", "RequestFields",
     "ServerSettings", "build_method", "check_lengths", "cut", "did_you_mean", "given_settings",
     "ignoring", "own_fields", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range",
