@@ -15,15 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from .budget import (
-    MAX_BUDGET,
-    Budget,
-    FieldError,
-    parse_budget,
-    parse_range,
-    resolve_budget,
-    whole,
-)
+from fsr_vllm.methods.budget import MAX_BUDGET, resolve_budget, whole
+
+from .budget import Budget, FieldError, parse_budget, parse_range
 from .method import known_method, served_methods
 from .validation import Fields
 
