@@ -38,12 +38,12 @@ class Plans:
     by_load: int | None = None  # the default budget, where it follows the load and was used
 
     def at(self, places: Mapping[str, Sequence[int]]) -> Plans:
-        """The same of some items of each modality; of the modalities that are left out, nothing."""
-        places = {name: places[name] for name in self.plans if name in places}
+        """The same of some items of each modality; a modality of which there are none is left out."""
+        some = {name: places[name] for name in self.plans if places.get(name)}
         return replace(
             self,
-            plans={name: [self.plans[name][i] for i in some] for name, some in places.items()},
-            keys={name: [self.keys[name][i] for i in some] for name, some in places.items()},
+            plans={name: [self.plans[name][i] for i in where] for name, where in some.items()},
+            keys={name: [self.keys[name][i] for i in where] for name, where in some.items()},
         )
 
     def report(self) -> Report:

@@ -1,4 +1,4 @@
-"""Questions and details of images in chat messages: counts, order, and that the past never changes."""
+"""Questions and details of images in chat messages: counts, order, and an unchanging past."""
 
 import copy
 import tracemalloc
@@ -120,7 +120,7 @@ ASSISTANT = {"role": "assistant", "content": "Let me see."}
 
 
 @pytest.mark.parametrize(
-    "messages, questions",
+    ("messages", "questions"),
     [
         ([], []),
         ([{"role": "user", "content": "hello"}], []),
