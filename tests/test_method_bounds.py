@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsr_vllm.engine.processor import TAP_SIGNALS
+from fsr_vllm.engine.families import family_of
 from fsr_vllm.methods import list_methods, prune
 from fsr_vllm.params import FieldError, RequestFields, ServerSettings, resolve
+
+TAP_SIGNALS = family_of(["LlavaForConditionalGeneration"]).signals
 
 
 def plan(total, keep=64, **options):
@@ -16,7 +18,7 @@ def plan(total, keep=64, **options):
     return resolve(RequestFields.parse(fields, server), server, [total], TAP_SIGNALS)[0]
 
 
-@pytest.mark.parametrize("total, least", [(576, 8), (577, 9), (2880, 40), (9000, 125)])
+@pytest.mark.parametrize(("total", "least"), [(576, 8), (577, 9), (2880, 40), (9000, 125)])
 def test_the_step_of_vispruner_is_bounded_by_the_image(total, least):
     for step in (1, least - 1):
         with pytest.raises(
@@ -39,7 +41,7 @@ def test_each_image_of_a_request_has_its_own_bound():
         resolve(fields, server, [576, 1152], TAP_SIGNALS)
 
 
-@pytest.mark.parametrize("n, step", [(144, 8), (576, 8), (720, 10)])
+@pytest.mark.parametrize(("n", "step"), [(144, 8), (576, 8), (720, 10)])
 def test_without_a_step_there_are_at_most_as_many_rounds_as_published(n, step):
     g = torch.Generator().manual_seed(0)
     given = {
