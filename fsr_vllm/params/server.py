@@ -61,7 +61,8 @@ def _method(value: str) -> str:
 
 
 def _sign(value: object) -> object:
-    return int(value) if value in ("1", "+1", "-1") else value
+    # Pydantic would take true and 1.0 for 1.
+    return {"auto": "auto", "1": 1, "+1": 1, "-1": -1}.get(str(value))
 
 
 Default = Annotated[Budget | None, BeforeValidator(_budget)]
