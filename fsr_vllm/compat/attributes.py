@@ -17,11 +17,12 @@ class Attribute(NamedTuple):
 
 
 RESULT_KEY = "fsr"  # of a processed input
+SETTINGS_KEY = "fsr_settings"  # of the Hugging Face config; `params` has the same name for it
 IGNORED_KEY = "fsr_ignored"  # of the Hugging Face config in a front end
 
 ATTRIBUTES = (
     Attribute(
-        "fsr_settings",
+        SETTINGS_KEY,
         "the Hugging Face config",
         "Processors and workers see nothing but the model config: the settings as JSON, with what "
         "start-up found.",
@@ -38,7 +39,7 @@ ATTRIBUTES = (
         "vLLM hashes or validates.",
     ),
     Attribute(
-        "fsr",
+        RESULT_KEY,
         "MultiModalDataItems, ProcessorInputs and processed inputs",
         "Plans and keys go along with the items they belong to, so that a processor keeps no state "
         "between steps; what became of the tokens goes along with the result.",

@@ -46,10 +46,11 @@ ASYNC = Entry(
     "arguments say for which front end they are",
 )
 GRPC_LAUNCHERS = ("vllm.entrypoints.launchers.grpc_server", "vllm.entrypoints.grpc_server")
-_GRPC = "vLLM's gRPC servers, known by the name of the running module, have no HTTP side."
-GRPC = tuple(
-    Entry(f"{module}:serve_grpc", _GRPC, "they pass the Python front end", missing="without grpcio")
-    for module in GRPC_LAUNCHERS
+GRPC = Entry(
+    f"{GRPC_LAUNCHERS[0]}:serve_grpc",
+    "vLLM's gRPC servers, known by the name of the running module, have no HTTP side.",
+    "they pass the Python front end",
+    missing="without the package grpcio",
 )
 
 

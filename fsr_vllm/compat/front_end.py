@@ -26,12 +26,6 @@ ALL_ENGINES = Entry(
     signature="async (self, method, *args, engine)",
     read="0.27, 0.30, 0.32",
 )
-IMAGE_LIMIT = Entry(
-    "vllm.config:MultiModalConfig.get_limit_per_prompt",
-    "How many images vLLM takes in one prompt; more are refused unread.",
-    "never: it is public",
-    signature="(self, modality)",
-)
 
 
 def front_end_processor(llm: Anything) -> Processor:

@@ -31,12 +31,6 @@ WEIGHT_LOADER = Entry(
     "never: vLLM's models use it",
     signature="(param, loaded_weight)",
 )
-TOKENIZER = Entry(
-    "vllm.tokenizers:cached_tokenizer_from_config",
-    "The served model's tokenizer, for questions that its own embeddings encode.",
-    "never: it is public",
-    signature="(model_config)",
-)
 
 
 def tower_attentions(vision_tower: nn.Module) -> list[nn.Module]:

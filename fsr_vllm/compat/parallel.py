@@ -9,30 +9,16 @@ from fsr_vllm.compat.patching import Entry
 if TYPE_CHECKING:
     import torch
 
-_PUBLIC = "never: vLLM's models use it"
-GROUPS = (
-    Entry(
-        "vllm.distributed:tensor_model_parallel_all_reduce",
-        "Sums partial maps of attention over the heads of all ranks.",
-        _PUBLIC,
-    ),
-    Entry(
-        "vllm.distributed:tensor_model_parallel_all_gather",
-        "Heads of all ranks in their own order.",
-        _PUBLIC,
-    ),
-    Entry("vllm.distributed:get_tensor_model_parallel_world_size", "The size of it.", _PUBLIC),
-    Entry(
-        "vllm.distributed.parallel_state:GroupCoordinator.broadcast",
-        "All ranks keep the tokens that rank 0 chose.",
-        _PUBLIC,
-        signature="(self, input_, src)",
-    ),
-    Entry(
-        "vllm.distributed.parallel_state:GroupCoordinator.is_first_rank",
-        "The first pipeline rank alone has a vision tower.",
-        _PUBLIC,
-    ),
+BROADCAST = Entry(
+    "vllm.distributed.parallel_state:GroupCoordinator.broadcast",
+    "All ranks keep the tokens that rank 0 chose.",
+    "never: vLLM's models use it",
+    signature="(self, input_, src)",
+)
+FIRST_RANK = Entry(
+    "vllm.distributed.parallel_state:GroupCoordinator.is_first_rank",
+    "The first pipeline rank alone has a vision tower.",
+    "never: vLLM's models use it",
 )
 
 

@@ -45,7 +45,7 @@ class Entry:
         """The class or module that holds the attribute; None where there is none."""
         module, _, path = self.target.partition(":")
         try:
-            found = importlib.import_module(module)
+            found: Anything = importlib.import_module(module)
         except ImportError:
             return None
         for part in path.split(".")[:-1]:

@@ -70,7 +70,7 @@ DUMMY_INPUTS = Patch(
     "since 0.31 `get_dummy_inputs` is the processor's own.",
     "the window begins at 0.31",
     run="0.26, 0.30, 0.32",
-    missing="never",
+    missing="since 0.31",
 )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from fsr_vllm.compat.attributes import SETTINGS_KEY
 from fsr_vllm.compat.patching import Patch
+from fsr_vllm.compat.state import ACTIVE, state
 from fsr_vllm.compat.types import Anything, Function, ModelConfig, Renderer
 
 # A prompt of vLLM that has been tokenised; an encoder-decoder's consists of two.
@@ -37,7 +39,8 @@ _EXTRA = (
 _READ = "vLLM refuses extra_args that nothing reads"
 PROCESS_INPUTS = Patch(
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
-    _EXTRA + "Raw prompts come from users of LLMEngine and AsyncLLM: servers render theirs first.",
+    _EXTRA + "Where the plugin is active, raw prompts alone are judged: they come from users of "
+    "LLMEngine and AsyncLLM, while servers render theirs first.",
     _READ,
     signature="(self, request_id, prompt, params)",
     missing="some older releases",
@@ -94,6 +97,9 @@ def wrap_offline_parameters(judge: Callable[[ModelConfig, Mapping[str, Anything]
         if isinstance(extra, Mapping) and extra:
             judge(model_config, extra)
 
+    def read_by_nobody(model_config: ModelConfig) -> bool:
+        return not hasattr(model_config.hf_config, SETTINGS_KEY)
+
     def of_llm(stock: Function) -> Function:
         def _add_request(
             self: Anything, prompt: Anything, params: Anything, *args: Anything, **kwargs: Anything
@@ -112,13 +118,15 @@ def wrap_offline_parameters(judge: Callable[[ModelConfig, Mapping[str, Anything]
             *args: Anything,
             **kwargs: Anything,
         ) -> Anything:
-            if not (isinstance(prompt, dict) and "type" in prompt):
+            rendered = isinstance(prompt, dict) and "type" in prompt
+            if not rendered or read_by_nobody(self.model_config):
                 checked(self.model_config, params)
             return stock(self, request_id, prompt, params, *args, **kwargs)
 
         return process_inputs
 
-    llm = ADD_REQUEST.owner()
-    holder = next((cls for cls in llm.__mro__ if ADD_REQUEST.name in vars(cls)), None)
-    ADD_REQUEST.apply(of_llm, owner=holder or llm)
     PROCESS_INPUTS.apply(of_engines)
+    if state() == ACTIVE:
+        llm = ADD_REQUEST.owner()
+        holder = next((cls for cls in llm.__mro__ if ADD_REQUEST.name in vars(cls)), llm)
+        ADD_REQUEST.apply(of_llm, owner=holder)
