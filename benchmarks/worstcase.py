@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 
-from fsr_vllm.methods import get_method, list_methods
+from fsr_vllm.methods import SERVED_DEFAULTS, get_method, list_methods
 from fsr_vllm.methods.options import beyond_serving
-from fsr_vllm.params import SERVED_DEFAULTS
 from fsr_vllm.signals.saliency import attention_map, cls_attention, received_attention
 
 from .inputs import Cell, Images

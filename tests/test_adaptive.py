@@ -69,11 +69,9 @@ def test_ranges_that_do_not_go_with_the_other_options(settings, words):
 def test_high_is_the_default_budget_and_the_range_travels_with_the_settings():
     settings = ServerSettings.parse({"adaptive": "64:288", "min_budget": 64, "max_budget": 288})
     settings = ServerSettings.from_json(settings.model_dump_json())
-    assert (
-        settings.default_budget == 288
-        and settings.prunes_by_default
-        and settings.adaptive_range == (64, 288)
-    )
+    assert settings.default_budget == 288
+    assert settings.prunes_by_default
+    assert settings.adaptive_range == (64, 288)
     assert ServerSettings.parse({"max_budget": 288}).adaptive_range is None
 
 
@@ -85,7 +83,9 @@ def test_high_is_the_default_budget_and_the_range_travels_with_the_settings():
 def test_levels_are_few_and_within_the_range(bounds):
     low, high = bounds
     levels = budget_levels(low, high)
-    assert levels[0] == high and levels[-1] == low and len(levels) <= LEVELS
+    assert levels[0] == high
+    assert levels[-1] == low
+    assert len(levels) <= LEVELS
     assert list(levels) == sorted(set(levels), reverse=True)
 
 
@@ -181,7 +181,8 @@ def test_at_rest_it_is_high_and_a_queue_of_a_moment_changes_nothing():
 def test_a_queue_lowers_it_within_seconds_and_its_end_raises_it_one_level_at_a_time():
     crowded, calm = Load(8, 100), Load(2)
     found = follow([*[(0.1, crowded)] * 50, *[(0.1, calm)] * 900])
-    assert found[0] == 288 and found[49] == 64
+    assert found[0] == 288
+    assert found[49] == 64
     rise = [index for index in range(50, 950) if found[index] != found[index - 1]]
     assert [found[index] for index in rise] == [106, 174, 288]
     gaps = [(b - a) * 0.1 for a, b in zip([50, *rise], rise, strict=False)]
@@ -271,7 +272,8 @@ def test_threads_lose_no_request(monitor):
 def test_the_monitor_of_a_process(monkeypatch):
     monkeypatch.setattr(adaptive, "_active", None)
     assert adaptive.default_budget(None) is None
-    assert adaptive.default_budget((64, 288)) == 288 and adaptive.active() is None
+    assert adaptive.default_budget((64, 288)) == 288
+    assert adaptive.active() is None
     read = adaptive.start(64, 288)
     monitor = adaptive.active()
     read(0, 4, 2, 0.5)
@@ -279,7 +281,8 @@ def test_the_monitor_of_a_process(monkeypatch):
     adaptive.start(64, 288)
     assert adaptive.active() is monitor
     adaptive.start(32, 288)
-    assert adaptive.active() is not monitor and adaptive.default_budget(None) is None
+    assert adaptive.active() is not monitor
+    assert adaptive.default_budget(None) is None
 
 
 def test_a_server_without_an_engine_has_no_load_to_follow(monkeypatch):

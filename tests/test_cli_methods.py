@@ -35,7 +35,7 @@ def test_the_table_fits_a_hundred_columns_one_line_a_method(capsys):
         "yes",
         "input-probe",
     ]
-    assert rows["hiprune"][5:] == ["received,", "shallow_received", "(grid)"] and rows["none"][
+    assert rows["hiprune"][5:] == ["received,", "shallow_received", "(grid)"] and rows["truncate"][
         4:
     ] == ["-", "-"]
 
@@ -50,7 +50,7 @@ def test_one_method_with_everything_about_it(capsys):
         and "share of K chosen by saliency" in told
         and "ratio 0.5 any" in told
     )
-    assert main(["methods", "none"]) == 0
+    assert main(["methods", "truncate"]) == 0
     assert "No options." in capsys.readouterr().out
 
 

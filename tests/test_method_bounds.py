@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsr_vllm.engine.processor import TAP_SIGNALS
+from fsr_vllm.engine.families import family_of
 from fsr_vllm.methods import list_methods, prune
 from fsr_vllm.params import FieldError, RequestFields, ServerSettings, resolve
+
+TAP_SIGNALS = family_of(["LlavaForConditionalGeneration"]).signals
 
 
 def plan(total, keep=64, **options):
@@ -16,16 +18,18 @@ def plan(total, keep=64, **options):
     return resolve(RequestFields.parse(fields, server), server, [total], TAP_SIGNALS)[0]
 
 
-@pytest.mark.parametrize("total, least", [(576, 8), (577, 9), (2880, 40), (9000, 125)])
+@pytest.mark.parametrize(("total", "least"), [(576, 8), (577, 9), (2880, 40), (9000, 125)])
 def test_the_step_of_vispruner_is_bounded_by_the_image(total, least):
     for step in (1, least - 1):
         with pytest.raises(
             FieldError, match=f"step must be at least {least} in a request .*; got {step}"
         ) as error:
             plan(total, step=step)
-        assert error.value.field == "fsr_options" and f"{total:,} visual tokens" in str(error.value)
+        assert error.value.field == "fsr_options"
+        assert f"{total:,} visual tokens" in str(error.value)
     assert f'"step":{least}' in plan(total, step=least).options
-    assert plan(total).pruned and plan(total, step=0).pruned
+    assert plan(total).pruned
+    assert plan(total, step=0).pruned
     assert not plan(total, keep=total, step=1).pruned  # nothing is selected
 
 
@@ -39,7 +43,7 @@ def test_each_image_of_a_request_has_its_own_bound():
         resolve(fields, server, [576, 1152], TAP_SIGNALS)
 
 
-@pytest.mark.parametrize("n, step", [(144, 8), (576, 8), (720, 10)])
+@pytest.mark.parametrize(("n", "step"), [(144, 8), (576, 8), (720, 10)])
 def test_without_a_step_there_are_at_most_as_many_rounds_as_published(n, step):
     g = torch.Generator().manual_seed(0)
     given = {

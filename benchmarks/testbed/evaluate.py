@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fsr_vllm.methods import list_methods
-from fsr_vllm.params import SERVED_DEFAULTS
+from fsr_vllm.methods import SERVED_DEFAULTS, list_methods
 
 from .bench import GENERIC, Bench, Outcome, pool_of
 from .export import SHIPPED

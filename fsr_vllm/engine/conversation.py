@@ -18,6 +18,7 @@ from fsr_vllm.engine import messages as read
 from fsr_vllm.engine.inputs import IGNORED_KEY, as_request_errors, requested
 from fsr_vllm.params import (
     MAX_QUESTION,
+    NOTHING,
     Budget,
     Derived,
     FieldError,
@@ -71,7 +72,8 @@ def settled(
         if wrong is not None:
             raise FieldError(wrong.field, f"{wrong.field}: {reason}") if reason else wrong
     settings = read_settings(model_config.hf_config)
-    if settings is None or reason or (request is None and not settings.prunes_by_default):
+    nothing_asked = request is None or request is NOTHING
+    if settings is None or reason or (nothing_asked and not settings.prunes_by_default):
         return unchanged
     return [_settle_one(settings, messages, given, request, most) for messages in conversations]
 

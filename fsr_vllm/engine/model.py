@@ -51,12 +51,13 @@ class FsrModelMixin:
         # than the tower's.
         self.supports_tower_connector_lora = False
         tokenizer = functools.partial(tokenizer_of, vllm_config.model_config)
-        words = LlmText(self.language_model, tokenizer, settings.relevance_sign)  # type: ignore[attr-defined]
+        sign = int(settings.relevance_sign)  # start-up has settled "auto"
+        words = LlmText(self.language_model, tokenizer, sign)  # type: ignore[attr-defined]
         if settings.text_encoder not in ("none", "llm"):
             path = settings.text_encoder
             self.secondary_weights = [weight_source(*split_revision(path), WEIGHTS)]
             dummy = vllm_config.load_config.load_format == "dummy"
-            self.fsr_text = ClipText(path, settings.relevance_sign, dummy)
+            self.fsr_text = ClipText(path, sign, dummy)
         relevance = words if settings.text_encoder == "llm" else self.fsr_text
         inputs = Inputs(relevance, words, _prototypes(vllm_config.model_config))
         # The scheduler packs images by the rows they leave. The tower must not be handed more at

@@ -50,6 +50,7 @@ from fsr_vllm.engine.planning import Planner
 from fsr_vllm.engine.wire import pack_plan
 from fsr_vllm.methods import list_methods
 from fsr_vllm.params import (
+    Budget,
     FsrRequest,
     ImagePlan,
     RequestFields,
@@ -95,7 +96,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """Profiling inputs, planned at the largest budget any request can have."""
         if self.fsr_planner is None:
             return inputs
-        most = self.fsr_planner.settings.max_budget or "off"
+        most: Budget = self.fsr_planner.settings.max_budget or "off"
         request = FsrRequest(RequestFields(fsr_budget=most))
         return planned(self.fsr_planner, inputs, request, dummy=True)
 

@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .budget import Budget, parse_budget, resolve_budget
 from .checks import checked_fields
 from .ops import cosine_similarity, gather_rows, indices_of, mask_of, minmax, normalise, topk_stable
 from .options import PerToken, check_options, option
@@ -77,21 +78,26 @@ class VisualTokens:
 
 @dataclass(eq=False)
 class PrunedTokens:
-    """The K = min(budget, N) tokens kept, in the image's own order; batched (B in front) if the
-    input was.
+    """The K tokens kept of one image, in the image's own order; with B in front of a batch.
+
+    All fields are tensors on the device of the features, so that nothing here waits for it.
     """
 
-    tokens: Tensor  # (K, D), dtype of features
-    indices: Tensor  # (K,) int64, ascending, unique: the place of each kept token
+    tokens: Tensor  # (K, D), dtype of features: the rows, some of them merged or pooled
+    indices: Tensor  # (K,) int64, ascending, unique: the place of each row among the N
     is_focus: Tensor  # (K,) bool: False only for FSR's scan anchors
-    merged_into: (
-        Tensor  # (N,) int64: index of the kept token that a discarded one was merged into, else -1
-    )
+    merged_into: Tensor  # (N,) int64: place of the kept token that this one was merged into, or -1
     # () int64: FSR's literal K_F before clamping; of other methods, and of an unpruned image, K
     k_focus: Tensor
-    num_focus: Tensor  # () int64
-    num_scan: Tensor  # () int64
-    num_merged: Tensor  # () int64
+    num_focus: Tensor  # () int64: kept by focus; of other methods, and of an unpruned image, K
+    num_scan: Tensor  # () int64: kept by FSR's scan, K - num_focus; else 0
+    num_merged: Tensor  # () int64: tokens merged into a kept one, those of merged_into >= 0
+
+    def of(self, image: int) -> PrunedTokens:
+        """One image of a batch: views of its part of every field, without a wait for the device."""
+        if self.tokens.dim() != 3:
+            raise ValueError("only the tokens of a batch can be cut to one image")
+        return PrunedTokens(*(getattr(self, item.name)[image] for item in fields(self)))
 
 
 @dataclass(eq=False)
@@ -141,23 +147,19 @@ class Method:
         """Choose k of the N > k tokens of each image of the batch."""
         raise NotImplementedError
 
-    def prune(self, tokens: VisualTokens, budget: int, *, validate: bool = True) -> PrunedTokens:
-        """Keep exactly K = min(budget, N) tokens per image; K = N returns the features unchanged.
+    def prune(self, tokens: VisualTokens, budget: Budget, *, validate: bool = True) -> PrunedTokens:
+        """Keep exactly K tokens per image: K = min(budget, N), a share of N, or all if "off".
 
-        ValueError for a wrong budget or shape and for a missing signal, always. NaN and Inf are
-        looked for only with `validate`, since that waits for the device; without it nothing here
-        does.
+        K = N returns the features unchanged. ValueError for a wrong budget or shape and for a
+        missing signal, always. NaN and Inf are looked for only with `validate`, since that waits
+        for the device; without it nothing here does.
         """
-        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-            raise ValueError(f"budget must be an integer >= 1; got {budget!r}")
+        asked = parse_budget(budget)
         batch = VisualTokens(**checked_fields(tokens, self.required(), self.uses, finite=validate))
         n = batch.features.shape[1]
-        pruned = _keep_all(batch) if budget >= n else _assemble(batch, self.select(batch, budget))
-        if tokens.features.dim() == 2:
-            pruned = PrunedTokens(
-                **{item.name: getattr(pruned, item.name)[0] for item in fields(pruned)}
-            )
-        return pruned
+        k = resolve_budget(asked, n)
+        pruned = _keep_all(batch) if k == n else _assemble(batch, self.select(batch, k))
+        return pruned if tokens.features.dim() == 3 else pruned.of(0)
 
 
 @dataclass

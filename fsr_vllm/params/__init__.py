@@ -4,8 +4,9 @@ Nothing here knows HTTP or vLLM. Errors are `FieldError`, which names the field 
 allowed; the caller turns it into the error of its own surface.
 """
 
+from fsr_vllm.methods.budget import MAX_BUDGET, resolve_budget
+
 from .budget import (
-    MAX_BUDGET,
     MAX_IMAGES,
     Budget,
     FieldError,
@@ -15,10 +16,9 @@ from .budget import (
     parse_range,
     per_image,
     readable,
-    resolve_budget,
     same_budget,
 )
-from .method import SERVED_DEFAULTS, build_method, served_methods
+from .method import build_method, served_methods
 from .plan import SELECTION_VERSION, ImagePlan, resolve
 from .request import (
     MAX_QUESTION,
@@ -46,10 +46,9 @@ from .wording import cut, did_you_mean, shown
 __all__ = [
     "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan", "MAX_BUDGET",
     "MAX_IMAGES", "MAX_QUESTION", "MAX_QUESTIONS", "NOTHING", "PREFIX", "REQUEST_FIELDS",
-    "REQUEST_KEY", "Report", "RequestFields", "SELECTION_VERSION", "SERVED_DEFAULTS",
-    "SETTINGS_KEY", "ServerSettings", "build_method", "check_lengths", "cut", "did_you_mean",
-    "given_settings", "ignoring", "own_fields", "parse_budget", "parse_budget_text",
-    "parse_budgets", "parse_range", "per_image", "read_settings", "readable", "refusal",
-    "request_of", "resolve", "resolve_budget", "same_budget", "served_methods", "shown",
-    "with_request", "without_fields",
+    "REQUEST_KEY", "Report", "RequestFields", "SELECTION_VERSION", "SETTINGS_KEY",
+    "ServerSettings", "build_method", "check_lengths", "cut", "did_you_mean", "given_settings",
+    "ignoring", "own_fields", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range",
+    "per_image", "read_settings", "readable", "refusal", "request_of", "resolve",
+    "resolve_budget", "same_budget", "served_methods", "shown", "with_request", "without_fields",
 ]  # fmt: skip

@@ -1,18 +1,18 @@
-"""One image's budget as requests and servers write it: an integer, a share or "off"; a range."""
+"""Budgets as requests and servers write them, one per image or one for all; and ranges."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from fsr_vllm.methods import budget as one_budget
+from fsr_vllm.methods.budget import MAX_BUDGET, whole
+
 from .wording import LONGEST, cut, shown
 
-MAX_BUDGET = 1_000_000
 MAX_IMAGES = 10_000  # entries of a list; more are refused unread
 
 # For pydantic: `parse_budget` judges, in words of our own; the bounds are for the JSON schema.
@@ -23,11 +23,6 @@ Budget = (
 )
 
 _WRITTEN = re.compile(r"\s*([0-9]{1,7})\s*:\s*([0-9]{1,7})\s*", re.ASCII)
-
-_BUDGET_ALLOWED = (
-    f"an integer from 1 to {MAX_BUDGET:,} (visual tokens kept per image), "
-    'a number above 0 and below 1 (share kept), or "off"'
-)
 
 
 class FieldError(ValueError):
@@ -60,42 +55,19 @@ def per_image(value: object, count: int, field: str) -> list[Any]:
 
 
 def parse_budget(value: object, field: str = "fsr_budget") -> Budget:
-    """One image's budget: tokens kept (int), share kept (0 < float < 1), or "off".
-
-    Errors: FieldError. A whole number written as a float is that integer, but for 1.0. Offline
-    callers may also give NumPy's numbers, which come back as Python's.
-    """
-    if isinstance(value, str) and value == "off":
-        return "off"
-    value = whole(value)
-    if isinstance(value, Integral):
-        if not isinstance(value, bool) and 1 <= int(value) <= MAX_BUDGET:
-            return int(value)
-    elif isinstance(value, Real) and 0.0 < float(value) < 1.0:  # NaN fails both comparisons
-        return float(value)
-    elif isinstance(value, Real) and float(value) == 1.0:
-        raise FieldError(
-            field,
-            f"{field} must be {_BUDGET_ALLOWED}; got 1.0, which could mean one token or the whole "
-            'image: write 1 or "off"',
-        )
-    raise FieldError(field, f"{field} must be {_BUDGET_ALLOWED}; got {shown(value)}")
-
-
-def whole(value: object) -> object:
-    """A float above 1 that is a whole number, as that integer; anything else as it is."""
-    if isinstance(value, Real) and not isinstance(value, Integral) and float(value) > 1.0:
-        number = float(value)
-        return int(number) if number.is_integer() else value  # infinity is no integer
-    return value
+    """One image's budget, as `methods.budget` reads it; FieldError otherwise."""
+    try:
+        return one_budget.parse_budget(value, field)
+    except ValueError as error:
+        raise FieldError(field, str(error)) from None
 
 
 def same_budget(left: object, right: object) -> bool:
     """Whether two budgets as written are one; 64 and 64.0 are, 1 and true are not."""
+    if left is right:  # a list of any length, and NaN, which is no budget
+        return True
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(same_budget, left, right))
-    if left is right:  # NaN, which is no budget, is itself all the same
-        return True
     return type(whole(left)) is type(whole(right)) and whole(left) == whole(right)
 
 
@@ -138,12 +110,3 @@ def parse_range(value: object, field: str) -> tuple[int, int]:
             f"{field} LOW:HIGH must satisfy 1 <= LOW <= HIGH <= {MAX_BUDGET:,}; got {shown(value)}",
         )
     return low, high
-
-
-def resolve_budget(budget: Budget, total: int) -> int:
-    """Tokens kept of `total`: min(budget, N), or max(1, floor(share * N + 0.5)), or all."""
-    if budget == "off":
-        return total
-    if isinstance(budget, float):
-        return max(1, math.floor(budget * total + 0.5))
-    return min(int(budget), total)

@@ -5,34 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fsr_vllm.methods import RENAMED, get_method, list_methods
+
 from .budget import FieldError
 from .wording import LONGEST, cut, did_you_mean, shown
 
 if TYPE_CHECKING:
     from fsr_vllm.methods.base import Method
 
-# Laid under a request's `fsr_options`; {"preset": "paper"} drops it. Decided by measurement only: a
-# method that is not listed is served with its published defaults. FSR's:
-# benchmarks/results/accuracy.md (docs/testbed.md says how).
-SERVED_DEFAULTS: dict[str, dict[str, Any]] = {
-    "fsr": {"alpha": 3.0, "max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 2.0}
-}
-
 
 def served_methods() -> list[str]:
     """The methods that a server can run; others are for the Python API alone."""
-    from fsr_vllm.methods import list_methods
-
     return [name for name, info in list_methods().items() if info.servable]
 
 
 def known_method(name: str, field: str) -> str:
     """The name itself; FieldError, with the methods that can be served, if it is none."""
-    from fsr_vllm.methods import list_methods
-
     if name not in list_methods():
         known = served_methods()
-        near = did_you_mean(name, known)
+        renamed = RENAMED.get(name)
+        near = f"; it is now called {renamed}" if renamed else did_you_mean(name, known)
         raise FieldError(
             field, f"{field} must be one of {', '.join(known)}; got {shown(name)}{near}"
         )
@@ -40,9 +32,7 @@ def known_method(name: str, field: str) -> str:
 
 
 def build_method(method: str, options: Mapping[str, Any] | None) -> Method:
-    """The method with published defaults, then served ones, then `options`, or FieldError."""
-    from fsr_vllm.methods import get_method
-
+    """The method with the defaults of its preset, then `options`; FieldError if wrong."""
     given = dict(options or {})
     preset = given.pop("preset", None)
     if preset not in (None, "paper", "served"):
@@ -55,8 +45,7 @@ def build_method(method: str, options: Mapping[str, Any] | None) -> Method:
         raise FieldError(
             "fsr_options", f"fsr_options: method {method!r} has no option {cut(long)!r}"
         )
-    served = {} if preset == "paper" else SERVED_DEFAULTS.get(method, {})
     try:
-        return get_method(method, **{**served, **given})
+        return get_method(method, preset=preset or "served", **given)
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise FieldError("fsr_options", f"fsr_options: {str(error)[:500]}") from None

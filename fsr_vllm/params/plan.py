@@ -6,7 +6,10 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 
-from .budget import FieldError, per_image, resolve_budget
+from fsr_vllm.methods.budget import resolve_budget
+from fsr_vllm.methods.options import beyond_serving
+
+from .budget import FieldError, per_image
 from .method import build_method
 from .request import RequestFields
 from .server import ServerSettings
@@ -49,8 +52,6 @@ def resolve(
     fields: RequestFields, settings: ServerSettings, totals: Sequence[int], signals: Collection[str]
 ) -> list[ImagePlan]:
     """One plan per image, in prompt order; `signals` are what this model can give a method."""
-    from fsr_vllm.methods.options import beyond_serving
-
     count = len(totals)
     asked = settings.default_budget if fields.fsr_budget is None else fields.fsr_budget
     budgets = per_image(asked, count, "fsr_budget")

@@ -15,15 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from .budget import (
-    MAX_BUDGET,
-    Budget,
-    FieldError,
-    parse_budget,
-    parse_range,
-    resolve_budget,
-    whole,
-)
+from fsr_vllm.methods.budget import MAX_BUDGET, resolve_budget, whole
+
+from .budget import Budget, FieldError, parse_budget, parse_range
 from .method import known_method, served_methods
 from .validation import Fields
 
@@ -67,7 +61,8 @@ def _method(value: str) -> str:
 
 
 def _sign(value: object) -> object:
-    return int(value) if value in ("1", "+1", "-1") else value
+    # Pydantic would take true and 1.0 for 1.
+    return {"auto": "auto", "1": 1, "+1": 1, "-1": -1}.get(str(value))
 
 
 Default = Annotated[Budget | None, BeforeValidator(_budget)]

@@ -83,7 +83,7 @@ _LISTED = [
     Case("ivc", {"positions": "grid", "position_share": 0.3, "seed_share": 0.2}),
     Case("fastervlm", equivariant=True),
     Case("relevance", equivariant=True),
-    Case("none"),
+    Case("truncate"),
     Case("random"),
     Case("uniform"),
     Case("avgpool", plain=False),

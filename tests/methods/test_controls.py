@@ -20,7 +20,7 @@ def raster(h, w):
 
 
 def test_none_is_truncation():
-    assert prune(raster(4, 5), budget=7, method="none").indices.tolist() == list(range(7))
+    assert prune(raster(4, 5), budget=7, method="truncate").indices.tolist() == list(range(7))
 
 
 def test_relevance_keeps_the_most_relevant():

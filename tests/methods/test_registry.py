@@ -58,8 +58,10 @@ def test_unknown_names_list_the_known_ones():
         ValueError, match="method 'fsr' has no option 'rhoo'; allowed are alpha, beta, "
     ):
         prune(torch.ones(4, 2), saliency=torch.ones(4), budget=2, rhoo=0.5)
-    with pytest.raises(ValueError, match="method 'none' has no option 'seed'; allowed are none"):
-        get_method("none", seed=1)
+    with pytest.raises(ValueError, match="'truncate' has no option 'seed'; allowed are none"):
+        get_method("truncate", seed=1)
+    with pytest.raises(ValueError, match="method 'none' is now called 'truncate'"):
+        get_method("none")
 
 
 @each_option
@@ -130,14 +132,6 @@ def test_an_option_changes_something(name, item):
     assert changed == values if item.metadata.get("choices") else changed, hint
 
 
-def test_prune_passes_every_field():
-    tokens = make_tokens(get_method("fsr", space="metric"), 12)
-    signals = {name: getattr(tokens, name) for name in FIELDS if getattr(tokens, name) is not None}
-    direct = get_method("fsr", space="metric", rho=0.3).prune(tokens, 5)
-    public = fsr_vllm.prune(**signals, budget=5, space="metric", rho=0.3)
-    assert torch.equal(direct.indices, public.indices) and torch.equal(direct.tokens, public.tokens)
-
-
 def test_public_names():
     assert fsr_vllm.list_methods is list_methods and not callable(fsr_vllm.methods)
     public = {
@@ -157,11 +151,13 @@ def test_public_names():
 @pytest.mark.parametrize(
     "code",
     [
-        "import fsr_vllm, sys; assert 'torch' not in sys.modules",
+        "import fsr_vllm.methods, sys; assert 'torch' not in sys.modules",
+        "import fsr_vllm.params, sys; assert 'torch' not in sys.modules",
         "import fsr_vllm; assert fsr_vllm.list_methods()['fsr'].query_aware",
         "from fsr_vllm import list_methods, prune; assert 'fsr' in list_methods()",
-        "import fsr_vllm.methods.fsr, fsr_vllm; fsr_vllm.list_methods()",
-        "import fsr_vllm, sys; fsr_vllm.list_methods(); assert not {'vllm', 'transformers'} & set(sys.modules)",
+        "import fsr_vllm; from fsr_vllm.methods import VisualTokens, prune; prune",
+        "import fsr_vllm, sys; fsr_vllm.list_methods();"
+        "assert not {'vllm', 'transformers'} & set(sys.modules)",
     ],
 )
 def test_imports_in_a_fresh_process(code):

@@ -55,10 +55,8 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, ad
                     0.01: "0.01 of 576 = 6",
                 }.get(budget, budget)
                 side = "minimum 16" if budget in (15, 0.01) else "maximum 128"
-                assert (
-                    f"fsr_budget {asked}, " in message
-                    and f"this server's {side} (allowed: 16 to 128)" in message
-                )
+                assert f"fsr_budget {asked}, " in message
+                assert f"this server's {side} (allowed: 16 to 128)" in message
             message = refused(server, "x-fsr-budget", headers={"x-fsr-budget": "0.5"})
             assert "x-fsr-budget 0.5 of 576 = 288, above this server's maximum 128" in message
         messages = server.messages("chelsea", WHAT)
@@ -96,7 +94,8 @@ def test_bounds_default_and_details_behind_two_api_servers(start, checkpoint, ad
             128,
             128,
         )
-        assert config["default_tokens"] == 128 and config["detail_budgets"] == {
+        assert config["default_tokens"] == 128
+        assert config["detail_budgets"] == {
             "low": 32,
             "high": 0.2,
             "original": 48,
@@ -147,7 +146,8 @@ def adapters_have_budgets_behind_their_names(server):
         answered(server, messages, model="adapter@fsr64"),
     )
     given = answered(server, messages, model="adapter", fsr_budget=64)
-    assert named[0] == plain[0] == "64/576" and named[1].model == "adapter"
+    assert named[0] == plain[0] == "64/576"
+    assert named[1].model == "adapter"
     assert named[1].choices[0].message.content == given[1].choices[0].message.content
     assert named[1].choices[0].message.content != plain[1].choices[0].message.content
     with pytest.raises(openai.NotFoundError):
@@ -166,14 +166,14 @@ def embeddings_know_no_default_but_the_maximum(server):
         for fields in ({}, {"fsr_method": "random"}):
             refused = server.post(embedded(server, [129, 129], **fields), path)
             error = refused.json()["error"]
-            assert refused.status_code == 400 and error["param"] == "image_embeds"
-            assert (
-                "129 rows" in error["message"]
-                and "128" in error["message"]
-                and "fsr_" not in error["message"]
-            )
+            assert refused.status_code == 400
+            assert error["param"] == "image_embeds"
+            assert "129 rows" in error["message"]
+            assert "128" in error["message"]
+            assert "fsr_" not in error["message"]
         asked = server.post(embedded(server, [100], fsr_budget=64), path)
-        assert asked.status_code == 400 and asked.json()["error"]["param"] == "fsr_budget"
+        assert asked.status_code == 400
+        assert asked.json()["error"]["param"] == "fsr_budget"
 
 
 def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoint):
@@ -207,7 +207,8 @@ def test_inactive_plugin_refuses_fields_and_is_otherwise_absent(start, checkpoin
             {"vllm_xargs": {"fsr_budget": 64}},
         ):
             answer = server.post({**anthropic, **fields}, "/v1/messages")
-            assert answer.status_code == 400 and "--plugin fsr" in answer.json()["error"]["message"]
+            assert answer.status_code == 400
+            assert "--plugin fsr" in answer.json()["error"]["message"]
         assert server.ask("chelsea", WHAT, fsrBudget=None, metadata={"note": "fsr"}) == plain
         test_uuids.check(server)  # so vLLM does without the plugin
 
@@ -334,6 +335,5 @@ def test_two_data_parallel_engines_answer_as_one(main, start, checkpoint):
         assert "Traceback" not in server.log.read_text()
     assert found == [main.ask(name, WHAT, fsr_budget=budget) for name, budget in asked]
     assert "1 to" in refused_budget
-    assert len(workers) == 2 and all(
-        0 < worker["tower_images"] <= 3 < worker["images"] for worker in workers
-    )
+    assert len(workers) == 2
+    assert all(0 < worker["tower_images"] <= 3 < worker["images"] for worker in workers)

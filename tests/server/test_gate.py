@@ -69,7 +69,8 @@ def test_any_number_of_callers_share_one_answer_for_a_second():
         later = asked(workers.gate, "stats")
         await settled()
         workers.answer("second")
-        assert await later == "second" and workers.calls == [("stats",)] * 2
+        assert await later == "second"
+        assert workers.calls == [("stats",)] * 2
         assert workers.gate.counts == {"sent": 2, "shared": 500, "refused": 0, "late": 0}
 
     asyncio.run(run())
@@ -86,7 +87,8 @@ def test_questions_with_arguments_are_asked_one_by_one_in_order_and_share_nothin
         for number in range(3):
             await settled()
             workers.answer(number)
-        assert await asyncio.gather(*tasks) == [0, 1, 2] and workers.most == 1
+        assert await asyncio.gather(*tasks) == [0, 1, 2]
+        assert workers.most == 1
         assert workers.calls == [("explain", 1), ("explain", 1), ("stats",)]
 
     asyncio.run(run())
@@ -101,14 +103,16 @@ def test_beyond_the_queue_callers_are_told_to_come_again():
             with pytest.raises(Unavailable, match="waiting") as error:
                 await task
             assert error.value.retry_after == 1
-        assert len(workers.calls) == 1 and workers.gate.counts["refused"] == 5
+        assert len(workers.calls) == 1
+        assert workers.gate.counts["refused"] == 5
         workers.answer(0)
         await settled()
         tasks.append(asked(workers.gate, "explain", "again"))  # one place is free
         for _ in range(1 + QUEUE):
             await settled()
             workers.answer("later")
-        assert await tasks[-1] == "later" and workers.most == 1
+        assert await tasks[-1] == "later"
+        assert workers.most == 1
 
     asyncio.run(run())
 
@@ -135,7 +139,8 @@ def test_while_an_answer_is_late_nothing_is_sent():
         again = asked(workers.gate, "explain", 3)
         await settled()
         workers.answer("new")
-        assert await again == "new" and workers.most == 1
+        assert await again == "new"
+        assert workers.most == 1
 
     asyncio.run(run())
 
@@ -179,7 +184,8 @@ def test_a_question_that_all_its_callers_left_is_asked_anew():
         for value in ("explained", "counted"):
             await settled()
             workers.answer(value)
-        assert await running == "explained" and await again == "counted"
+        assert await running == "explained"
+        assert await again == "counted"
 
     asyncio.run(run())
 
@@ -216,7 +222,8 @@ def test_a_dead_engine_is_asked_nothing():
         workers.dead = True
         for question in (("stats",), ("explain", 2)):
             error = await refused(workers.gate, *question)
-            assert error.retry_after is None and "died" in str(error)
+            assert error.retry_after is None
+            assert "died" in str(error)
         for task in (pending, waiting):
             with pytest.raises(Unavailable, match="died"):
                 await task

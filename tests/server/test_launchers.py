@@ -164,10 +164,8 @@ def test_run_batch(checkpoint, pictures, tmp_path):
         if isinstance(expected, int):
             assert answer["response"]["body"]["usage"]["prompt_tokens"] == whole - 576 + expected
         else:
-            assert (
-                answer["response"]["status_code"] == 400
-                and answer["error"]["error"]["param"] == expected
-            )
+            assert answer["response"]["status_code"] == 400
+            assert answer["error"]["error"]["param"] == expected
 
 
 # What vLLM's gRPC server imports before it reads its options; nothing of it is reached.
@@ -200,4 +198,5 @@ def test_the_grpc_server_of_its_own_refuses_the_plugin(tmp_path):
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "gRPC server" in done.stderr and "plugin fsr cannot work" in done.stderr
+    assert "gRPC server" in done.stderr
+    assert "plugin fsr cannot work" in done.stderr

@@ -5,16 +5,16 @@ import pytest
 
 from fsr_vllm.methods import list_methods
 
+pytestmark = pytest.mark.engine
+
 
 def test_the_list_says_what_may_be_named(main):
     listed = {entry["id"]: entry for entry in main.get("/v1/fsr/methods")["data"]}
     assert {name: entry["servable"] for name, entry in listed.items()} == {
         name: info.servable for name, info in list_methods().items()
     }
-    assert (
-        listed["vispruner"]["option_bounds"] == {"step": "at least N / 72"}
-        and listed["fsr"]["option_bounds"] == {}
-    )
+    assert listed["vispruner"]["option_bounds"] == {"step": "at least N / 72"}
+    assert listed["fsr"]["option_bounds"] == {}
 
 
 def test_an_option_below_its_bound_is_refused(main):

@@ -6,7 +6,7 @@ import pytest
 
 from fsr_vllm import adaptive
 from fsr_vllm.server.middleware import FsrMiddleware
-from fsr_vllm.server.requests import current_report
+from fsr_vllm.server.report import current_report
 
 
 def call(app, headers=(), kind="http", method="POST", path="/v1/chat/completions"):
@@ -31,7 +31,7 @@ async def answer(send):
 def test_the_report_becomes_a_header():
     async def app(scope, receive, send):
         report = current_report.get()
-        assert report.budget_header == "64"
+        assert report.header == "64"
         report.kept, report.total = 64, 576
         await answer(send)
 
@@ -42,7 +42,7 @@ def test_the_report_becomes_a_header():
 
 def test_nothing_to_report_changes_nothing():
     async def app(scope, receive, send):
-        assert current_report.get().budget_header is None
+        assert current_report.get().header is None
         await answer(send)
 
     assert call(app)[0]["headers"] == [(b"a", b"b")]
@@ -52,7 +52,7 @@ def test_a_report_belongs_to_one_request():
     async def app(scope, receive, send):
         await asyncio.sleep(0)
         report = current_report.get()
-        report.kept = report.total = int(report.budget_header)
+        report.kept = report.total = int(report.header)
         await answer(send)
 
     async def both():

@@ -40,7 +40,8 @@ def test_the_configuration_of_a_server_without_limits(main):
         "encoder_limit": "unpruned",
     }
     assert options["alpha"] == build_method("fsr", None).alpha
-    assert {"fsr", "cdpruner", "random"} <= set(methods) and "fastv" not in methods
+    assert {"fsr", "cdpruner", "random"} <= set(methods)
+    assert "fastv" not in methods
     for method in methods:  # each is served as the answer says
         assert main.ask("chelsea", WHAT, fsr_budget=32, fsr_method=method)["tokens"] == "32/576"
 
@@ -77,7 +78,8 @@ def test_a_budget_header_that_comes_twice(main):
         assert sent(*budgets).headers["x-fsr-visual-tokens"] == "32/576"
     for budgets in (("32", "33"), ("32, off",), ("[32]", "32")):
         refused = sent(*budgets)
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == "x-fsr-budget"
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "x-fsr-budget"
 
 
 def test_long_names_and_values_of_clients_are_cut(main):
@@ -91,7 +93,8 @@ def test_long_names_and_values_of_clients_are_cut(main):
     ):
         refused = main.post({**body, **fields})
         assert refused.status_code == 400
-        assert len(refused.text) < 1500 and refused.json()["error"]["param"].startswith("fsr_")
+        assert len(refused.text) < 1500
+        assert refused.json()["error"]["param"].startswith("fsr_")
 
 
 # --- a server that leaves the plugin aside --------------------------------------------------------
@@ -145,7 +148,8 @@ def test_model_names_lose_their_suffix(ignored):
             "max_tokens": 1,
         }
         answer = ignored.post(body)
-        assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == whole
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["prompt_tokens"] == whole
     assert ignored.post({**body, "model": "other@fsr64"}).status_code == 404
 
 
@@ -153,7 +157,8 @@ def test_other_endpoints_drop_them_too(ignored):
     messages = ignored.messages("chelsea", WHAT)
     whole = ignored.ask("chelsea", WHAT)["prompt"]
     counted = ignored.post({"model": NAME, "messages": messages, "fsr_budget": 1}, "/tokenize")
-    assert counted.status_code == 200 and counted.json()["count"] == whole
+    assert counted.status_code == 200
+    assert counted.json()["count"] == whole
     said = {
         "model": f"{NAME}@fsr64",
         "max_tokens": 1,
@@ -173,7 +178,8 @@ def test_other_endpoints_drop_them_too(ignored):
 def test_vllms_own_judgement_stands(ignored):
     body = {"model": NAME, "messages": ignored.messages("chelsea", WHAT), "max_tokens": 1}
     mixed = ignored.post({**body, "mm_processor_kwargs": {"num_crops": 4, "fsr_budget": 64}})
-    assert mixed.status_code == 400 and mixed.json()["error"]["param"] == "mm_processor_kwargs"
+    assert mixed.status_code == 400
+    assert mixed.json()["error"]["param"] == "mm_processor_kwargs"
 
 
 def test_the_server_says_that_it_ignores(ignored):
@@ -184,4 +190,6 @@ def test_the_server_says_that_it_ignores(ignored):
         "prunes": False,
     }
     log = ignored.log.read_text()
-    assert log.count("left aside") == 1 and "is active for" not in log and "Traceback" not in log
+    assert log.count("left aside") == 1
+    assert "is active for" not in log
+    assert "Traceback" not in log

@@ -32,7 +32,8 @@ def address(tmp_path_factory):
     """The server of the first block, at a port of its own."""
     language, text = BLOCKS[0]
     command = shlex.split(text.replace("\\\n", " "))
-    assert language == "bash" and command[:3] == ["vllm", "serve", "$(fsr-vllm demo-model)"]
+    assert language == "bash"
+    assert command[:3] == ["vllm", "serve", "$(fsr-vllm demo-model)"]
     log = tmp_path_factory.mktemp("readme") / "server.log"
     with serve(str(demo_model()), log, command[3:], ENVIRONMENT) as url:
         yield url.removesuffix("/v1")

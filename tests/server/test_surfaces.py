@@ -157,12 +157,14 @@ def test_wrong_values_are_the_clients_error_and_name_the_field(server, surface):
         error = answer.json()["error"]
         assert field in error["message"]
         if surface in ("messages", "count_tokens"):
-            assert answer.json()["type"] == "error" and set(error) == {
+            assert answer.json()["type"] == "error"
+            assert set(error) == {
                 "type",
                 "message",
-            }  # Anthropic's shape
+            }
         else:
-            assert error["param"] == field and error["code"] == 400
+            assert error["param"] == field
+            assert error["code"] == 400
     assert server.post(body(server, model="nope@fsr64"), path).status_code == 404
     assert server.post(body(server, model=f"{NAME}@64"), path).status_code == 404
 
@@ -172,7 +174,8 @@ def test_vllms_own_carrier_of_extra_arguments(server):
         for xargs in ({"fsr_budget": 64}, {"fsr_budget": 64, "fsr_options": '{"rho": 0.5}'}):
             assert server.post(body(server, vllm_xargs=xargs), path).headers[TOKENS] == "64/576"
         both = server.post(body(server, vllm_xargs={"fsr_budget": 64}, fsr_budget=65), path)
-        assert both.status_code == 400 and "fsr_budget" in both.json()["error"]["message"]
+        assert both.status_code == 400
+        assert "fsr_budget" in both.json()["error"]["message"]
     assert (
         server.post(chat(server, vllm_xargs={"fsr_budget": True})).headers[TOKENS] == "1/576"
     )  # vLLM makes it 1
@@ -188,7 +191,8 @@ def test_vllms_own_carrier_of_processor_options(server, surface):
     both = server.post(
         body(server, mm_processor_kwargs=fields, vllm_xargs={"fsr_budget": 65}), path
     )
-    assert both.status_code == 400 and "fsr_budget" in both.json()["error"]["message"]
+    assert both.status_code == 400
+    assert "fsr_budget" in both.json()["error"]["message"]
 
 
 def test_the_openai_sdk_on_responses(server):
@@ -251,12 +255,14 @@ def test_text_endpoints_know_the_names(server):
     named = server.client.completions.create(
         model=f"{NAME}@fsr64", prompt="Say", max_tokens=2, temperature=0
     )
-    assert named.choices[0].text == text.choices[0].text and named.model == NAME
+    assert named.choices[0].text == text.choices[0].text
+    assert named.model == NAME
     ids = {"tokens": [5, 6]}
     plain = server.post({"model": NAME, **ids}, "/detokenize").json()
     assert server.post({"model": f"{NAME}@fsr64", **ids}, "/detokenize").json() == plain
     wrong = server.post({"model": NAME, **ids, "fsr_budget": 0}, "/detokenize")
-    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "fsr_budget"
+    assert wrong.status_code == 400
+    assert wrong.json()["error"]["param"] == "fsr_budget"
 
 
 def test_sagemakers_endpoint_takes_the_name_from_its_own_header(server):
@@ -272,7 +278,8 @@ def test_sagemakers_endpoint_takes_the_name_from_its_own_header(server):
             == f"{kept}/576"
         )
     wrong = server.post(chat(server), "/invocations", headers={adapter: f"{NAME}@fsr0"})
-    assert wrong.status_code == 400 and wrong.json()["error"]["param"] == "model"
+    assert wrong.status_code == 400
+    assert wrong.json()["error"]["param"] == "model"
 
 
 def test_names_with_budgets_are_not_listed(server):
@@ -283,16 +290,16 @@ def test_rendered_requests_are_served_as_rendered(server):
     path = "/inference/v1/generate"
     rendered = server.post(chat(server, fsr_budget=64), "/v1/chat/completions/render").json()
     done = server.post(rendered, path)
-    assert done.status_code == 200 and done.json()["usage"]["prompt_tokens"] == len(
-        rendered["token_ids"]
-    )
+    assert done.status_code == 200
+    assert done.json()["usage"]["prompt_tokens"] == len(rendered["token_ids"])
     for field, fields, headers in (
         ("fsr_budget", {"fsr_budget": 64}, {}),
         ("x-fsr-budget", {}, {"x-fsr-budget": "64"}),
         ("model", {"model": f"{NAME}@fsr64"}, {}),
     ):
         refused = server.post({**rendered, **fields}, path, headers=headers)
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == field
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == field
     ids = server.post(
         {"model": NAME, "prompt": f"USER: <image>\n{WHAT} ASSISTANT:"}, "/tokenize"
     ).json()["tokens"]
@@ -301,7 +308,8 @@ def test_rendered_requests_are_served_as_rendered(server):
     raw = server.post(
         {"model": NAME, "token_ids": ids, "content_parts": parts, "sampling_params": sampling}, path
     )
-    assert raw.status_code == 200 and raw.json()["usage"]["prompt_tokens"] == len(ids) - 1 + 576
+    assert raw.status_code == 200
+    assert raw.json()["usage"]["prompt_tokens"] == len(ids) - 1 + 576
 
 
 def test_pages_of_other_origins_may_send_and_read_the_headers(server):
@@ -315,10 +323,8 @@ def test_pages_of_other_origins_may_send_and_read_the_headers(server):
     allowed = httpx.options(
         f"{server.url}/chat/completions", headers={"origin": ORIGIN, **preflight}
     )
-    assert (
-        allowed.status_code == 200
-        and "x-fsr-budget" in allowed.headers["access-control-allow-headers"]
-    )
+    assert allowed.status_code == 200
+    assert "x-fsr-budget" in allowed.headers["access-control-allow-headers"]
 
 
 def test_the_server_lives_on(server, text_tokens):

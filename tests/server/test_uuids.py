@@ -59,5 +59,6 @@ def test_a_uuid_alone_stands_for_an_image_with_that_plan(main):
     assert answer(main, None, "alone", fsr_budget=48) == sent
     for fields in ({"fsr_budget": 49}, {"fsr_budget": 48, "fsr_question": "Who?"}, {}):
         refused = post(main, None, "alone", **fields)
-        assert refused.status_code == 400 and "not provided" in refused.text
+        assert refused.status_code == 400
+        assert "not provided" in refused.text
     assert answer(main, "chelsea", "alone", fsr_budget=49)

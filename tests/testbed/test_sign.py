@@ -20,9 +20,8 @@ from benchmarks.testbed.export import TEXT_ENCODER, load_clip, stated_sign
 from benchmarks.testbed.questions import ask
 from benchmarks.testbed.scenes import patches
 from fsr_vllm.engine.text_encoder import find_encoder
-from fsr_vllm.methods import get_method
+from fsr_vllm.methods import SERVED_DEFAULTS, get_method
 from fsr_vllm.methods.base import VisualTokens
-from fsr_vllm.params import SERVED_DEFAULTS
 from fsr_vllm.signals.relevance import clip_relevance
 
 FOLDER = Path(__file__).parent / "inverted"

@@ -11,10 +11,10 @@ from .base import Fidelity, Method, Selection, VisualTokens
 
 
 @dataclass
-class NoSelection(Method):
-    """Truncation: keeps the first K tokens of the raster, whatever they show (a control, no paper)."""
+class Truncate(Method):
+    """The first K tokens of the raster, whatever they show (a control, no paper)."""
 
-    name: ClassVar[str] = "none"
+    name: ClassVar[str] = "truncate"
     license: ClassVar[str] = "none needed"
     fidelity: ClassVar[Fidelity] = "control"
 
