@@ -21,10 +21,12 @@ def put_back():
 
 def serving(module_of, *names):
     """One of vLLM's serving objects, with these models and an adapter, made without an engine."""
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.openai.models.serving import OpenAIModelRegistry, OpenAIServingModels
 
     models = object.__new__(OpenAIServingModels)
-    models.base_model_paths = [SimpleNamespace(name=name) for name in names]
+    models.registry = object.__new__(OpenAIModelRegistry)
+    paths = [SimpleNamespace(name=name) for name in names]
+    models.registry.base_model_paths = models.base_model_paths = paths
     models.lora_requests = {"l@fsr1": None}
     made = object.__new__(module_of)
     made.models, made.model_config, made.request_logger = models, "config", None
@@ -94,6 +96,7 @@ def test_bodies_that_request_models_drop_are_read_before_the_handler():
 
 def test_our_keys_pass_vllms_check_of_processor_options_and_others_do_not():
     from vllm.entrypoints.pooling.base import serving as pooling
+    from vllm.exceptions import VLLMValidationError
     from vllm.renderers import online_renderer
 
     http.wrap_renderer(lambda *args: None, lambda *args: None)
@@ -101,7 +104,7 @@ def test_our_keys_pass_vllms_check_of_processor_options_and_others_do_not():
     for module in (online_renderer, pooling):
         check = {"media_io_kwargs": None, "trust_request_mm_kwargs": False}
         module.validate_request_mm_kwargs(mm_processor_kwargs={"fsr_budget": 64}, **check)
-        with pytest.raises(ValueError, match="num_crops|mm_processor_kwargs"):
+        with pytest.raises(VLLMValidationError, match="mm_processor_kwargs"):
             module.validate_request_mm_kwargs(
                 mm_processor_kwargs={"fsr_budget": 64, "num_crops": 4}, **check
             )
@@ -143,7 +146,7 @@ def renderer():
 
     class Renderer(BaseRenderer):
         def __init__(self):
-            self.model_config = "config"
+            self.model_config = SimpleNamespace(is_encoder_decoder=False)
             self.default_chat_tok_params = None
 
         def render_messages(self, messages, params):
@@ -172,7 +175,7 @@ def test_each_conversation_is_rendered_with_what_it_says(renderer):
     params = SimpleNamespace(media_io_kwargs=None)
 
     def settle(model_config, conversations, given):
-        assert model_config == "config"
+        assert model_config is renderer.model_config
         return [
             given if "plain" in text else {**(given or {}), "said": text} for text in conversations
         ]
