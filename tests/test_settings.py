@@ -116,6 +116,7 @@ def test_settings_survive_the_model_config():
         ({"encoder_limit": None}, "fsr.encoder_limit must be unpruned or kept; got None"),
         ({"model_alias": 1}, "fsr.model_alias must be true or false; got 1"),
         ({"detail_budgets": {"medium": 3}}, "must map low, high, auto or original to a budget"),
+        ({"detail_budgets": {"low": None}}, "must map low, high, auto or original to a budget"),
         ({"detail_budgets": {"low": "x"}}, "fsr.detail_budgets must be an integer from 1 to"),
         ({"text_encoder": "@rev"}, "must be auto, a path, a name or NAME@REVISION, llm, or none"),
         ({"text_encoder": "a@ "}, "must be auto, a path, a name or NAME@REVISION, llm, or none"),

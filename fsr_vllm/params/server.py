@@ -65,7 +65,7 @@ def _sign(value: object) -> object:
     return {"auto": "auto", "1": 1, "+1": 1, "-1": -1}.get(str(value))
 
 
-Default = Annotated[Budget | None, BeforeValidator(_budget)]
+Kept = Annotated[Budget, BeforeValidator(_budget)]
 Bound = Annotated[Annotated[int, Field(ge=1, le=MAX_BUDGET)] | None, BeforeValidator(_off(None))]
 Bytes = Annotated[int, Field(ge=0, le=MOST_BYTES), BeforeValidator(_off(0))]
 Detail = Annotated[str, StringConstraints(pattern=f"^({'|'.join(DETAILS)})$")]
@@ -101,7 +101,7 @@ class ServerSettings(Fields):
     }
 
     # Descriptions are the help texts of `vllm serve`.
-    budget: Default = Field(
+    budget: Annotated[Budget | None, BeforeValidator(_budget)] = Field(
         default=None,
         description="Visual tokens kept per image when a request does not say: a number of tokens, "
         'a share between 0 and 1, or "off" (default: the maximum where there is one, else off).',
@@ -130,7 +130,7 @@ class ServerSettings(Fields):
         default="auto", description="Sign of the tower's patch-text cosine: auto, 1 or -1."
     )
     detail_budgets: Annotated[
-        dict[Detail, Default], BeforeValidator(lambda value: _off({})(value) or {})
+        dict[Detail, Kept], BeforeValidator(lambda value: _off({})(value) or {})
     ] = Field(default={}, description="Budgets for image_url.detail, e.g. '{\"low\": 64}'.")
     feature_cache_bytes: Bytes = Field(
         default=CACHE_BYTES,

@@ -1,4 +1,4 @@
-"""Real servers for the tests of this folder: one per configuration, started when first asked for."""
+"""Real servers for the tests of this folder: one per configuration, when first asked for."""
 
 import base64
 import contextlib

@@ -68,7 +68,7 @@ def hooked(model_config, request):
 
 
 def after(settings=None, unsupported=None, header=None, **said):
-    """What a processor is given for a request: after the hooks, and after its conversation was read."""
+    """What a processor is given for a request: after the hooks and its conversation."""
     model_config, request = configured(settings, unsupported), parsed(**said)
     with reported(header=header):
         given = hooked(model_config, request)

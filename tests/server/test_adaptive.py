@@ -90,7 +90,8 @@ def test_at_rest_requests_get_high_and_may_ask_for_anything(server):
 def idle_sockets(server, count):
     """POSTs that announce a body and never send it."""
     place = urlsplit(server.url)
-    head = f"POST {place.path}/chat/completions HTTP/1.1\r\nhost: {place.netloc}\r\nauthorization: Bearer {KEY}\r\n"
+    head = f"POST {place.path}/chat/completions HTTP/1.1\r\nhost: {place.netloc}\r\n"
+    head += f"authorization: Bearer {KEY}\r\n"
     head += "content-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
     with contextlib.ExitStack() as stack:
         for _ in range(count):

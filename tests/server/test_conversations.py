@@ -66,9 +66,8 @@ def test_a_question_may_come_before_its_image(server, place):
     messages = {
         "message": [user(WHO), user(image)],
         "tool": [user(WHO), CALLED, tool],
-        "tool and more": [user(WHAT), CALLED, {"role": "tool", "tool_call_id": "call_1", "content": "no"}, CALLED, tool,
-                          user(WHO)],
-    }[place]  # fmt: skip
+        "tool and more": [user(WHAT), CALLED, {**tool, "content": "no"}, CALLED, tool, user(WHO)],
+    }[place]
     assert asks(server, messages, WHO)
     later = [*messages, {"role": "assistant", "content": "A cat."}, user(WHAT)]
     assert asks(server, later, WHO)

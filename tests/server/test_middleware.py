@@ -1,4 +1,4 @@
-"""The ASGI middleware alone: headers in and out, bodies untouched, every other message passed on."""
+"""The ASGI middleware alone: headers in and out, bodies untouched, all else passed on."""
 
 import asyncio
 

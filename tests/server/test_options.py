@@ -53,6 +53,18 @@ def test_the_configuration_asks_for_the_key_and_no_worker(main):
     assert main.log.read_text().count("collective_rpc") == before
 
 
+def test_the_schema_of_the_server_shows_our_fields(main):
+    schema = main.get("/openapi.json")
+    for path in ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/tokenize"):
+        post = schema["paths"][path]["post"]
+        assert "x-fsr-budget" in [each["name"] for each in post["parameters"]]
+        body = post["requestBody"]["content"]["application/json"]["schema"]
+        names = [each["$ref"].rpartition("/")[2] for each in body.get("anyOf", [body])]
+        for name in names:
+            properties = schema["components"]["schemas"][name]["properties"]
+            assert {"fsr_budget", "fsr_method", "fsr_options", "fsr_question"} <= properties.keys()
+
+
 def test_whole_numbers_written_as_floats(main):
     same = main.ask("chelsea", WHAT, fsr_budget=32)
     assert main.ask("chelsea", WHAT, fsr_budget=32.0) == same
