@@ -13,8 +13,9 @@ from pathlib import Path
 from benchmarks.testbed import photos
 
 ENGINE = {
-    "load_format": "dummy", "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
-    "max_num_seqs": 4, "kv_cache_memory_bytes": 64 << 20, "limit_mm_per_prompt": {"image": 1, "video": 0},
+    "load_format": "dummy", "dtype": "float32", "enforce_eager": True,
+    "max_model_len": 512, "max_num_seqs": 4, "kv_cache_memory_bytes": 64 << 20,
+    "limit_mm_per_prompt": {"image": 1, "video": 0},
 }  # fmt: skip
 SPECIAL = (
     "<|endoftext|>",
@@ -70,7 +71,8 @@ def build(path: Path) -> Path:
     config = Qwen2_5_VLConfig(
         text_config={
             **common, "vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "max_position_embeddings": 1024, "eos_token_id": ids["<|im_end|>"],
+            "num_key_value_heads": 1, "max_position_embeddings": 1024,
+            "eos_token_id": ids["<|im_end|>"],
             "rope_parameters": {
                 "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6],
             },
