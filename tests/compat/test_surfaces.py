@@ -13,10 +13,7 @@ from fsr_vllm.compat.patching import Patch, reverted
 from fsr_vllm.engine.extension import OURS, FsrWorkerExtension, with_ours
 
 
-@pytest.fixture(autouse=True)
-def put_back():
-    with reverted():
-        yield
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 def serving(module_of, *names):
