@@ -150,11 +150,16 @@ def test_reverted_puts_back_only_what_came_in_it():
 
 def test_a_method_is_shadowed_for_the_length_of_a_call():
     one = Thing()
-    with pytest.raises(KeyError), shadowed(one, "inherited", lambda: "shadow"):
-        assert one.inherited() == "shadow"
-        with shadowed(one, "inherited", lambda: "deeper"):
-            assert one.inherited() == "deeper"
-        assert one.inherited() == "shadow"
-        raise KeyError
+
+    def fails():
+        with shadowed(one, "inherited", lambda: "shadow"):
+            assert one.inherited() == "shadow"
+            with shadowed(one, "inherited", lambda: "deeper"):
+                assert one.inherited() == "deeper"
+            assert one.inherited() == "shadow"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
     assert one.inherited() == "inherited"
     assert not vars(one)
