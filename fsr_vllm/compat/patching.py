@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -146,22 +146,24 @@ def _standing_for(done: _Applied) -> Function:
 
 def undo_all() -> None:
     """Put back everything that was replaced, last first."""
-    _undo(0)
+    _undo_but(())
 
 
 @contextlib.contextmanager
 def reverted() -> Iterator[None]:
     """Put back, at the end, what was replaced meanwhile; for tests."""
-    before = len(_applied)
+    before = {key: done.function for key, done in _applied.items()}
     try:
         yield
     finally:
-        _undo(before)
+        _undo_but(before)
+        for key, done in _applied.items():
+            done.function = before[key]
 
 
-def _undo(keep: int) -> None:
-    while len(_applied) > keep:
-        _, done = _applied.popitem()
+def _undo_but(keep: Collection[tuple[int, str]]) -> None:
+    for key in [key for key in reversed(_applied) if key not in keep]:
+        done = _applied.pop(key)
         if done.before is None:
             delattr(done.owner, done.name)
         else:

@@ -127,7 +127,11 @@ def test_items_of_a_batch_come_apart_and_together():
 def test_both_ways_to_clear_a_front_ends_cache_tell_of_it(renderer):
     renderer.clear_mm_cache()
     assert renderer.forgotten == [renderer.mm_processor]
-    asyncio.run(renderer._clear_mm_cache_async())  # bound when the renderer was made
+
+    async def later():
+        await renderer._clear_mm_cache_async()  # bound when the renderer was made
+
+    asyncio.run(later())
     assert renderer.forgotten == [renderer.mm_processor] * 2
 
 
