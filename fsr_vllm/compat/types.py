@@ -37,3 +37,10 @@ Inputs: TypeAlias = Any  # ProcessorInputs
 Items: TypeAlias = Any  # MultiModalDataItems, or those of one modality
 KwargsItem: TypeAlias = Any  # MultiModalKwargsItem
 Processed: TypeAlias = Any  # BatchFeature, in older releases inside a tuple
+
+# What the model side of the engine is handed.
+Model: TypeAlias = Any  # a model class of vLLM's, as a module with the attributes of its family
+AttentionOp: TypeAlias = Any  # the attention op of a block: num_heads, head_size, scale
+Placeholder: TypeAlias = Any  # token ids, or PromptUpdateDetails around them
+Tokenizer: TypeAlias = Any  # of transformers, or vLLM's wrapper of one
+OfflineLLM: TypeAlias = Any  # vllm.LLM

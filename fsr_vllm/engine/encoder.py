@@ -53,8 +53,8 @@ class Encoder:
             return [ImageFeatures(entry) for entry in found if entry is not None]
         asked = wanted
         if cache is not None:
-            # What was held of an image stays held, or two methods would displace each other's signals
-            # in turn.
+            # What was held of an image stays held, or two methods would displace each other's
+            # signals in turn.
             held = frozenset().union(*(cache.names(images[place].key) for place in missing))
             asked = tapped(wanted | held) | self._hook.cheap
         fresh = self._worker.features([images[place] for place in missing], asked)

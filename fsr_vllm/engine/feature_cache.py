@@ -1,7 +1,7 @@
 """A byte-bounded cache of vision features in a worker, keyed by the image alone.
 
-Budgets, methods and questions are not part of the key, so that a new one on a known image costs no run of
-the vision tower. What was used longest ago is dropped.
+Budgets, methods and questions are not part of the key, so that a new one on a known image costs no
+run of the vision tower. What was used longest ago is dropped.
 """
 
 from __future__ import annotations

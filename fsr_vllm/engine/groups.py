@@ -1,4 +1,6 @@
-"""An image's groups of rows (its tiles): a budget split over them, and what was kept of them joined."""
+"""An image's groups of rows (its tiles): a budget split over them, and what was kept of them
+joined.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from fsr_vllm.methods import PrunedTokens
 
 
 def split(keep: int, sizes: Sequence[int]) -> list[int]:
-    """A budget over the groups of an image: as equal as their sizes allow, what is left over to the first.
+    """A budget over the groups of an image: as equal as their sizes allow, what is left over to the
+    first.
 
     A group may get 0; together they get min(keep, all rows).
     """

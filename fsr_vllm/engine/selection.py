@@ -133,7 +133,8 @@ class Selector:
         tokens = self._tokens(method, kind, parts, images, plans)
         pruned = method.prune(tokens, kind.keep, validate=False)
         if tensor_parallel_size() > 1:
-            # Ranks must not disagree about a near tie: rank 0 settles the choice and what was merged.
+            # Ranks must not disagree about a near tie: rank 0 settles the choice and what was
+            # merged.
             pruned.tokens = broadcast_from_first(pruned.tokens)
             pruned.indices = broadcast_from_first(pruned.indices)
         self._counts.add(

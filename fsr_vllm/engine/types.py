@@ -1,4 +1,6 @@
-"""The objects that travel between the engine's rooms, on their way from pixels to the rows vLLM gets."""
+"""The objects that travel between the engine's rooms, on their way from pixels to the rows vLLM
+gets.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ class ImageInput:
 class ImageFeatures:
     """What depends on an image alone, and so is worth keeping for the next question about it.
 
-    Each family chooses what it keeps (the tower's output, or final rows), with the signals that were
-    read while the tower ran.
+    Each family chooses what it keeps (the tower's output, or final rows), with the signals that
+    were read while the tower ran.
     """
 
     tensors: Mapping[str, Tensor]

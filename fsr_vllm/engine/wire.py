@@ -1,4 +1,6 @@
-"""What travels from the processor to the model beside an image's pixels: its cache key and its plan."""
+"""What travels from the processor to the model beside an image's pixels: its cache key and its
+plan.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ KEY_BYTES = 16
 
 
 def image_key(identity: str) -> bytes:
-    """The cache key of an image, from vLLM's own identity of it (its content or `uuid`, and processor
-    options): budget, method and question are no part of it.
+    """The cache key of an image, from vLLM's own identity of it (its content or `uuid`, and
+    processor options): budget, method and question are no part of it.
     """
     return hashlib.sha256(identity.encode()).digest()[:KEY_BYTES]
 

@@ -1,7 +1,7 @@
 """One file per model family; this table is all that has to know them.
 
-vLLM's registry is given names of this package: it inspects a class in a process of its own and keeps the
-result by the contents of these files, so that a change in any of them is seen.
+vLLM's registry is given names of this package: it inspects a class in a process of its own and
+keeps the result by the contents of these files, so that a change in any of them is seen.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _built(architecture: str) -> type:
     return build(family(architecture))
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type:
     """`FsrARCHITECTURE`: the vLLM model class of a family, built when vLLM asks for it."""
     architecture = name.removeprefix(PREFIX)
     if architecture == name or architecture not in _OBJECTS:

@@ -1,9 +1,9 @@
 """The protocol of a model family: what the plugin has to know about a model that it prunes.
 
 A family has two halves. The front half answers for a checkpoint in processes that hold no model: it
-imports no model code. The worker half is made with the model and stands between vLLM's inputs and the
-rows that methods see. `factory` builds the vLLM classes from both; docs/adding-a-family.md says how to
-write one.
+imports no model code. The worker half is made with the model and stands between vLLM's inputs and
+the rows that methods see. `factory` builds the vLLM classes from both; docs/adding-a-family.md says
+how to write one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from fsr_vllm.compat.types import (
+    EngineArgs,
+    HfConfig,
+    Items,
+    Model,
+    Placeholder,
+    ProcessingInfo,
+    VllmConfig,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,43 +52,45 @@ class Family(ABC):
         return ()
 
     @abstractmethod
-    def unsupported(self, hf_config: Any) -> str | None:
+    def unsupported(self, hf_config: HfConfig) -> str | None:
         """Why this checkpoint's images cannot be pruned, or None."""
 
-    def conflicts(self, engine_args: Any) -> str | None:
+    def conflicts(self, engine_args: EngineArgs) -> str | None:
         """Which of vLLM's options the plugin cannot work with on this family and why, or None."""
         return None
 
     @abstractmethod
-    def most_tokens(self, hf_config: Any) -> int:
+    def most_tokens(self, hf_config: HfConfig) -> int:
         """The most visual tokens that an image can have."""
 
     @abstractmethod
-    def total(self, info: Any, images: Any, index: int, options: Mapping[str, Any]) -> int:
+    def total(
+        self, info: ProcessingInfo, images: Items, index: int, options: Mapping[str, Any]
+    ) -> int:
         """Visual tokens N of an image without pruning.
 
-        `info` is vLLM's processing info and `options` are the processor's. An image may come without
-        its pixels, where vLLM has it cached under a `uuid`.
+        `info` is vLLM's processing info and `options` are the processor's. An image may come
+        without its pixels, where vLLM has it cached under a `uuid`.
         """
 
-    def shorten(self, placeholder: Any, plan: ImagePlan) -> Any:
+    def shorten(self, placeholder: Placeholder, plan: ImagePlan) -> Placeholder:
         """The placeholder of a pruned image, cut from the stock one: exactly `plan.keep` tokens."""
         return placeholder[: plan.keep]
 
     @abstractmethod
-    def boxes(self, info: Any, size: tuple[int, int]) -> list[Box]:
+    def boxes(self, info: ProcessingInfo, size: tuple[int, int]) -> list[Box]:
         """The part of the original image, `size` = (width, height) pixels, that each row shows."""
 
 
 class WorkerHalf(ABC):
     """The worker half, made with the model: images in, rows out."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.hook: AttentionHook  # set by FsrModelMixin, once the layout's layers are hooked
 
     @staticmethod
-    def prepare(vllm_config: Any) -> None:
+    def prepare(vllm_config: VllmConfig) -> None:
         """Run before the stock model's `__init__`."""
         return
 
@@ -88,8 +100,8 @@ class WorkerHalf(ABC):
 
     @abstractmethod
     def inputs(self, kwargs: Mapping[str, Any], plans: Sequence[Tensor]) -> list[ImageInput]:
-        """One ImageInput per image of what `embed_multimodal` was given; `plans` as `pack_plan` made
-        them.
+        """One ImageInput per image of what `embed_multimodal` was given; `plans` as `pack_plan`
+        made them.
         """
 
     @abstractmethod
@@ -98,7 +110,8 @@ class WorkerHalf(ABC):
 
     @abstractmethod
     def rows(self, features: Sequence[ImageFeatures], wanted: frozenset[str]) -> list[EncodedImage]:
-        """Rows and signals as methods see them; equal images make equal rows, whatever is beside them.
+        """Rows and signals as methods see them; equal images make equal rows, whatever is beside
+        them.
 
         `wanted` are the fields of VisualTokens that some method of the batch reads.
         """
@@ -110,7 +123,7 @@ class WorkerHalf(ABC):
     def finish(self, image: EncodedImage, pruned: PrunedTokens | None) -> Tensor:
         """The rows vLLM gets for the image: the K kept ones, or all N where it is not pruned.
 
-        A copy in the second case: vLLM keeps rows image by image, and a view would keep the memory of
-        the whole batch alive.
+        A copy in the second case: vLLM keeps rows image by image, and a view would keep the memory
+        of the whole batch alive.
         """
         return image.rows.clone() if pruned is None else pruned.tokens

@@ -11,8 +11,8 @@ from fsr_vllm.engine.processor import processor_factory
 def build(family: Family) -> type:
     """The family's model class, with its processor registered.
 
-    The class carries the plugin's name for the architecture and lives, for pickle and vLLM's registry, in
-    `fsr_vllm.engine.families`.
+    The class carries the plugin's name for the architecture and lives, for pickle and vLLM's
+    registry, in `fsr_vllm.engine.families`.
     """
     from vllm.multimodal import MULTIMODAL_REGISTRY
 

@@ -1,13 +1,14 @@
 """A family without a model: images of tiles, no square grid, newline rows that are no candidates.
 
-An image is (tiles, patches per row, features): each tile's patches lie in rows of the grid, each of which
-ends in a newline row. So no number of an image follows from that of another.
+An image is (tiles, patches per row, features): each tile's patches lie in rows of the grid, each of
+which ends in a newline row. So no number of an image follows from that of another.
 """
 
 from __future__ import annotations
 
 import torch
 
+from fsr_vllm.engine.attention_hook import AttentionLayout
 from fsr_vllm.engine.families.base import Family, WorkerHalf
 from fsr_vllm.engine.types import EncodedImage, ImageFeatures, ImageInput
 from fsr_vllm.engine.wire import unpack_plan
@@ -28,7 +29,7 @@ class FakeWorker(WorkerHalf):
         self.runs = []  # how many images each run of the tower had, and the signals asked for
 
     def attention_layout(self):
-        raise NotImplementedError
+        return AttentionLayout([torch.nn.Identity()], 1)
 
     def inputs(self, kwargs, plans):
         known = [unpack_plan(packed) for packed in plans]

@@ -45,7 +45,7 @@ class Room:
         return encoded, pruned, rows
 
 
-# --- the way of an image ---------------------------------------------------------------------------
+# --- the way of an image -------------------------------------------------------------------------
 
 
 def test_two_images_of_different_size_without_a_square_grid():
@@ -159,7 +159,7 @@ def test_images_of_one_kind_are_pruned_in_one_call_and_counted():
     assert counts["kept"] == 8 and counts["tower_images"] == 4 and counts["num_merged"] == 0
 
 
-# --- the cache -------------------------------------------------------------------------------------
+# --- the cache -----------------------------------------------------------------------------------
 
 
 def test_the_same_image_is_encoded_once_in_a_call_and_not_again():
@@ -201,7 +201,7 @@ def test_a_hit_beside_a_miss_is_not_overwritten_by_it():
     assert room.encoder.cache.stats()["feature_evictions"] == 1
 
 
-# --- a budget over groups --------------------------------------------------------------------------
+# --- a budget over groups ------------------------------------------------------------------------
 
 
 @given(st.integers(0, 60), st.lists(st.integers(0, 12), min_size=1, max_size=6))
