@@ -56,7 +56,7 @@ def generated() -> str:
     for file, entries in all_entries().items():
         module = importlib.import_module(f"fsr_vllm.compat.{file}")
         title = (module.__doc__ or "").strip().splitlines()[0]
-        lines += [f"\n### {file}.py: {title[:1].lower()}{title[1:].rstrip('.')}\n"]
+        lines += [f"\n### {file}.py\n", title, ""]
         lines += ["| name | | why | read / run in | goes when |", "|---|---|---|---|---|"]
         for (kind, why, when, goes), group in groupby(entries, alike):
             names = "<br>".join(

@@ -152,11 +152,13 @@ def undo_all() -> None:
 @contextlib.contextmanager
 def reverted() -> Iterator[None]:
     """Put back, at the end, what was replaced meanwhile; for tests."""
-    before = len(_applied)
+    before = {key: done.function for key, done in _applied.items()}
     try:
         yield
     finally:
-        _undo(before)
+        _undo(len(before))
+        for key, function in before.items():
+            _applied[key].function = function
 
 
 def _undo(keep: int) -> None:

@@ -127,12 +127,8 @@ def test_what_is_not_as_stated_is_refused_and_left_alone(name, signature, words)
     entry = patch(f"Thing.{name}", signature, read="0.26-0.33", run="0.32")
     with pytest.raises(Moved) as error:
         entry.apply(noting)
-    for part in (
-        f"Thing.{name}",
-        words,
-        "read in 0.26-0.33, run in 0.32",
-        vllm.version.__version__,
-    ):
+    versions = ("read in 0.26-0.33, run in 0.32", vllm.version.__version__)
+    for part in (f"Thing.{name}", words, *versions):
         assert part in str(error.value)
     assert Thing().method(1) == ["method", 1, 2]
 

@@ -1,13 +1,11 @@
 """The limit on the tower's work of a step, on vLLM's real scheduler; no engine, no weights."""
 
-import inspect
 import random
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
-from vllm.v1.core.sched.scheduler import Scheduler
 
-from fsr_vllm.compat.scheduler import METHOD, EncoderGate
+from fsr_vllm.compat.scheduler import EncoderGate
 from fsr_vllm.demo import demo_model
 
 from .scheduling import make_request, make_scheduler, run, work
@@ -38,21 +36,30 @@ def largest(steps):
     return max(map(len, steps))
 
 
-def test_vllms_scheduler_has_what_is_wrapped():
-    stock = inspect.unwrap(getattr(Scheduler, METHOD))
-    names = list(inspect.signature(stock).parameters)
-    assert names[:5] == [
-        "self",
-        "request",
-        "num_computed_tokens",
-        "num_new_tokens",
-        "encoder_compute_budget",
-    ]
-    source = inspect.getsource(Scheduler)
-    assert source.count(f"self.{METHOD}(") == 2
-    assert source.count("encoder_compute_budget = self.max_num_encoder_input_tokens") == 1
-    assert source.count("encoder_compute_budget = new_encoder_compute_budget") == 2
-    assert "self.encoder_cache_manager.can_allocate(\n" in source
+def test_vllms_scheduler_asks_as_the_gate_expects(scheduler):
+    """`can_allocate` once per image, before its placeholders are charged; and the caller takes the
+    third element of the step's result for what is left of its budget.
+    """
+    one, asked, budgets = scheduler(None), [], []
+    allocate, step = one.encoder_cache_manager.can_allocate, one._try_schedule_encoder_inputs
+
+    def noted(request, place, left, scheduled):
+        asked.append((place, left))
+        return allocate(request, place, left, scheduled)
+
+    def dearer(request, computed, new, budget, *args, **kwargs):
+        budgets.append(budget)
+        result = step(request, computed, new, budget, *args, **kwargs)
+        assert result[0]
+        return (*result[:2], result[2] - 100, *result[3:])
+
+    one.encoder_cache_manager.can_allocate, one._try_schedule_encoder_inputs = noted, dearer
+    for name in "ab":
+        one.add_request(many(2, kept=10, name=name))
+    one.schedule()
+    after = STEP - 20 - 100
+    assert asked == [(0, STEP), (1, STEP - 10), (0, after), (1, after - 10)]
+    assert budgets == [STEP, after]
 
 
 @pytest.mark.parametrize("count", [300, 900])

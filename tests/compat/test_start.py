@@ -1,48 +1,69 @@
-"""Fails when a name of vLLM that `fsr_vllm/compat_start.py` touches has moved; and what a start
-leaves behind.
-"""
+"""What a start leaves behind: in the registry, in the configuration, in the log."""
 
-import inspect
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from fsr_vllm import activation, plugin
+import fsr_vllm
+from fsr_vllm import activation, cli_args, plugin
+from fsr_vllm.compat.attributes import IGNORED_KEY
+from fsr_vllm.compat.config_files import wrap_config_files
+from fsr_vllm.compat.patching import reverted
 from fsr_vllm.compat.platform import device_memory
-from fsr_vllm.compat.registry import IGNORING, put_stock_models, take_up
-from fsr_vllm.engine.inputs import IGNORED_KEY
-from fsr_vllm.engine.families import FAMILIES
-from fsr_vllm.params import SETTINGS_KEY, ServerSettings
+from fsr_vllm.compat.registry import RESOLVED, put_models, put_stock_models
+from fsr_vllm.compat.state import ACTIVE, IGNORING, INACTIVE, VARIABLE
+from fsr_vllm.engine.families import FAMILIES, family_of
+from fsr_vllm.params import SETTINGS_KEY, ServerSettings, read_settings, refusal
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 
 
-def test_registry():
+def test_what_vllm_remembers_of_models():
     from vllm import ModelRegistry
     from vllm.model_executor.models.registry import _LazyRegisteredModel
 
     assert isinstance(ModelRegistry.models, dict)
-    assert {"module_name", "class_name"} <= set(_LazyRegisteredModel.__dataclass_fields__)
-    from vllm.model_executor.model_loader import utils
-
-    assert isinstance(utils._MODEL_ARCH_BY_HASH, dict)
-    assert "self.models[model_arch] = model" in inspect.getsource(ModelRegistry.register_model)
+    entry = _LazyRegisteredModel("their.module", "Their")
+    assert (entry.module_name, entry.class_name) == ("their.module", "Their")
+    assert RESOLVED.find() is not None
 
 
-def test_config_files():
+def test_models_come_and_go(registry):
+    stock = "vllm.model_executor.models.llava"
+    assert registered(registry) == "FsrLlavaForConditionalGeneration"
+    RESOLVED.find()[0] = "an earlier engine's class"
+    for _ in range(2):
+        put_stock_models()
+        assert registry.models[ARCHITECTURE].module_name == stock
+        assert not RESOLVED.find()
+    for _ in range(2):
+        put_models(FAMILIES)
+        assert registered(registry) == "FsrLlavaForConditionalGeneration"
+    registry.register_model(ARCHITECTURE, f"{stock}:{ARCHITECTURE}")
+    assert registered(registry) == ARCHITECTURE  # this is how registering replaces an entry
+
+
+def test_off_in_a_yaml_file(tmp_path):
+    """vLLM leaves an option out that the parser of the file does not have."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    stock = inspect.unwrap(FlexibleArgumentParser.load_config_file)
-    assert list(inspect.signature(stock).parameters) == ["self", "file_path"]
-    assert "self._option_string_actions" in inspect.getsource(stock)
+    path = tmp_path / "options.yaml"
+    path.write_text("enforce-eager: true\nfsr-max-budget: off\n")
+    with reverted():
+        assert FlexibleArgumentParser().load_config_file(str(path)) == ["--enforce-eager"]
+        wrap_config_files(cli_args.no_options)
+        expected = ["--enforce-eager", "--no-fsr-max-budget"]
+        assert FlexibleArgumentParser().load_config_file(str(path)) == expected
 
 
-def test_device_memory(monkeypatch):
+def test_device_memory():
     from vllm.platforms import current_platform
 
-    assert callable(current_platform.get_device_total_memory)
     if current_platform.is_cpu():
         assert device_memory() is None
+    else:
+        assert device_memory() == current_platform.get_device_total_memory()
 
 
 @pytest.fixture
@@ -50,10 +71,10 @@ def registry(monkeypatch):
     """vLLM's registry with the plugin's classes, put back afterwards."""
     from vllm import ModelRegistry
 
-    monkeypatch.setenv(IGNORING, "0")
+    monkeypatch.setenv(VARIABLE, INACTIVE)
     plugin.register()
     yield ModelRegistry
-    take_up(FAMILIES)
+    put_models(FAMILIES)
 
 
 def registered(registry):
@@ -62,9 +83,20 @@ def registered(registry):
 
 def test_children_of_a_front_end_that_ignores_register_nothing(registry):
     put_stock_models()
-    os.environ[IGNORING] = "1"
+    os.environ[VARIABLE] = IGNORING
     plugin.register()
     assert registered(registry) == ARCHITECTURE
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize("inherited", [INACTIVE, ACTIVE, IGNORING])
+def test_engine_cores_of_an_active_front_end_limit_encoder_work(monkeypatch, inherited):
+    from vllm.config.scheduler import SchedulerConfig
+
+    monkeypatch.setenv(VARIABLE, inherited)
+    stock = SchedulerConfig.get_scheduler_cls
+    plugin.register()
+    assert (SchedulerConfig.get_scheduler_cls is stock) == (inherited != ACTIVE)
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -93,7 +125,8 @@ def test_ignoring_is_vllm_as_it_is(registry, checkpoint, monkeypatch, named):
 
     theirs = {"fsr": {"ignore": True, "budget": "nonsense", "text_encoder": "nowhere/at-all"}}
     ignored, processor, hashes = started(theirs, mm_processor_kwargs={"fsr_budget": 32})
-    assert registered(registry) == ARCHITECTURE and os.environ[IGNORING] == "1"
+    assert registered(registry) == ARCHITECTURE
+    assert os.environ[VARIABLE] == IGNORING
     assert processor.__module__.startswith("vllm.")
     assert ignored.parallel_config.worker_extension_cls == ""
     assert ignored.scheduler_config.get_scheduler_cls().__module__.startswith("vllm.")
@@ -103,11 +136,12 @@ def test_ignoring_is_vllm_as_it_is(registry, checkpoint, monkeypatch, named):
     with monkeypatch.context() as patch:  # an engine in the same process that does prune
         patch.setenv("VLLM_PLUGINS", "fsr")
         active, ours, _ = started({"fsr": {}})
-        assert (
-            registered(registry) == "FsrLlavaForConditionalGeneration"
-            and IGNORING not in os.environ
-        )
-        assert "Fsr" in ours.__name__ and hasattr(active.model_config.hf_config, SETTINGS_KEY)
+        assert registered(registry) == "FsrLlavaForConditionalGeneration"
+        assert os.environ[VARIABLE] == ACTIVE
+        assert "Fsr" in ours.__name__
+        settings = read_settings(active.model_config.hf_config)
+        assert settings.unsupported is None
+        assert set(settings.signals) == family_of([ARCHITECTURE]).signals
     assert hashes == started(theirs)[2]
 
 
@@ -137,7 +171,7 @@ def test_the_start_says_in_words_what_is_in_force(registry, checkpoint, monkeypa
     args.create_model_config()
     (said,) = {record.message for record in caplog.records if "is active" in record.message}
     for words in (
-        "fsr_vllm: 0.1.0 is active for LlavaForConditionalGeneration",
+        f"fsr_vllm: {fsr_vllm.__version__} is active for LlavaForConditionalGeneration",
         "by default 144 of 576 visual tokens per image",
         "requests may ask for 16 to 192",
         "by image detail low: 64 of 576",
@@ -152,7 +186,37 @@ def test_the_commit_of_an_encoder_by_name_is_logged():
     settings = ServerSettings.parse({"text_encoder": "someone/clip@c0ffee", "adaptive": "64:288"})
     said = activation.in_force(ARCHITECTURE, settings.model_copy(update={"tokens_per_image": 576}))
     assert "text encoder someone/clip at commit c0ffee" in said
-    assert (
-        "by default 288 to 64 of 576 visual tokens per image, by load; requests may ask for 1 or more"
-        in said
-    )
+    assert "by default 288 to 64 of 576 visual tokens per image, by load" in said
+    assert "requests may ask for 1 or more" in said
+
+
+CONFLICT = "--video-pruning-rate: no"
+
+
+def test_conflicts_with_vllms_options_are_refused_at_start(registry, checkpoint, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    family = family_of([ARCHITECTURE])
+    monkeypatch.setattr(family, "conflicts", lambda args: CONFLICT * args.enforce_eager)
+    given = {"model": str(checkpoint), "max_model_len": 2048, "additional_config": {"fsr": {}}}
+    EngineArgs(**given).create_model_config()
+    with pytest.raises(ValueError, match=CONFLICT):
+        EngineArgs(**given, enforce_eager=True).create_model_config()
+    EngineArgs(**{**given, "additional_config": {}}, enforce_eager=True).create_model_config()
+
+
+def test_why_a_model_is_not_pruned_travels_in_the_settings(registry, checkpoint, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(family_of([ARCHITECTURE]), "unsupported", lambda config: "no tower")
+
+    def made(**settings):
+        given = {"max_model_len": 2048, "additional_config": {"fsr": settings}}
+        return EngineArgs(model=str(checkpoint), **given).create_model_config()
+
+    model_config = made(text_encoder="nowhere/at-all")
+    assert read_settings(model_config.hf_config).unsupported == "no tower"
+    assert refusal(model_config.hf_config) == "no tower"
+    assert not activation.limits_encoder(SimpleNamespace(model_config=model_config))
+    with pytest.raises(ValueError, match="a default budget is set, but no tower"):
+        made(budget=64)

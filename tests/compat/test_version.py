@@ -9,23 +9,26 @@ from pydantic import create_model
 from fsr_vllm import activation, cli_args, params, plugin
 from fsr_vllm.compat import registry
 from fsr_vllm.compat import version as releases
+from fsr_vllm.compat.patching import Moved, reverted
+from fsr_vllm.compat.state import VARIABLE
 from fsr_vllm.compat.version import (
     _NATIVE,
     ALLOW,
     native_field,
     outside_window,
+    steps_aside,
     vllm_version,
-    why_inactive,
     window,
 )
 from fsr_vllm.engine.conversation import settled
-from fsr_vllm.server.requests import RequestHook
+from fsr_vllm.server import requests
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.delenv(ALLOW, raising=False)
     monkeypatch.setenv("VLLM_PLUGINS", "lora")
+    monkeypatch.setenv(VARIABLE, "")  # so that it is put back
 
 
 def engine_args(fsr=None):
@@ -113,12 +116,13 @@ def test_outside_nothing_is_registered(monkeypatch):
     assert not registered
 
 
+@pytest.mark.usefixtures("untouched")
 def test_outside_hooks_that_are_gone_stop_only_those_who_asked(monkeypatch):
-    def gone(*steps):
-        raise AttributeError("EngineArgs has no attribute 'create_model_config'")
+    from vllm.engine.arg_utils import EngineArgs
 
-    monkeypatch.setattr(plugin, "wrap_engine_args", gone)
-    with pytest.raises(AttributeError):
+    monkeypatch.setattr(EngineArgs, "create_model_config", lambda self, other, more: None)
+    monkeypatch.delattr(EngineArgs, "create_model_config")
+    with pytest.raises(Moved, match="create_model_config"):
         plugin.register()  # inside the window it is a bug of ours
     this_is(monkeypatch, "0.99.0")
     plugin.register()
@@ -133,13 +137,12 @@ def test_outside_hooks_that_are_gone_stop_only_those_who_asked(monkeypatch):
 @pytest.fixture
 def native(monkeypatch):
     """vLLM's own chat request, with one field more."""
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion import protocol
 
     def gains(name):
-        request = create_model(
-            "Request", __base__=ChatCompletionRequest, **{name: (int | None, None)}
-        )
-        monkeypatch.setattr(releases, "owner", lambda module, cls: request)
+        field = {name: (int | None, None)}
+        request = create_model("Request", __base__=protocol.ChatCompletionRequest, **field)
+        monkeypatch.setattr(protocol, "ChatCompletionRequest", request)
 
     return gains
 
@@ -165,6 +168,7 @@ def test_a_field_that_sets_image_tokens_is_recognised(native, name):
 def test_another_field_is_not(native, name):
     native(name)
     assert native_field() is None
+    assert steps_aside() is None
 
 
 def test_no_request_of_this_vllm_has_such_a_field():
@@ -180,21 +184,31 @@ def test_no_request_of_this_vllm_has_such_a_field():
     assert not [name for kind in requests for name in kind.model_fields if _NATIVE.fullmatch(name)]
 
 
+@pytest.fixture
+def stepped_aside(native, monkeypatch):
+    """A model config, as a start beside a budget of vLLM's own makes it."""
+    native("image_token_budget")
+    args = engine_args(fsr={"min_budget": 8})
+    with reverted():
+        activation.put_settings(args)
+        assert args.worker_extension_cls == ""
+        assert list(args.hf_overrides) == [params.SETTINGS_KEY]
+        made = SimpleNamespace(
+            hf_config=SimpleNamespace(**args.hf_overrides), multimodal_config=None
+        )
+        activation.finish_settings(args, made)  # there is nothing to finish
+        assert vars(made.hf_config) == args.hf_overrides
+        yield made
+
+
 def test_the_plugin_steps_aside(native, monkeypatch, caplog):
     native("image_token_budget")
-    monkeypatch.setattr(activation, "is_online", lambda args: False)
-    args = engine_args(fsr={"min_budget": 8})
-    with caplog.at_level("WARNING"):
-        monkeypatch.setattr(plugin.logger, "propagate", True)
-        monkeypatch.setattr(plugin.logger.parent, "propagate", True)
-        activation.put_settings(args)
-    assert "steps aside" in caplog.text and "image_token_budget" in caplog.text
-    assert (
-        args.hf_overrides == {} and args.worker_extension_cls == ""
-    )  # so that every path is the stock one
-    activation.finish_settings(
-        args, SimpleNamespace(hf_config=SimpleNamespace())
-    )  # and there is nothing to finish
+    monkeypatch.setattr(plugin.logger, "propagate", True)
+    monkeypatch.setattr(plugin.logger.parent, "propagate", True)
+    with caplog.at_level("WARNING"), reverted():
+        activation.put_settings(engine_args(fsr={}))
+    assert "steps aside" in caplog.text
+    assert "image_token_budget" in caplog.text
 
 
 def test_but_not_where_a_default_budget_would_be_ignored(native):
@@ -203,19 +217,17 @@ def test_but_not_where_a_default_budget_would_be_ignored(native):
         activation.put_settings(engine_args(fsr={"budget": 64}))
 
 
-def test_requests_are_told_which_field_to_use(native):
-    native("image_token_budget")
-    model_config = SimpleNamespace(hf_config=SimpleNamespace())
+def test_requests_are_told_which_field_to_use(stepped_aside):
+    assert "use image_token_budget" in params.refusal(stepped_aside.hf_config)
+    assert not activation.limits_encoder(SimpleNamespace(model_config=stepped_aside))
     request = SimpleNamespace(model_extra={"fsr_budget": 64})
     with pytest.raises(ValueError, match="use image_token_budget") as error:
-        RequestHook(activation.unsupported).before(
-            SimpleNamespace(model_config=model_config), request
-        )
+        requests.before(SimpleNamespace(model_config=stepped_aside), request)
     assert error.value.parameter == "fsr_budget"
     with pytest.raises(params.FieldError, match="use image_token_budget"):
-        settled(model_config, [[]], {"fsr_budget": 64}, activation.unsupported)
+        settled(stepped_aside, [[]], {"fsr_budget": 64})
     untouched = {"num_crops": 4}
-    (left,) = settled(model_config, [[]], untouched, activation.unsupported)
+    (left,) = settled(stepped_aside, [[]], untouched)
     assert left is untouched
 
 
@@ -223,4 +235,4 @@ def test_the_override_prunes_all_the_same(native, monkeypatch):
     native("image_token_budget")
     monkeypatch.setenv(ALLOW, "1")
     assert native_field() is None
-    assert "not active" in why_inactive("activate it")
+    assert steps_aside() is None
