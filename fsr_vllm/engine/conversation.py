@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
+from fsr_vllm.compat.attributes import IGNORED_KEY
 from fsr_vllm.compat.chat import wrap_chat_rendering
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.types import ModelConfig
 from fsr_vllm.engine import messages as read
-from fsr_vllm.engine.inputs import IGNORED_KEY, as_request_errors, requested
+from fsr_vllm.engine.inputs import as_request_errors, requested
 from fsr_vllm.params import (
     MAX_QUESTION,
     NOTHING,

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from fsr_vllm.compat.attributes import IGNORED_KEY
 from fsr_vllm.compat.errors import request_error
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.prompts import wrap_offline_parameters, wrap_prompts
@@ -21,8 +22,6 @@ from fsr_vllm.params import (
     without_fields,
 )
 from fsr_vllm.params.misplaced import is_ours, misspelt
-
-IGNORED_KEY = "fsr_ignored"  # of the model config in a front end: drop fsr fields, prune nothing
 
 
 def install() -> None:

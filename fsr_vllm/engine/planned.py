@@ -38,7 +38,7 @@ class Plans:
     by_load: int | None = None  # the default budget, where it follows the load and was used
 
     def at(self, places: Mapping[str, Sequence[int]]) -> Plans:
-        """The same of some items of each modality; a modality of which there are none is left out."""
+        """The same of some items of each modality; one that has none of them is left out."""
         some = {name: places[name] for name in self.plans if places.get(name)}
         return replace(
             self,

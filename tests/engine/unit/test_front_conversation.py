@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from fsr_vllm.compat.attributes import IGNORED_KEY
+from fsr_vllm.engine import conversation
 from fsr_vllm.engine.conversation import budgets_by_detail, settled
-from fsr_vllm.engine.inputs import IGNORED_KEY, as_request_errors, judged, requested
+from fsr_vllm.engine.inputs import as_request_errors, judged, refuse_extra_args, requested
 from fsr_vllm.params import (
     MAX_QUESTION,
     REQUEST_KEY,
@@ -216,3 +218,23 @@ def test_errors_of_fields_are_errors_of_the_request():
     with pytest.raises(ValueError, match="why") as error, as_request_errors():
         raise FieldError("fsr_budget", "why")
     assert error.value.parameter == "fsr_budget" and error.value.__cause__ is None
+
+
+def test_what_vllms_rendering_is_given(monkeypatch):
+    hooks = []
+    monkeypatch.setattr(conversation, "wrap_chat_rendering", hooks.append)
+    conversation.install()
+    (settle_one,) = hooks
+    (found,) = settle_one(model_config({}), [ONE], {"fsr_budget": 3})
+    assert found[REQUEST_KEY].derived.questions == ("What?",)
+    with pytest.raises(ValueError, match="fsr_budget must be") as error:
+        settle_one(model_config({}), [ONE], {"fsr_budget": 0})
+    assert error.value.parameter == "fsr_budget"
+
+
+def test_nobody_reads_fields_of_sampling_parameters():
+    refuse_extra_args(model_config({}), {"theirs": 1, "fsr_budget": None})
+    for config in (model_config({}), model_config()):
+        with pytest.raises(ValueError, match="fsrBudget is not read .* mm_processor_kwargs"):
+            refuse_extra_args(config, {"theirs": 1, "fsr_method": "x", "fsrBudget": 3})
+    refuse_extra_args(model_config(None, **{IGNORED_KEY: True}), {"fsr_budget": 3})

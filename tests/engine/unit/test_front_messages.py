@@ -261,6 +261,8 @@ def test_materialise_leaves_lists_and_odd_content_alone():
     assert messages[0]["content"] is parts
     assert [m["content"] for m in messages[1:5]] == [None, b"x", {"type": "text"}, 5]
     assert messages[5]["content"] == [IMAGE, "tuple"]
+    assert count_images(messages) == 2
+    assert image_questions(messages) == ["tuple", "tuple"]
 
 
 def test_content_that_pydantic_validates_lazily():

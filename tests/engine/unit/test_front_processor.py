@@ -5,8 +5,9 @@ import torch
 from vllm.multimodal.processing import PromptReplacement, TimingContext
 
 from fsr_vllm.compat.attributes import RESULT_KEY
+from fsr_vllm.engine.embeddings import plan_embeddings
 from fsr_vllm.engine.planned import planned
-from fsr_vllm.params import FsrRequest, Report, RequestFields
+from fsr_vllm.params import FieldError, FsrRequest, ImagePlan, Report, RequestFields, ServerSettings
 from tests.engine.unit.front import (
     LARGEST,
     Front,
@@ -192,6 +193,24 @@ def test_wrong_fields_name_themselves(fields, words):
         apply(ours, [A, B], **{"fsr_budget": 3, **fields})
     assert error.value.parameter == next(iter(fields))
     assert ours.fsr_stats()["images"] == 0
+
+
+def test_rows_of_embeddings_that_are_not_known():
+    settings = ServerSettings.parse({"max_budget": 8})
+    assert plan_embeddings(RequestFields(), settings, []) == []
+    assert plan_embeddings(RequestFields(), ServerSettings(), [None, 3]) == [
+        ImagePlan(0, 0),
+        ImagePlan(3, 3),
+    ]
+    with pytest.raises(FieldError, match="do not tell their rows"):
+        plan_embeddings(RequestFields(), settings, [3, None])
+
+
+def test_a_vllm_that_would_write_placeholders_itself_does_not(monkeypatch):
+    """Until 0.28 it asks whether Hugging Face's processor does."""
+    monkeypatch.setattr(Stock, "_hf_processor_applies_updates", lambda self: True, raising=False)
+    assert processor()._hf_processor_applies_updates()
+    assert not processor({})._hf_processor_applies_updates()
 
 
 def test_a_uuid_of_ours_is_refused():
