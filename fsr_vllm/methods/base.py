@@ -137,12 +137,6 @@ class Method:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def required(self) -> tuple[str, ...]:
-        """The fields that this instance cannot run without; more than `needs` where an option asks
-        for one.
-        """
-        return self.needs
-
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         """Choose k of the N > k tokens of each image of the batch."""
         raise NotImplementedError
@@ -155,7 +149,7 @@ class Method:
         for the device; without it nothing here does.
         """
         asked = parse_budget(budget)
-        batch = VisualTokens(**checked_fields(tokens, self.required(), self.uses, finite=validate))
+        batch = VisualTokens(**checked_fields(tokens, self.needs, self.uses, finite=validate))
         n = batch.features.shape[1]
         k = resolve_budget(asked, n)
         pruned = _keep_all(batch) if k == n else _assemble(batch, self.select(batch, k))
