@@ -7,8 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Fidelity, Method, Selection, VisualTokens
-from .ops import regions, square_grid
+from .base import Fidelity, Method, Selection, VisualTokens, regions, square_grid
 
 
 @dataclass

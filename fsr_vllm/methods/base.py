@@ -17,12 +17,26 @@ from torch import Tensor
 
 from .budget import Budget, parse_budget, resolve_budget
 from .checks import checked_fields
-from .ops import cosine_similarity, gather_rows, indices_of, mask_of, minmax, normalise, topk_stable
+from .ops import (
+    best_mask,
+    cosine_similarity,
+    each_image,
+    gather_rows,
+    indices_of,
+    mask_of,
+    minmax,
+    normalise,
+    region_bounds,
+    regions,
+    square_grid,
+    topk_stable,
+)
 from .options import PerToken, check_options, option
 
 __all__ = [
-    "Method", "PerToken", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens", "option",
-    "cosine_similarity", "gather_rows", "indices_of", "mask_of", "minmax", "normalise", "topk_stable",
+    "Fidelity", "Method", "PerToken", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens",
+    "best_mask", "cosine_similarity", "each_image", "gather_rows", "indices_of", "mask_of",
+    "minmax", "normalise", "option", "region_bounds", "regions", "square_grid", "topk_stable",
 ]  # fmt: skip
 
 Fidelity = Literal["exact", "unchecked", "stage-1", "input-probe", "control"]

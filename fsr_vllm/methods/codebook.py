@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .base import ScoreMethod, VisualTokens, normalise
+from .base import ScoreMethod, VisualTokens, each_image, normalise
 
 
 @dataclass
@@ -29,8 +28,9 @@ class Codebook(ScoreMethod):
     license: ClassVar[str] = "Apache-2.0"
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        # One product per image, so that a batch equals its images to the bit.
-        pairs = zip(tokens.features, tokens.require("prototypes"), strict=True)
-        return torch.stack(
-            [-(normalise(image) @ normalise(book).mT).amax(-1) for image, book in pairs]
-        )
+        book = normalise(tokens.require("prototypes"))
+        return each_image(_novelty, normalise(tokens.features), book)
+
+
+def _novelty(unit: Tensor, book: Tensor) -> Tensor:
+    return -(unit @ book.mT).amax(-1)

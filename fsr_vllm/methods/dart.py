@@ -13,13 +13,14 @@ from .base import (
     Method,
     Selection,
     VisualTokens,
+    each_image,
     gather_rows,
     indices_of,
     mask_of,
     normalise,
     option,
+    topk_stable,
 )
-from .ops import topk_stable
 
 
 @dataclass
@@ -77,10 +78,7 @@ class DART(Method):
                 gather_rows(text, _largest(text, min(text.shape[1], self.text_pivots))).float()
             )
         pivots = torch.cat(rows, 1)
-        # Image by image: a batched product may round differently, and then a batch would not equal
-        # its images.
-        pairs = zip(normalise(features), normalise(pivots), strict=True)
-        distance = torch.stack([-(pivot @ unit.mT) for unit, pivot in pairs])
+        distance = -each_image(_cosines, normalise(pivots), normalise(features))
 
         taken = mask_of(own, features.shape[1])
         share, left = divmod(k - own.shape[1], pivots.shape[1])
@@ -89,6 +87,10 @@ class DART(Method):
             picks = topk_stable(distance[:, i].masked_fill(taken, -torch.inf), count)
             taken = taken.scatter(1, picks, True)
         return Selection(indices_of(taken, k))
+
+
+def _cosines(unit: Tensor, other: Tensor) -> Tensor:
+    return unit @ other.mT
 
 
 def _largest(x: Tensor, count: int) -> Tensor:

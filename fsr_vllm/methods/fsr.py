@@ -249,9 +249,10 @@ class FSR(Method):
         indices, when = picks.sort(dim=-1)
         is_focus = when < found.num_focus[:, None]
         if scans and self.refine != "off":
-            how = {"kappa": self.kappa, "weighting": self.refine}
-            refined = refine(features, similarity, indices, is_focus, found.phi, **how)
-            return indices, is_focus, *refined
+            return indices, is_focus, *refine(
+                features, similarity, indices, is_focus, found.phi,
+                kappa=self.kappa, weighting=self.refine,
+            )  # fmt: skip
         unmerged = torch.full_like(found.phi, -1, dtype=torch.int64)
         none = torch.zeros_like(found.num_focus)
         return indices, is_focus, gather_rows(features, indices), unmerged, none

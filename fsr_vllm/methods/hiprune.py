@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Method, Selection, VisualTokens, option, topk_stable
-from .ops import square_grid
+from .base import Method, Selection, VisualTokens, option, square_grid, topk_stable
 
 
 @dataclass

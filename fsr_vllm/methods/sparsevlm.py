@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .base import Fidelity, ScoreMethod, VisualTokens
+from .base import Fidelity, ScoreMethod, VisualTokens, each_image
 
 
 @dataclass
@@ -52,13 +51,12 @@ class SparseVLM(ScoreMethod):
             raise ValueError(
                 f"probe must hold (N, T) numbers, T = {t}, for sparsevlm; got {tuple(probe.shape[1:])}"
             )
-        # Image by image: a batched product may round differently, and then a batch would not equal
-        # its images.
-        fit = [
-            (image.float() @ own.float().mT).softmax(-1).mean(0)
-            for image, own in zip(features, text, strict=True)
-        ]
-        fits = torch.stack(fit)
+        fits = each_image(_fit, features.float(), text.float())
         raters = fits > fits.mean(-1, keepdim=True)
         raters = raters | ~raters.any(-1, keepdim=True)
         return (probe.float() * raters[:, None]).sum(-1) / raters.sum(-1, keepdim=True)
+
+
+def _fit(image: Tensor, text: Tensor) -> Tensor:
+    """How well each text token (T,) fits the image (N, D), a mean over its tokens."""
+    return (image @ text.mT).softmax(-1).mean(0)

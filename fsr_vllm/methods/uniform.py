@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Fidelity, Method, Selection, VisualTokens
-from .ops import region_bounds
+from .base import Fidelity, Method, Selection, VisualTokens, region_bounds
 
 
 @dataclass

@@ -15,12 +15,13 @@ from .base import (
     Method,
     Selection,
     VisualTokens,
+    each_image,
     gather_rows,
     mask_of,
     option,
+    square_grid,
     topk_stable,
 )
-from .ops import square_grid
 
 
 @dataclass
@@ -98,10 +99,7 @@ class VFlowOpt(Method):
         anchor = order.gather(1, first.clamp(max=n - 1))
         into = torch.where(pruned & kept.gather(1, anchor), anchor, -1)  # of an anchor: itself
         precise = features.to(torch.promote_types(features.dtype, torch.float32))
-        # Image by image: a batched product may round differently, and then a batch would not equal
-        # its images.
-        parts = zip(precise, importance.to(precise.dtype), indices, into, strict=True)
-        recycled = torch.stack([_recycle(*part) for part in parts])
+        recycled = each_image(_recycle, precise, importance.to(precise.dtype), indices, into)
         merged_into = into.masked_fill(kept, -1)
         alone = ~(merged_into[:, None] == indices[..., None]).any(-1, keepdim=True)
         rows = torch.where(alone, gather_rows(precise, indices), recycled)

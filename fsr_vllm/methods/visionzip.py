@@ -14,12 +14,13 @@ from .base import (
     Selection,
     VisualTokens,
     cosine_similarity,
+    each_image,
     gather_rows,
     indices_of,
     mask_of,
     option,
+    topk_stable,
 )
-from .ops import topk_stable
 
 
 @dataclass
@@ -69,10 +70,7 @@ class VisionZip(Method):
             slot = gather_rows(cosine_similarity(tokens.require("keys")), centres).argmax(1)
             indices = torch.cat([indices, centres], 1)
             merged_into = centres.gather(1, slot).masked_fill(mask_of(indices, n), -1)
-            # Image by image: a batched product may round differently, and then a batch would not
-            # equal its images.
-            parts = zip(precise, centres, merged_into, strict=True)
-            rows.append(torch.stack([_contextual(image, own, into) for image, own, into in parts]))
+            rows.append(each_image(_contextual, precise, centres, merged_into))
         if tokens.cls_row is not None:
             free = saliency.masked_fill(mask_of(indices, n), -torch.inf).argmax(-1, keepdim=True)
             indices = torch.cat([indices, free], 1)

@@ -8,7 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Method, PerToken, Selection, VisualTokens, cosine_similarity, option, topk_stable
+from .base import (
+    Method,
+    PerToken,
+    Selection,
+    VisualTokens,
+    cosine_similarity,
+    each_image,
+    option,
+    topk_stable,
+)
 
 _ROWS = 64  # of cosines compared at a time on a CPU
 
@@ -83,11 +92,10 @@ def _closest(similarity: Tensor, even: Tensor, odd: Tensor) -> Tensor:
     if similarity.device.type != "cpu":
         image = torch.arange(len(even), device=even.device)[:, None, None]
         return similarity[image, even[:, :, None], odd[:, None, :]].amax(-1)
-    # A few rows at a time stay in a core's cache while their columns are picked: a quarter of the
-    # time.
-    parts = zip(similarity, even, odd, strict=True)
-    found = [
-        [cos.index_select(0, own).index_select(1, b).amax(-1) for own in a.split(_ROWS)]
-        for cos, a, b in parts
-    ]
-    return torch.stack([torch.cat(image) for image in found])
+    return each_image(_closest_in_blocks, similarity, even, odd)
+
+
+def _closest_in_blocks(cosine: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """The same for one image, a few rows at a time that stay in a core's cache: a quarter of the time."""
+    parts = (cosine.index_select(0, own).index_select(1, odd) for own in even.split(_ROWS))
+    return torch.cat([part.amax(-1) for part in parts])
