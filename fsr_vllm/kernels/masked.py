@@ -37,7 +37,7 @@ def farthest(
     weight: torch.Tensor | None,
     budget: int,
 ) -> torch.Tensor:
-    """Farthest-point rounds with a running minimum of distances, `budget` of them for every row."""
+    """Farthest-point rounds with a running minimum of distances, `budget` steps for every row."""
     batch, tokens, _ = similarity.shape
     places = torch.arange(tokens, device=similarity.device)
     chosen = _is_chosen(prefix, count, tokens)

@@ -172,7 +172,7 @@ class Method:
 
 @dataclass
 class ScoreMethod(Method):
-    """A method that keeps the K tokens of highest score, ties to the lower index: override `score`."""
+    """A method that keeps the K of highest score, ties to the lower index: override `score`."""
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """One score per token, (B, N), higher = kept first."""
@@ -203,7 +203,7 @@ def _assemble(tokens: VisualTokens, chosen: Selection) -> PrunedTokens:
 
 
 def _result(rows: Tensor, indices: Tensor, n: int, chosen: Selection) -> PrunedTokens:
-    """Plain values where the method left them open: every token kept for its own sake, none merged."""
+    """Plain values where the method left them open: all kept for their own sake, none merged."""
     (b, k), device = indices.shape, indices.device
     kept, none = (
         torch.full((b,), k, device=device),

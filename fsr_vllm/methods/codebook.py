@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,12 +19,13 @@ class Codebook(ScoreMethod):
     whatever is below a threshold, so that K would depend on the image.
     """
 
-    name: ClassVar[str] = "codebook"
-    needs: ClassVar[tuple[str, ...]] = ("prototypes",)
-    paper: ClassVar[str] = (
-        "Beyond Intermediate States: Explaining Visual Redundancy through Language (arXiv 2503.20540)"
+    name = "codebook"
+    needs = ("prototypes",)
+    paper = (
+        "Beyond Intermediate States: Explaining Visual Redundancy through Language (arXiv "
+        "2503.20540)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         book = normalise(tokens.require("prototypes"))

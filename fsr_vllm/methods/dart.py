@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import (
-    Fidelity,
     Method,
     Selection,
     VisualTokens,
@@ -21,6 +19,7 @@ from .base import (
     option,
     topk_stable,
 )
+from .checks import expect, expect_width
 
 
 @dataclass
@@ -47,33 +46,29 @@ class DART(Method):
     same tokens.
     """
 
-    name: ClassVar[str] = "dart"
-    needs: ClassVar[tuple[str, ...]] = ("probe",)
-    uses: ClassVar[tuple[str, ...]] = ("text",)
-    servable: ClassVar[bool] = False
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = (
-        "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More (arXiv 2502.11494)"
+    name = "dart"
+    needs = ("probe",)
+    uses = ("text",)
+    servable = False
+    query_aware = True
+    paper = (
+        "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters "
+        "More (arXiv 2502.11494)"
     )
-    license: ClassVar[str] = "Apache-2.0"
-    fidelity: ClassVar[Fidelity] = "input-probe"
+    license = "Apache-2.0"
+    fidelity = "input-probe"
 
     image_pivots: int = option(4, low=1, doc="visual tokens that serve as pivots")
     text_pivots: int = option(4, low=0, doc="text tokens that serve as pivots")
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         features, probe, text = tokens.features, tokens.require("probe"), tokens.text
-        if probe.dim() != 3:
-            raise ValueError(
-                f"probe must hold one key per token, (N, Dk), for dart; got {tuple(probe.shape[1:])}"
-            )
-        if text is not None and text.shape[2] != features.shape[2]:
-            raise ValueError(
-                f"text must have the width of features, {features.shape[2]}; got {text.shape[2]}"
-            )
+        wanted = "probe must hold one key per token, (N, Dk), for dart"
+        expect(probe.dim() == 3, wanted, tuple(probe.shape[1:]))
         own = _largest(probe, min(k, self.image_pivots))
         rows = [gather_rows(features, own).float()]
         if text is not None:
+            expect_width(text, features)
             rows.append(
                 gather_rows(text, _largest(text, min(text.shape[1], self.text_pivots))).float()
             )

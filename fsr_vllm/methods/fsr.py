@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -168,12 +168,12 @@ class FSR(Method):
     arXiv 2602.05809. The defaults are the paper's; where it is silent the option says so.
     """
 
-    name: ClassVar[str] = "fsr"
-    needs: ClassVar[tuple[str, ...]] = ("saliency",)
-    uses: ClassVar[tuple[str, ...]] = ("relevance", "group")
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = "arXiv 2602.05809"
-    license: ClassVar[str] = "none published"
+    name = "fsr"
+    needs = ("saliency",)
+    uses = ("relevance", "group")
+    query_aware = True
+    paper = "arXiv 2602.05809"
+    license = "none published"
 
     alpha: float = option(3.0, low=0, doc="exponent of relevance in phi; 0 leaves the question out")
     beta: float = option(1.0, low=0, doc="exponent of saliency in phi")

@@ -41,7 +41,7 @@ def topk_stable(score: Tensor, k: int) -> Tensor:
 
 
 def best_mask(score: Tensor, k: int) -> Tensor:
-    """Which are the k highest of the last dimension, ties to the lower index; cheaper than a sort."""
+    """Which are the k highest of the last dimension, ties to the lower; cheaper than a sort."""
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     least = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)

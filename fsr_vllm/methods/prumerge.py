@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,12 +54,13 @@ class PruMerge(Method):
     projector; here it is done in the space of `features`. At K = 1 there is the extra row alone.
     """
 
-    name: ClassVar[str] = "prumerge"
-    needs: ClassVar[tuple[str, ...]] = ("last_query", "last_key")
-    paper: ClassVar[str] = (
-        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv 2403.15388)"
+    name = "prumerge"
+    needs = ("last_query", "last_key")
+    paper = (
+        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv "
+        "2403.15388)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     variant: str = option(
         "plus", choices=("plus", "base"), doc="PruMerge+, with evenly spread centres, or PruMerge"

@@ -5,13 +5,11 @@ recycled cell by cell.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import (
-    Fidelity,
     Method,
     Selection,
     VisualTokens,
@@ -49,15 +47,15 @@ class VFlowOpt(Method):
     square one, any other N as one row.
     """
 
-    name: ClassVar[str] = "vflowopt"
-    needs: ClassVar[tuple[str, ...]] = ("attention",)
-    uses: ClassVar[tuple[str, ...]] = ("grid",)
-    paper: ClassVar[str] = (
-        "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization"
-        " (arXiv 2508.05211)"
+    name = "vflowopt"
+    needs = ("attention",)
+    uses = ("grid",)
+    paper = (
+        "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided "
+        "Optimization (arXiv 2508.05211)"
     )
-    license: ClassVar[str] = "CC BY-NC 4.0"
-    fidelity: ClassVar[Fidelity] = "stage-1"
+    license = "CC BY-NC 4.0"
+    fidelity = "stage-1"
 
     threshold: float = option(
         34.76, low=0, doc="attention received, in means, that makes a token important"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,13 +41,13 @@ class VisionZip(Method):
     row.
     """
 
-    name: ClassVar[str] = "visionzip"
-    needs: ClassVar[tuple[str, ...]] = ("saliency", "keys")
-    uses: ClassVar[tuple[str, ...]] = ("cls_row",)
-    paper: ClassVar[str] = (
+    name = "visionzip"
+    needs = ("saliency", "keys")
+    uses = ("cls_row",)
+    paper = (
         "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     contextual_share: float = option(
         10 / 64, low=0, high=1, doc="share of K for contextual (merged) rows"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,13 +42,14 @@ class VisPruner(Method):
     for 64 tokens on MME takes 0.75.
     """
 
-    name: ClassVar[str] = "vispruner"
-    needs: ClassVar[tuple[str, ...]] = ("saliency",)
-    uses: ClassVar[tuple[str, ...]] = ("metric",)
-    paper: ClassVar[str] = (
-        "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (arXiv 2412.01818)"
+    name = "vispruner"
+    needs = ("saliency",)
+    uses = ("metric",)
+    paper = (
+        "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in "
+        "VLMs (arXiv 2412.01818)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     ratio: float = option(
         0.5, low=0, high=1, doc="share of K chosen by saliency, the others by diversity"
@@ -96,6 +96,6 @@ def _closest(similarity: Tensor, even: Tensor, odd: Tensor) -> Tensor:
 
 
 def _closest_in_blocks(cosine: Tensor, even: Tensor, odd: Tensor) -> Tensor:
-    """The same for one image, a few rows at a time that stay in a core's cache: a quarter of the time."""
+    """The same for one image, by a few rows that stay in a core's cache: a quarter of the time."""
     parts = (cosine.index_select(0, own).index_select(1, odd) for own in even.split(_ROWS))
     return torch.cat([part.amax(-1) for part in parts])

@@ -5,13 +5,11 @@ one, then merging.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import (
-    Fidelity,
     Method,
     Selection,
     VisualTokens,
@@ -43,15 +41,16 @@ class VScan(Method):
     taken as a square one, any other N as one row.
     """
 
-    name: ClassVar[str] = "vscan"
-    shallow_layer: ClassVar[int] = 5
-    needs: ClassVar[tuple[str, ...]] = ("saliency", "shallow_saliency")
-    uses: ClassVar[tuple[str, ...]] = ("grid",)
-    paper: ClassVar[str] = (
-        "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models (arXiv 2505.22654)"
+    name = "vscan"
+    shallow_layer = 5
+    needs = ("saliency", "shallow_saliency")
+    uses = ("grid",)
+    paper = (
+        "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models "
+        "(arXiv 2505.22654)"
     )
-    license: ClassVar[str] = "MIT"
-    fidelity: ClassVar[Fidelity] = "stage-1"
+    license = "MIT"
+    fidelity = "stage-1"
 
     window: int = option(6, low=1, doc="side of a window, in tokens")
     merge: bool = option(True, doc="merge discarded tokens into kept ones")
@@ -79,7 +78,7 @@ class VScan(Method):
 def _best_of_windows(
     score: Tensor, half: int, grid: tuple[int, int], side: int
 ) -> tuple[Tensor, int]:
-    """The floor(half / W) best of each of the W windows as a mask (B, N), and how many these are."""
+    """The floor(half / W) best of each of the W windows as a mask (B, N), and their number."""
     (h, w), device = grid, score.device
     heights, widths = ([min(side, edge - at) for at in range(0, edge, side)] for edge in grid)
     share = half // (len(heights) * len(widths))
