@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fsr_vllm.kernels import coverage_greedy, dpp_greedy, farthest_point
+from fsr_vllm.kernels import coverage_greedy, dpp_greedy, farthest_from_prefix
 from fsr_vllm.methods import PrunedTokens, get_method
 from fsr_vllm.methods.ops import cosine_similarity
 
@@ -25,7 +25,7 @@ GEMM, COSINES, LITERAL, STEPS = (
 )
 FSR, FSR_RANDOM, CDPRUNER = "fsr, K_F = K/4", "fsr, random signals", "cdpruner"
 KERNELS = ("farthest", "dpp", "coverage")
-_BACKENDS = {"cpu": ("reference", "masked", "torch"), "cuda": ("reference", "masked", "triton")}
+_BACKENDS = {"cpu": ("masked", "torch"), "cuda": ("masked", "triton")}
 _SHORTEST = 3  # runs that a median needs
 
 
@@ -150,11 +150,12 @@ class Bench:
         return prepare
 
     def _kernel_calls(self, images: Images) -> list[tuple[str, str, Callable[[], Call]]]:
-        """Each loop with each backend, over the same similarities, with nothing chosen beforehand."""
+        """Each loop with each backend, over the same similarities, from the first token on."""
         similarity, k = cosine_similarity(images.features), images.cell.k
+        first = torch.zeros(len(similarity), 1, dtype=torch.int64, device=similarity.device)
         loops: dict[str, Callable[[str], Call]] = {
             "farthest": lambda backend: (
-                lambda: farthest_point(similarity, None, k, backend=backend)
+                lambda: farthest_from_prefix(similarity, first, 1, k, backend=backend)
             ),
             "dpp": lambda backend: lambda: dpp_greedy(similarity, k, backend=backend),
             "coverage": lambda backend: lambda: coverage_greedy(similarity, k, backend=backend),

@@ -86,7 +86,7 @@ class Images:
             "probe": probes.get(method.name, lambda: self._uniform(n)),
             "group": lambda: torch.arange(self.cell.batch, device=self.features.device),
         }
-        wanted = dict.fromkeys((*method.required(), *method.uses))
+        wanted = dict.fromkeys((*method.needs, *method.uses))
         return VisualTokens(self.features, **{name: makers[name]() for name in wanted})
 
     def weighted(self) -> VisualTokens:

@@ -87,8 +87,9 @@ def _print_all(known: list[MethodInfo]) -> None:
     console = _console()
     console.print(table)
     console.print(
-        "served?: whether a request may name it; the others run through fsr_vllm.prune(), given their inputs. "
-        "question?: whether the question can change what is kept. More about one: fsr-vllm methods NAME.",
+        "served?: whether a request may name it; the others run through fsr_vllm.prune(), given "
+        "their inputs. question?: whether the question can change what is kept. More about one: "
+        "fsr-vllm methods NAME.",
         markup=False,
     )
 

@@ -19,7 +19,8 @@ from fsr_vllm.adaptive import (
     Rule,
     budget_levels,
 )
-from fsr_vllm.params import FieldError, ServerSettings, parse_range
+from fsr_vllm.params import FieldError, ServerSettings
+from fsr_vllm.params.budget import parse_range
 from fsr_vllm.server import FsrEndpointPlugin
 
 RULE = Rule()

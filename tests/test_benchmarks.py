@@ -72,7 +72,7 @@ def test_quick_mode_writes_its_report(tmp_path, capsys):
     of_one = [row for row in rows if row["cell"] == {"n": 48, "k": 8, "d": 16, "batch": 2}]
     names = {row["name"] for row in of_one}
     assert {GEMM, LITERAL, STEPS, FSR, FSR_RANDOM} | (set(list_methods()) - {"fsr"}) <= names
-    assert {"farthest, reference", "dpp, masked", "coverage, CPU"} <= names
+    assert {"farthest, masked", "dpp, masked", "coverage, CPU"} <= names
     assert all(row["timing"]["median"] > 0 and row["timing"]["runs"] >= 3 for row in rows)
     assert next(row["note"] for row in of_one if row["name"] == FSR) == "K_F 2, 6 scanned"
     kernels = {row["cell"]["d"] for row in rows if row["kind"] == "kernel"}

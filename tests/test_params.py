@@ -14,13 +14,12 @@ from fsr_vllm.params import (
     ImagePlan,
     RequestFields,
     ServerSettings,
-    parse_budget,
     parse_budget_text,
-    parse_budgets,
     resolve,
     resolve_budget,
     same_budget,
 )
+from fsr_vllm.params.budget import parse_budget, parse_budgets
 
 ALL = {"saliency", "relevance", "metric", "keys", "cls_row", "attention"}
 
@@ -101,11 +100,12 @@ def test_no_budgets(value):
     )
 )
 def test_a_budget_is_valid_or_refused_by_name(value):
+    named, budgets = "fsr_budget", []
     try:
         budgets = parse_budgets(value)
     except FieldError as error:
-        assert error.field == "fsr_budget"
-        return
+        named = error.field
+    assert named == "fsr_budget"
     for budget in budgets if isinstance(budgets, list) else [budgets]:
         assert 1 <= resolve_budget(budget, 576) <= 576
 

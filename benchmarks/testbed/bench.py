@@ -140,7 +140,7 @@ class Bench:
         controls.
         """
         method = get_method(name, **(options or {}))
-        read = {*method.required(), *method.uses}
+        read = {*method.needs, *method.uses}
 
         def rows_of(rows: np.ndarray, outcome: Outcome) -> Tensor:
             kept: list[Tensor] = [torch.empty(0)] * len(rows)

@@ -209,7 +209,7 @@ class Selector:
 
 
 def _needs(method: Method) -> tuple[str, ...]:
-    return (*method.required(), *method.uses)
+    return (*method.needs, *method.uses)
 
 
 def _of(pruned: PrunedTokens, place: int) -> PrunedTokens:

@@ -1,9 +1,8 @@
-"""The three greedy loops for CPU serving: numpy views of the same memory, one image after the
-other.
+"""The three greedy loops for CPUs: numpy views of the same memory, one image after the other.
 
 A step touches a few vectors of N floats, so the cost of a call matters more than its arithmetic:
 numpy's is about a quarter of torch's. Nothing is allocated inside a loop except where a step
-gathers rows. Parameters as in `reference.py`, and the same indices.
+gathers rows. Parameters as in `dispatch.py`.
 """
 
 from __future__ import annotations
@@ -18,57 +17,38 @@ _BLOCK = 64
 
 
 def _view(tensor: torch.Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.detach().numpy()
+    return None if tensor is None else tensor.numpy()
 
 
 def farthest(
     similarity: torch.Tensor,
     prefix: torch.Tensor,
     count: torch.Tensor,
-    steps: torch.Tensor,
     weight: torch.Tensor | None,
-    width: int,
-    emit_prefix: bool,
+    budget: int,
 ) -> torch.Tensor:
-    """Farthest-point rounds with a running minimum of distances: one row of `similarity` read per
-    step.
-    """
+    """Farthest-point rounds with a running minimum of distances: one row is read per step."""
     batch, tokens, _ = similarity.shape
-    picks = np.full((batch, width), -1, np.int64)
-    weights = _view(weight)
-    rows = similarity.detach().numpy()
-    nearest, distance = np.empty(tokens, np.float32), np.empty(tokens, np.float32)
-    for b, (chosen, rounds) in enumerate(zip(count.tolist(), steps.tolist(), strict=True)):
+    picks = np.empty((batch, budget), np.int64)
+    weights, rows = _view(weight), similarity.numpy()
+    distance = np.empty(tokens, np.float32)
+    for b, chosen in enumerate(count.tolist()):
         sim, start = rows[b], prefix[b, :chosen].numpy()
-        if chosen:
-            # 1 - x rounds monotonically, so the smallest distance is exactly 1 - the largest
-            # similarity.
-            np.subtract(1.0, sim[start].max(0), out=nearest)
-        else:
-            nearest.fill(1.0)
+        picks[b, :chosen] = start
+        # 1 - x rounds monotonically, so the smallest distance is exactly 1 - the largest
+        # similarity.
+        nearest = np.subtract(1.0, sim[start].max(0))
         # A chosen token stays at -inf under minimum; its weight becomes 1 because -inf * 0 would be
         # NaN.
         nearest[start] = -np.inf
         scale = None if weights is None else weights[b].copy()
         if scale is not None:
             scale[start] = 1.0
-        out = picks[b]
-        if emit_prefix:
-            out[:chosen] = start
-            out = out[chosen:]
-        for t in range(rounds):
-            j = int(
-                (nearest if scale is None else np.multiply(nearest, scale, out=distance)).argmax()
-            )
-            out[t] = j
+        for t in range(chosen, budget):
+            score = nearest if scale is None else np.multiply(nearest, scale, out=distance)
+            picks[b, t] = j = int(score.argmax())
             np.subtract(1.0, sim[j], out=distance)
-            if t == 0 and not chosen:
-                nearest[:] = (
-                    # the stand-in distance 1 of an empty start must not cap the first real ones
-                    distance
-                )
-            else:
-                np.minimum(nearest, distance, out=nearest)
+            np.minimum(nearest, distance, out=nearest)
             nearest[j] = -np.inf
             if scale is not None:
                 scale[j] = 1.0
@@ -79,11 +59,11 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
     """Fast greedy MAP of a determinantal point process, by incremental Cholesky rows."""
     batch, tokens, _ = kernel.shape
     picks = np.empty((batch, steps), np.int64)
-    rows = kernel.detach().numpy()
+    rows = kernel.numpy()
     factor = np.empty((steps, tokens), np.float32)
     block = np.empty((_BLOCK + 1, tokens), np.float32)
     # Contiguous on purpose: numpy adds the rows of a C-ordered array one after the other, which is
-    # the order of the reference.
+    # the order of all backends that agree bit for bit.
     explained = np.empty(tokens, np.float32)
     threshold, one = np.float32(eps), np.float32(1)
     for b in range(batch):
@@ -93,14 +73,12 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
             picks[b, t] = j
             best = variance[j]
             if best <= threshold:
-                variance[j] = -np.inf  # from here on only rounding noise is left, see the reference
+                variance[j] = -np.inf  # from here on only rounding noise is left
                 continue
             explained.fill(0.0)
             for s in range(0, t, _BLOCK):
                 size = min(_BLOCK, t - s)
-                block[0] = (
-                    explained  # carries the sum over, so that its order is that of one long sum
-                )
+                block[0] = explained  # carries the sum over: its order is that of one long sum
                 np.multiply(
                     factor[s : s + size], factor[s : s + size, j, None], out=block[1 : size + 1]
                 )
@@ -162,7 +140,6 @@ def coverage(
     prefix: torch.Tensor,
     count: torch.Tensor,
     steps: torch.Tensor,
-    covered: torch.Tensor,
     row_weight: torch.Tensor | None,
     candidate_weight: torch.Tensor | None,
     candidate_bonus: torch.Tensor | None,
@@ -171,16 +148,12 @@ def coverage(
     """Coverage rounds; gains are updated from the tokens whose cover rose."""
     batch, tokens, _ = similarity.shape
     picks = np.full((batch, width), -1, np.int64)
-    sims, covers, row_weights = (
-        similarity.detach().numpy(),
-        covered.detach().numpy(),
-        _view(row_weight),
-    )
+    sims, row_weights = similarity.numpy(), _view(row_weight)
     scales, bonuses = _view(candidate_weight), _view(candidate_bonus)
     score = np.empty(tokens)
     for b, (chosen, rounds) in enumerate(zip(count.tolist(), steps.tolist(), strict=True)):
         sim, start = sims[b], prefix[b, :chosen].numpy()
-        cover = covers[b] + np.float32(SHIFT)
+        cover = np.full(tokens, SHIFT, np.float32)
         if chosen:
             np.maximum(cover, sim[start].max(0) + np.float32(SHIFT), out=cover)
         gains = _Gains(sim, None if row_weights is None else row_weights[b], cover)

@@ -1,10 +1,9 @@
-"""The three greedy loops in torch operations of fixed shape: for GPUs where the Triton kernels
-cannot run.
+"""The three greedy loops in torch operations of fixed shape: where the Triton kernels cannot run.
 
 Every image takes the same number of steps and what a row does not need is thrown away, so nothing
-is read back from the device and a CUDA graph can record the loop. Parameters as in `reference.py`.
-Indices are the same too, except that `dpp` adds in another order and may differ where two variances
-agree to a few float32 roundings.
+is read back from the device and a CUDA graph can record the loop. Parameters as in `dispatch.py`.
+Indices are those of the other backends, except that `dpp` adds in another order and may differ
+where two variances agree to a few float32 roundings.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ from __future__ import annotations
 import torch
 
 from .grid import snap
-from .reference import inverse_root
 
 
 def _pick(score: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(B,) lowest index of each row's largest value (torch.argmax does not promise which of equal
-    ones it returns).
-    """
+    """(B,) lowest index of each row's largest value; torch.argmax promises nothing about ties."""
     return torch.where(score == score.amax(-1, keepdim=True), places, places.shape[0] - 1).amin(-1)
 
 
@@ -28,9 +24,7 @@ def _row(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _is_chosen(prefix: torch.Tensor, count: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(B, N) bool: is among the first `count` of `prefix`. Later entries may repeat one of those:
-    hence a count.
-    """
+    """(B, N) bool: is among the first `count` of `prefix`, which later entries may repeat."""
     inside = torch.arange(prefix.shape[1], device=prefix.device) < count[:, None]
     seen = torch.zeros((prefix.shape[0], tokens), dtype=torch.int32, device=prefix.device)
     return seen.scatter_add_(1, prefix, inside.int()) > 0
@@ -40,39 +34,28 @@ def farthest(
     similarity: torch.Tensor,
     prefix: torch.Tensor,
     count: torch.Tensor,
-    steps: torch.Tensor,
     weight: torch.Tensor | None,
-    width: int,
-    emit_prefix: bool,
+    budget: int,
 ) -> torch.Tensor:
-    """Farthest-point rounds with a running minimum of distances, `width` of them for every row."""
+    """Farthest-point rounds with a running minimum of distances, `budget` steps for every row."""
     batch, tokens, _ = similarity.shape
     places = torch.arange(tokens, device=similarity.device)
     chosen = _is_chosen(prefix, count, tokens)
-    nearest = (
-        (1 - similarity)
-        .masked_fill_(~chosen[:, :, None], torch.inf)
-        .amin(1)
-        .masked_fill_(chosen, -torch.inf)
-    )
-    picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
-    for t in range(width):
-        # +inf: nothing chosen yet, all distances count as 1. -inf: chosen, and a weight of 0 must
-        # not turn it into NaN.
-        score = torch.where(nearest == torch.inf, 1.0, nearest)
-        if weight is not None:
+    nearest = (1 - similarity).masked_fill_(~chosen[:, :, None], torch.inf).amin(1)
+    nearest = nearest.masked_fill_(chosen, -torch.inf)
+    picks = torch.empty((batch, budget), dtype=torch.int64, device=similarity.device)
+    for t in range(budget):
+        score = nearest
+        if weight is not None:  # a weight of 0 must not turn -inf, a chosen token, into NaN
             score = torch.where(score == -torch.inf, score, score * weight)
-        j = _pick(score, places)
-        picks[:, t] = torch.where(t < steps, j, -1)
+        given = prefix[:, min(t, prefix.shape[1] - 1)]
+        j = torch.where(t < count, given, _pick(score, places))
+        picks[:, t] = j
+        # A given token was counted in above: once more changes nothing.
         nearest = torch.minimum(nearest, 1 - _row(similarity, j)).scatter_(
             1, j[:, None], -torch.inf
         )
-    if not emit_prefix:
-        return picks
-    columns = torch.arange(width, device=similarity.device)
-    scanned = picks.gather(1, (columns - count[:, None]).clamp_min(0))
-    given = torch.nn.functional.pad(prefix[:, :width], (0, max(0, width - prefix.shape[1])))
-    return torch.where(columns < count[:, None], given, scanned)
+    return picks
 
 
 def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
@@ -90,7 +73,10 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
         column = factor[:, :t].gather(2, j[:, None, None].expand(-1, t, 1))
         explained = (factor[:, :t] * column).sum(1)
         is_noise = best <= eps
-        row = (_row(kernel, j) - explained) * inverse_root(torch.where(is_noise, 1.0, best))
+        # 1 / sqrt, each step correctly rounded: on CPUs torch's own float32 root is off by a bit for
+        # every fifth value, and dividing by a scalar is a multiplication on some devices.
+        inverse = torch.where(is_noise, 1.0, best).double().sqrt().float().reciprocal()
+        row = (_row(kernel, j) - explained) * inverse
         row = row.masked_fill(is_noise, 0.0)
         factor[:, t] = row
         variance = (variance - row * row).scatter_(1, j[:, None], -torch.inf)
@@ -102,7 +88,6 @@ def coverage(
     prefix: torch.Tensor,
     count: torch.Tensor,
     steps: torch.Tensor,
-    covered: torch.Tensor,
     row_weight: torch.Tensor | None,
     candidate_weight: torch.Tensor | None,
     candidate_bonus: torch.Tensor | None,
@@ -113,7 +98,7 @@ def coverage(
     places = torch.arange(tokens, device=similarity.device)
     similarity = snap(similarity)
     chosen = _is_chosen(prefix, count, tokens)
-    cover = torch.maximum(similarity.masked_fill(~chosen[:, :, None], -torch.inf).amax(1), covered)
+    cover = similarity.masked_fill(~chosen[:, :, None], -torch.inf).amax(1).clamp_min_(0)
     picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
     for t in range(width):
         rise = (similarity - cover[:, :, None]).clamp_min_(0)

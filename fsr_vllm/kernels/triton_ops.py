@@ -1,10 +1,9 @@
-"""The three greedy loops as Triton kernels: one program per image runs the whole loop in one
-launch.
+"""The three greedy loops as Triton kernels: one program per image runs a whole loop in one launch.
 
 Running state (distances, variances, gains) stays in registers; a step reads one row of the matrix
 (`dpp`: also the factor's rows so far; `coverage`: also the rows of the tokens whose cover rose).
 Step counts are read on the device, so nothing is sent back to the host. Parameters as in
-`reference.py`, and the same indices: multiplications and additions are never fused
+`dispatch.py`, and indices those of the CPU: multiplications and additions are never fused
 (`enable_fp_fusion=False`), roots and divisions are the correctly rounded ones, ties go to the lower
 index. Where a program reads back what other threads of it wrote to global memory, a barrier stands
 between.
@@ -25,8 +24,8 @@ _UNROLL = 4
 # middle of serving.
 @triton.jit(do_not_specialize=["prefix_stride", "width"])
 def _farthest(
-    similarity, prefix, prefix_stride, count, steps, weight, picks, tokens, width,
-    WEIGHTED: tl.constexpr, EMIT: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    similarity, prefix, prefix_stride, count, weight, picks, tokens, width,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
@@ -35,26 +34,20 @@ def _farthest(
     prefix += image * prefix_stride
     picks += image * width
     chosen = tl.load(count + image).to(tl.int32)
-    rounds = tl.load(steps + image).to(tl.int32)
-    # +inf: nothing chosen yet. -inf: may not be picked (chosen, or beyond the last token); minimum
-    # keeps it.
+    # -inf: may not be picked (chosen, or beyond the last token); minimum keeps it.
     nearest = tl.where(inside, float("inf"), float("-inf"))
     for start in range(0, chosen, UNROLL):
         for u in tl.static_range(UNROLL):
-            t = tl.minimum(
-                start + u, chosen - 1
-            )  # past the end the last one again, which changes nothing
+            # Past the end the last one again, which changes nothing.
+            t = tl.minimum(start + u, chosen - 1)
             j = tl.load(prefix + t)
             row = tl.load(similarity + j * tokens + place, mask=inside, other=0.0)
             nearest = tl.where(place == j, float("-inf"), tl.minimum(nearest, 1.0 - row))
-            if EMIT:
-                tl.store(picks + t, j)
-    if EMIT:
-        picks += chosen
+            tl.store(picks + t, j)
     if WEIGHTED:
         scale = tl.load(weight + image * tokens + place, mask=inside, other=0.0)
-    for t in range(rounds):
-        score = tl.where(nearest == float("inf"), 1.0, nearest)
+    for t in range(chosen, width):
+        score = nearest
         if WEIGHTED:
             score *= tl.where(nearest == float("-inf"), 1.0, scale)  # -inf * 0 would be NaN
         j = tl.argmax(score, 0, tie_break_left=True).to(tl.int64)
@@ -65,16 +58,9 @@ def _farthest(
 
 @triton.jit(do_not_specialize=["steps"])
 def _dpp(
-    kernel,
-    factor,
-    factor_stride,
-    picks,
-    tokens,
-    steps,
-    eps,
-    BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
+    kernel, factor, factor_stride, picks, tokens, steps, eps,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < tokens
@@ -103,18 +89,10 @@ def _dpp(
 
 @triton.jit(do_not_specialize=["prefix_stride"])
 def _cover(
-    similarity,
-    prefix,
-    prefix_stride,
-    count,
-    covered,
-    tokens,
-    COLUMNS: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """covered = max(covered, similarity to the chosen tokens), one program per image and block of
-    tokens.
-    """
+    similarity, prefix, prefix_stride, count, covered, tokens,
+    COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """covered = max(covered, similarity to the chosen), a program per image and block of tokens."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = place < tokens
@@ -133,16 +111,10 @@ def _cover(
 
 @triton.jit
 def _gains(
-    similarity,
-    covered,
-    row_weight,
-    gains,
-    tokens,
-    WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Gain of every candidate before the first pick, one program per image and block of candidates."""
+    similarity, covered, row_weight, gains, tokens,
+    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gains before the first pick, one program per image and block of candidates."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float64)
@@ -170,11 +142,10 @@ def _gains(
 def _coverage(
     similarity, prefix, prefix_stride, count, steps, covered, gains, row_weight, scale, bonus,
     picks, risen, low, high, tokens, width,
-    WEIGHTED: tl.constexpr, SCALED: tl.constexpr, RAISED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    WEIGHTED: tl.constexpr, SCALED: tl.constexpr, RAISED: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A token i whose cover rises from low to high lowers gain_j by w_i (clip(S_ij, low, high) -
-    low).
-    """
+    """A cover that rises from low to high lowers gain_j by w_i (clip(S_ij, low, high) - low)."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     inside = place < tokens
@@ -235,9 +206,7 @@ def _coverage(
 
 
 def _launch(tokens: int) -> tuple[int, dict[str, object]]:
-    """Block size (a power of two that holds every token) and launch options: about 8 tokens per
-    thread.
-    """
+    """Block size, a power of two that holds every token, and options: about 8 tokens per thread."""
     block = max(32, triton.next_power_of_2(tokens))
     return block, {"num_warps": min(16, max(1, block // 256)), "enable_fp_fusion": False}
 
@@ -246,26 +215,22 @@ def farthest(
     similarity: torch.Tensor,
     prefix: torch.Tensor,
     count: torch.Tensor,
-    steps: torch.Tensor,
     weight: torch.Tensor | None,
-    width: int,
-    emit_prefix: bool,
+    budget: int,
 ) -> torch.Tensor:
     """Farthest-point rounds, one launch."""
     batch, tokens, _ = similarity.shape
-    picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
+    picks = torch.empty((batch, budget), dtype=torch.int64, device=similarity.device)
     block, options = _launch(tokens)
     _farthest[(batch,)](
-        similarity, prefix, prefix.stride(0), count, steps, similarity if weight is None else weight,
-        picks, tokens, width, WEIGHTED=weight is not None, EMIT=emit_prefix, BLOCK=block, UNROLL=_UNROLL, **options,
+        similarity, prefix, prefix.stride(0), count, similarity if weight is None else weight,
+        picks, tokens, budget, WEIGHTED=weight is not None, BLOCK=block, UNROLL=_UNROLL, **options,
     )  # fmt: skip
     return picks
 
 
 def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
-    """Fast greedy MAP of a determinantal point process, one launch; the factor (B, K, N) lies in
-    global memory.
-    """
+    """Fast greedy MAP of a DPP, one launch; the factor (B, K, N) lies in global memory."""
     batch, tokens, _ = kernel.shape
     picks = torch.empty((batch, steps), dtype=torch.int64, device=kernel.device)
     # Zeros, and whole groups of rows: the inner loop needs no masks.
@@ -273,17 +238,9 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
     factor = torch.zeros((batch, rows, tokens), dtype=torch.float32, device=kernel.device)
     block, options = _launch(tokens)
     _dpp[(batch,)](
-        kernel,
-        factor,
-        factor.stride(0),
-        picks,
-        tokens,
-        steps,
-        eps,
-        BLOCK=block,
-        UNROLL=_UNROLL,
-        **options,
-    )
+        kernel, factor, factor.stride(0), picks, tokens, steps, eps,
+        BLOCK=block, UNROLL=_UNROLL, **options,
+    )  # fmt: skip
     return picks
 
 
@@ -292,39 +249,38 @@ def coverage(
     prefix: torch.Tensor,
     count: torch.Tensor,
     steps: torch.Tensor,
-    covered: torch.Tensor,
     row_weight: torch.Tensor | None,
     candidate_weight: torch.Tensor | None,
     candidate_bonus: torch.Tensor | None,
     width: int,
 ) -> torch.Tensor:
-    """Coverage rounds in three launches: first cover and first gains, in parallel over blocks; then
-    the loop.
-    """
+    """Coverage rounds in three launches: cover and gains, parallel over blocks; then the loop."""
     batch, tokens, _ = similarity.shape
     picks = torch.full((batch, width), -1, dtype=torch.int64, device=similarity.device)
     block, options = _launch(tokens)
     columns = min(64, block)
     grid = (batch, triton.cdiv(tokens, columns))
+    weighted = row_weight is not None
     # Never read where absent: any pointer will do.
     weight, scale, bonus = (
         similarity if x is None else x for x in (row_weight, candidate_weight, candidate_bonus)
     )
-    cover, low, high = covered.clone(), torch.empty_like(covered), torch.empty_like(covered)
-    gains = torch.empty_like(covered, dtype=torch.float64)
-    risen = torch.empty_like(covered, dtype=torch.int32)
+    cover = similarity.new_zeros((batch, tokens))
+    low, high = torch.empty_like(cover), torch.empty_like(cover)
+    gains = torch.empty_like(cover, dtype=torch.float64)
+    risen = torch.empty_like(cover, dtype=torch.int32)
     _cover[grid](
         similarity, prefix, prefix.stride(0), count, cover, tokens,
         COLUMNS=columns, UNROLL=_UNROLL, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     _gains[grid](
         similarity, cover, weight, gains, tokens,
-        WEIGHTED=row_weight is not None, ROWS=32, COLUMNS=columns, num_warps=4, enable_fp_fusion=False,
+        WEIGHTED=weighted, ROWS=32, COLUMNS=columns, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     _coverage[(batch,)](
         similarity, prefix, prefix.stride(0), count, steps, cover, gains, weight, scale, bonus,
         picks, risen, low, high, tokens, width,
-        WEIGHTED=row_weight is not None, SCALED=candidate_weight is not None, RAISED=candidate_bonus is not None,
+        WEIGHTED=weighted, SCALED=candidate_weight is not None, RAISED=candidate_bonus is not None,
         BLOCK=block, UNROLL=_UNROLL, **options,
     )  # fmt: skip
     return picks

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from .base import Fidelity, Method, Selection, VisualTokens
-from .ops import regions, square_grid
+from .base import Method, Selection, VisualTokens, regions, square_grid
 
 
 @dataclass
@@ -20,10 +18,10 @@ class AvgPool(Method):
     given, else the first.
     """
 
-    name: ClassVar[str] = "avgpool"
-    uses: ClassVar[tuple[str, ...]] = ("grid", "saliency")
-    license: ClassVar[str] = "none needed"
-    fidelity: ClassVar[Fidelity] = "control"
+    name = "avgpool"
+    uses = ("grid", "saliency")
+    license = "none needed"
+    fidelity = "control"
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         features = tokens.features

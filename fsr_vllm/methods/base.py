@@ -17,12 +17,26 @@ from torch import Tensor
 
 from .budget import Budget, parse_budget, resolve_budget
 from .checks import checked_fields
-from .ops import cosine_similarity, gather_rows, indices_of, mask_of, minmax, normalise, topk_stable
+from .ops import (
+    best_mask,
+    cosine_similarity,
+    each_image,
+    gather_rows,
+    indices_of,
+    mask_of,
+    minmax,
+    normalise,
+    region_bounds,
+    regions,
+    square_grid,
+    topk_stable,
+)
 from .options import PerToken, check_options, option
 
 __all__ = [
-    "Method", "PerToken", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens", "option",
-    "cosine_similarity", "gather_rows", "indices_of", "mask_of", "minmax", "normalise", "topk_stable",
+    "Fidelity", "Method", "PerToken", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens",
+    "best_mask", "cosine_similarity", "each_image", "gather_rows", "indices_of", "mask_of",
+    "minmax", "normalise", "option", "region_bounds", "regions", "square_grid", "topk_stable",
 ]  # fmt: skip
 
 Fidelity = Literal["exact", "unchecked", "stage-1", "input-probe", "control"]
@@ -137,12 +151,6 @@ class Method:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def required(self) -> tuple[str, ...]:
-        """The fields that this instance cannot run without; more than `needs` where an option asks
-        for one.
-        """
-        return self.needs
-
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         """Choose k of the N > k tokens of each image of the batch."""
         raise NotImplementedError
@@ -155,7 +163,7 @@ class Method:
         for the device; without it nothing here does.
         """
         asked = parse_budget(budget)
-        batch = VisualTokens(**checked_fields(tokens, self.required(), self.uses, finite=validate))
+        batch = VisualTokens(**checked_fields(tokens, self.needs, self.uses, finite=validate))
         n = batch.features.shape[1]
         k = resolve_budget(asked, n)
         pruned = _keep_all(batch) if k == n else _assemble(batch, self.select(batch, k))
@@ -164,7 +172,7 @@ class Method:
 
 @dataclass
 class ScoreMethod(Method):
-    """A method that keeps the K tokens of highest score, ties to the lower index: override `score`."""
+    """A method that keeps the K of highest score, ties to the lower index: override `score`."""
 
     def score(self, tokens: VisualTokens) -> Tensor:
         """One score per token, (B, N), higher = kept first."""
@@ -195,7 +203,7 @@ def _assemble(tokens: VisualTokens, chosen: Selection) -> PrunedTokens:
 
 
 def _result(rows: Tensor, indices: Tensor, n: int, chosen: Selection) -> PrunedTokens:
-    """Plain values where the method left them open: every token kept for its own sake, none merged."""
+    """Plain values where the method left them open: all kept for their own sake, none merged."""
     (b, k), device = indices.shape, indices.device
     kept, none = (
         torch.full((b,), k, device=device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,14 +34,15 @@ class CDPruner(Method):
     question and turn its sign for CLIP: both are settled where relevance is computed.
     """
 
-    name: ClassVar[str] = "cdpruner"
-    needs: ClassVar[tuple[str, ...]] = ("relevance",)
-    uses: ClassVar[tuple[str, ...]] = ("group",)
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = (
-        "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (arXiv 2506.10967)"
+    name = "cdpruner"
+    needs = ("relevance",)
+    uses = ("group",)
+    query_aware = True
+    paper = (
+        "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in "
+        "MLLMs (arXiv 2506.10967)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     weighting: str = option(
         "product", choices=("product", "exp"), doc="w: relevance (code) or its exponential (paper)"

@@ -12,8 +12,9 @@ from torch import Tensor
 _SHAPES: dict[str, tuple[str, ...]] = {
     "features": ("N", "D"), "saliency": ("N",), "relevance": ("N",), "shallow_saliency": ("N",),
     "received": ("N",), "shallow_received": ("N",), "metric": ("N", "Dm"),
-    "keys": ("N", "Dk"), "cls_row": ("D",), "attention": ("N", "N"), "last_query": ("C",), "last_key": ("N|N+1", "C"),
-    "text": ("T", "Dt"), "prototypes": ("P", "D"), "frame_weights": ("F",), "probe": ("N", "..."),
+    "keys": ("N", "Dk"), "cls_row": ("D",), "attention": ("N", "N"), "last_query": ("C",),
+    "last_key": ("N|N+1", "C"), "text": ("T", "Dt"), "prototypes": ("P", "D"),
+    "frame_weights": ("F",), "probe": ("N", "..."),
 }  # fmt: skip
 _SHARED = ("text", "prototypes")  # may come without B and then serve every image of the batch
 
@@ -52,7 +53,8 @@ def checked_fields(
         if name == "group":
             if value.is_floating_point() or value.dim() > 1 or value.numel() != sizes.get("B", 1):
                 raise ValueError(
-                    f"group must hold one integer per image of the batch; got shape {tuple(value.shape)}"
+                    f"group must hold one integer per image of the batch; got shape "
+                    f"{tuple(value.shape)}"
                 )
             found[name] = value.reshape(-1)
             continue
@@ -61,6 +63,18 @@ def checked_fields(
         value = value[None] if single or shared else value
         found[name] = value.expand(sizes["B"], *value.shape[1:]) if shared else value
     return found
+
+
+def expect(fits: bool, wanted: str, got: object) -> None:
+    """ValueError that says what is wanted and what was given, unless it fits."""
+    if not fits:
+        raise ValueError(f"{wanted}; got {got}")
+
+
+def expect_width(text: Tensor, features: Tensor) -> None:
+    """ValueError unless text (B, T, D) is in the space of features (B, N, D)."""
+    wanted = f"text must have the width of features, {features.shape[2]}"
+    expect(text.shape[2] == features.shape[2], wanted, text.shape[2])
 
 
 def _check_grid(grid: Any, n: int) -> tuple[int, int]:

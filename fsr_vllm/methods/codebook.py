@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .base import ScoreMethod, VisualTokens, normalise
+from .base import ScoreMethod, VisualTokens, each_image, normalise
 
 
 @dataclass
@@ -21,16 +19,18 @@ class Codebook(ScoreMethod):
     whatever is below a threshold, so that K would depend on the image.
     """
 
-    name: ClassVar[str] = "codebook"
-    needs: ClassVar[tuple[str, ...]] = ("prototypes",)
-    paper: ClassVar[str] = (
-        "Beyond Intermediate States: Explaining Visual Redundancy through Language (arXiv 2503.20540)"
+    name = "codebook"
+    needs = ("prototypes",)
+    paper = (
+        "Beyond Intermediate States: Explaining Visual Redundancy through Language (arXiv "
+        "2503.20540)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        # One product per image, so that a batch equals its images to the bit.
-        pairs = zip(tokens.features, tokens.require("prototypes"), strict=True)
-        return torch.stack(
-            [-(normalise(image) @ normalise(book).mT).amax(-1) for image, book in pairs]
-        )
+        book = normalise(tokens.require("prototypes"))
+        return each_image(_novelty, normalise(tokens.features), book)
+
+
+def _novelty(unit: Tensor, book: Tensor) -> Tensor:
+    return -(unit @ book.mT).amax(-1)

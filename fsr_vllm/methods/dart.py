@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import (
-    Fidelity,
     Method,
     Selection,
     VisualTokens,
+    each_image,
     gather_rows,
     indices_of,
     mask_of,
     normalise,
     option,
+    topk_stable,
 )
-from .ops import topk_stable
+from .checks import expect, expect_width
 
 
 @dataclass
@@ -46,41 +46,34 @@ class DART(Method):
     same tokens.
     """
 
-    name: ClassVar[str] = "dart"
-    needs: ClassVar[tuple[str, ...]] = ("probe",)
-    uses: ClassVar[tuple[str, ...]] = ("text",)
-    servable: ClassVar[bool] = False
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = (
-        "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More (arXiv 2502.11494)"
+    name = "dart"
+    needs = ("probe",)
+    uses = ("text",)
+    servable = False
+    query_aware = True
+    paper = (
+        "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters "
+        "More (arXiv 2502.11494)"
     )
-    license: ClassVar[str] = "Apache-2.0"
-    fidelity: ClassVar[Fidelity] = "input-probe"
+    license = "Apache-2.0"
+    fidelity = "input-probe"
 
     image_pivots: int = option(4, low=1, doc="visual tokens that serve as pivots")
     text_pivots: int = option(4, low=0, doc="text tokens that serve as pivots")
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         features, probe, text = tokens.features, tokens.require("probe"), tokens.text
-        if probe.dim() != 3:
-            raise ValueError(
-                f"probe must hold one key per token, (N, Dk), for dart; got {tuple(probe.shape[1:])}"
-            )
-        if text is not None and text.shape[2] != features.shape[2]:
-            raise ValueError(
-                f"text must have the width of features, {features.shape[2]}; got {text.shape[2]}"
-            )
+        wanted = "probe must hold one key per token, (N, Dk), for dart"
+        expect(probe.dim() == 3, wanted, tuple(probe.shape[1:]))
         own = _largest(probe, min(k, self.image_pivots))
         rows = [gather_rows(features, own).float()]
         if text is not None:
+            expect_width(text, features)
             rows.append(
                 gather_rows(text, _largest(text, min(text.shape[1], self.text_pivots))).float()
             )
         pivots = torch.cat(rows, 1)
-        # Image by image: a batched product may round differently, and then a batch would not equal
-        # its images.
-        pairs = zip(normalise(features), normalise(pivots), strict=True)
-        distance = torch.stack([-(pivot @ unit.mT) for unit, pivot in pairs])
+        distance = -each_image(_cosines, normalise(pivots), normalise(features))
 
         taken = mask_of(own, features.shape[1])
         share, left = divmod(k - own.shape[1], pivots.shape[1])
@@ -89,6 +82,10 @@ class DART(Method):
             picks = topk_stable(distance[:, i].masked_fill(taken, -torch.inf), count)
             taken = taken.scatter(1, picks, True)
         return Selection(indices_of(taken, k))
+
+
+def _cosines(unit: Tensor, other: Tensor) -> Tensor:
+    return unit @ other.mT
 
 
 def _largest(x: Tensor, count: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -24,11 +23,12 @@ class DivPrune(Method):
     that scope passes the tiles of an image as one row.
     """
 
-    name: ClassVar[str] = "divprune"
-    paper: ClassVar[str] = (
-        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175)"
+    name = "divprune"
+    paper = (
+        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv "
+        "2503.02175)"
     )
-    license: ClassVar[str] = "CC BY-NC 4.0 (ours is written from the description alone)"
+    license = "CC BY-NC 4.0 (ours is written from the description alone)"
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         similarity = cosine_similarity(tokens.features)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,10 +15,10 @@ class FasterVLM(ScoreMethod):
     refine.
     """
 
-    name: ClassVar[str] = "fastervlm"
-    needs: ClassVar[tuple[str, ...]] = ("saliency",)
-    paper: ClassVar[str] = "arXiv 2412.01818"
-    license: ClassVar[str] = "Apache-2.0"
+    name = "fastervlm"
+    needs = ("saliency",)
+    paper = "arXiv 2412.01818"
+    license = "Apache-2.0"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return tokens.require("saliency")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Fidelity, ScoreMethod, VisualTokens
+from .base import ScoreMethod, VisualTokens
+from .checks import expect
 
 
 @dataclass
@@ -23,21 +23,19 @@ class FastV(ScoreMethod):
     equal number of tokens, not at the paper's averages over layers.
     """
 
-    name: ClassVar[str] = "fastv"
-    needs: ClassVar[tuple[str, ...]] = ("probe",)
-    servable: ClassVar[bool] = False
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = (
-        "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language"
-        " Models (arXiv 2403.06764)"
+    name = "fastv"
+    needs = ("probe",)
+    servable = False
+    query_aware = True
+    paper = (
+        "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for "
+        "Large Vision-Language Models (arXiv 2403.06764)"
     )
-    license: ClassVar[str] = "unclear"
-    fidelity: ClassVar[Fidelity] = "input-probe"
+    license = "unclear"
+    fidelity = "input-probe"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         probe = tokens.require("probe")
-        if probe.dim() != 2:
-            raise ValueError(
-                f"probe must hold one number per token, (N,), for fastv; got {tuple(probe.shape[1:])}"
-            )
+        wanted = "probe must hold one number per token, (N,), for fastv"
+        expect(probe.dim() == 2, wanted, tuple(probe.shape[1:]))
         return probe

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Method, Selection, VisualTokens, option, topk_stable
-from .ops import square_grid
+from .base import Method, Selection, VisualTokens, option, square_grid, topk_stable
 
 
 @dataclass
@@ -32,15 +30,15 @@ class HiPrune(Method):
     one row.
     """
 
-    name: ClassVar[str] = "hiprune"
-    shallow_layer: ClassVar[int] = 8
-    needs: ClassVar[tuple[str, ...]] = ("received", "shallow_received")
-    uses: ClassVar[tuple[str, ...]] = ("grid",)
-    paper: ClassVar[str] = (
-        "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models"
-        " (arXiv 2508.00553)"
+    name = "hiprune"
+    shallow_layer = 8
+    needs = ("received", "shallow_received")
+    uses = ("grid",)
+    paper = (
+        "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in "
+        "Vision-Language Models (arXiv 2508.00553)"
     )
-    license: ClassVar[str] = "MIT"
+    license = "MIT"
 
     alpha: float = option(0.1, low=0, high=1, doc="share of K for anchors and their neighbours")
     edges: str = option(

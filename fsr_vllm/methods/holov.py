@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,13 +33,13 @@ class HoloV(Method):
     order, which is the caller's to map back.
     """
 
-    name: ClassVar[str] = "holov"
-    needs: ClassVar[tuple[str, ...]] = ("saliency",)
-    paper: ClassVar[str] = (
-        'Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention'
-        " (arXiv 2510.02912)"
+    name = "holov"
+    needs = ("saliency",)
+    paper = (
+        'Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context '
+        "Retention (arXiv 2510.02912)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     rule: str = option(
         "code",

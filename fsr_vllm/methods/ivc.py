@@ -5,12 +5,12 @@ positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Fidelity, Method, Selection, VisualTokens, mask_of, option, topk_stable
+from .base import Method, Selection, VisualTokens, mask_of, option, topk_stable
+from .checks import expect
 
 
 @dataclass
@@ -44,16 +44,17 @@ class IVC(Method):
     here the criterion is applied to the input.
     """
 
-    name: ClassVar[str] = "ivc"
-    needs: ClassVar[tuple[str, ...]] = ("probe",)
-    uses: ClassVar[tuple[str, ...]] = ("grid",)
-    servable: ClassVar[bool] = False
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = (
-        "IVC-Prune: Revealing the Implicit Visual Coordinates in LVLMs for Vision Token Pruning (arXiv 2602.03060)"
+    name = "ivc"
+    needs = ("probe",)
+    uses = ("grid",)
+    servable = False
+    query_aware = True
+    paper = (
+        "IVC-Prune: Revealing the Implicit Visual Coordinates in LVLMs for Vision Token "
+        "Pruning (arXiv 2602.03060)"
     )
-    license: ClassVar[str] = "unclear"
-    fidelity: ClassVar[Fidelity] = "input-probe"
+    license = "unclear"
+    fidelity = "input-probe"
 
     seed_share: float = option(0.01, low=0, high=1, doc="share of N that joins the text as queries")
     position_share: float = option(
@@ -72,11 +73,8 @@ class IVC(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         probe, (_, n, _) = tokens.require("probe"), tokens.features.shape
-        if probe.dim() != 3 or probe.shape[2] <= n:
-            shape = tuple(probe.shape[1:])
-            raise ValueError(
-                f"probe must hold (N, N + T) similarities, T >= 1 text tokens, for ivc; got {shape}"
-            )
+        wanted = "probe must hold (N, N + T) similarities, T >= 1 text tokens, for ivc"
+        expect(probe.dim() == 3 and probe.shape[2] > n, wanted, tuple(probe.shape[1:]))
         probe = probe.float()
         text = probe[..., n:]
         seeds = topk_stable(text.mean(-1), max(1, round(self.seed_share * n)))

@@ -1,11 +1,20 @@
-"""Small tensor helpers that methods share; pure torch, batched, and without any wait for the
-device.
-"""
+"""Small tensor helpers that methods share: batched, and without any wait for the device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+
+def each_image(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+    """The function's answers for one image after the other, as a batch.
+
+    For products: a batched one may round differently, and then a batch would not equal its images.
+    """
+    found = [function(*image) for image in zip(*batches, strict=True)]
+    return torch.stack(found) if len(found) > 1 else found[0][None]
 
 
 def minmax(x: Tensor, group: Tensor | None = None) -> Tensor:
@@ -24,18 +33,15 @@ def minmax(x: Tensor, group: Tensor | None = None) -> Tensor:
 
 
 def topk_stable(score: Tensor, k: int) -> Tensor:
-    """Places (B, k) of the k highest scores of each row (B, N), best first, ties to the lower
-    index.
+    """Places (B, k) of the k highest scores of each row (B, N), best first.
 
-    torch.topk promises nothing about ties; a stable sort does.
+    Ties go to the lower index: a stable sort promises that, torch.topk does not.
     """
     return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def best_mask(score: Tensor, k: int) -> Tensor:
-    """Which of the last dimension are its k highest scores, ties to the lower index; cheaper than a
-    stable sort.
-    """
+    """Which are the k highest of the last dimension, ties to the lower; cheaper than a sort."""
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     least = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -51,27 +57,20 @@ def normalise(x: Tensor) -> Tensor:
 
 
 def cosine_similarity(x: Tensor) -> Tensor:
-    """Cosine of every pair of rows: (B, N, D) -> (B, N, N) float32 in [-1, 1]; a zero row has
-    cosine 0 with all.
+    """Cosine of every pair of rows: (B, N, D) -> (B, N, N) float32 in [-1, 1].
 
-    Equal rows have cosine 1 exactly: above 1 - 1e-6, where float32 no longer tells rows apart,
-    every cosine is 1.
+    A zero row has cosine 0 with all. Equal rows have cosine 1 exactly: above 1 - 1e-6, where
+    float32 no longer tells rows apart, every cosine is 1.
     """
-    if x.device.type == "cpu":
-        # One product per image: a batched product may round differently, and then a batch would not
-        # equal its images.
-        units = [normalise(image) for image in x]
-        similarity = (
-            torch.stack([unit @ unit.mT for unit in units])
-            if len(units) > 1
-            else units[0] @ units[0].mT
-        )
-        similarity = similarity.view(len(units), *similarity.shape[-2:])
-    else:
-        unit = normalise(x)
-        similarity = torch.bmm(unit, unit.mT)
+    unit = normalise(x)
+    on_cpu = x.device.type == "cpu"
+    similarity = each_image(_products, unit) if on_cpu else torch.bmm(unit, unit.mT)
     # All that is below -1 + 1e-6 becomes -1, with the sign turned: a tenth of the time of a mask.
     return torch.threshold_(similarity.neg_(), -1.0 + 1e-6, -1.0).neg_().clamp_(min=-1.0)
+
+
+def _products(rows: Tensor) -> Tensor:
+    return rows @ rows.mT
 
 
 def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
@@ -81,13 +80,12 @@ def gather_rows(x: Tensor, indices: Tensor) -> Tensor:
 
 def mask_of(indices: Tensor, n: int) -> Tensor:
     """Boolean (B, n), True at indices (B, K)."""
-    return torch.zeros(indices.shape[0], n, dtype=torch.bool, device=indices.device).scatter_(
-        1, indices, True
-    )
+    nothing = torch.zeros(indices.shape[0], n, dtype=torch.bool, device=indices.device)
+    return nothing.scatter_(1, indices, True)
 
 
 def indices_of(mask: Tensor, k: int) -> Tensor:
-    """Ascending places (B, k) of the True entries of mask (B, N), of which every row has exactly k."""
+    """Ascending places (B, k) of the True entries of mask (B, N), k of them in every row."""
     return topk_stable(mask.to(torch.uint8), k)
 
 
@@ -98,8 +96,7 @@ def square_grid(n: int) -> tuple[int, int]:
 
 
 def regions(k: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Cut the grid (h, w) into exactly k rectangles of nearly equal size; the rectangle (N,) each
-    token lies in.
+    """The rectangle (N,) each token lies in, of exactly k of nearly equal size that fill the grid.
 
     The rectangles form bands of rows, and each band is cut into nearly the same number of columns.
     """
@@ -115,9 +112,7 @@ def regions(k: int, grid: tuple[int, int], device: torch.device) -> Tensor:
 def region_bounds(
     k: int, grid: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, bottom, left and right, (k,) each, of every rectangle of `regions`; bottom and right are
-    excluded.
-    """
+    """Top, bottom, left, right, (k,) each, of the rectangles of `regions`; ends are excluded."""
     h, w = grid
     bands = _band_count(k, grid)
     region = torch.arange(k, device=device)
@@ -134,8 +129,6 @@ def region_bounds(
 
 
 def _band_count(k: int, grid: tuple[int, int]) -> int:
-    """As many bands of rows as make the k rectangles nearly square, with at most h bands and w
-    columns in each.
-    """
+    """As many bands as make rectangles nearly square, at most h, with at most w columns each."""
     h, w = grid
     return min(max(round((k * h / w) ** 0.5), -(-k // w)), h, k)

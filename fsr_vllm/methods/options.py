@@ -46,7 +46,7 @@ _MOST = 1e6  # of a hyper-parameter that is not a count
 
 
 def check_options(method: Any) -> None:
-    """ValueError that names the option and what is allowed; an int given for a float becomes one."""
+    """ValueError that names the option and what is allowed; an int for a float becomes one."""
     for item in fields(method):
         value = getattr(method, item.name)
         if not _fits(value, item):
@@ -63,7 +63,8 @@ def beyond_serving(method: Any, n: int) -> str | None:
         served, value = item.metadata.get("served"), getattr(method, item.name)
         if served is not None and value != item.default and value < served.least(n):
             return (
-                f"{item.name} must be at least {served.least(n)} in a request about an image of {n:,} visual tokens "
+                f"{item.name} must be at least {served.least(n)} in a request about an image "
+                f"of {n:,} visual tokens "
                 f"(N / {served.tokens}), or left out; got {value}"
             )
     return None

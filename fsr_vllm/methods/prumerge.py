@@ -6,13 +6,22 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Method, Selection, VisualTokens, cosine_similarity, gather_rows, mask_of, option
-from .ops import best_mask, topk_stable
+from .base import (
+    Method,
+    Selection,
+    VisualTokens,
+    best_mask,
+    cosine_similarity,
+    each_image,
+    gather_rows,
+    mask_of,
+    option,
+    topk_stable,
+)
 
 _BLOCK = (
     512  # centres that gather their neighbours at a time: memory stays at a few N x 512 matrices
@@ -45,12 +54,13 @@ class PruMerge(Method):
     projector; here it is done in the space of `features`. At K = 1 there is the extra row alone.
     """
 
-    name: ClassVar[str] = "prumerge"
-    needs: ClassVar[tuple[str, ...]] = ("last_query", "last_key")
-    paper: ClassVar[str] = (
-        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv 2403.15388)"
+    name = "prumerge"
+    needs = ("last_query", "last_key")
+    paper = (
+        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv "
+        "2403.15388)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     variant: str = option(
         "plus", choices=("plus", "base"), doc="PruMerge+, with evenly spread centres, or PruMerge"
@@ -104,11 +114,7 @@ class PruMerge(Method):
 
 def _weighted(weights: Tensor, features: Tensor) -> Tensor:
     """Sums (B, C, D) of features (B, N, D) with weights (B, C, N)."""
-    # Image by image: a batched product may round differently, and then a batch would not equal its
-    # images.
-    return torch.stack(
-        [w @ image for w, image in zip(weights.to(features.dtype), features, strict=True)]
-    )
+    return each_image(torch.matmul, weights.to(features.dtype), features)
 
 
 def _spread(score: Tensor, attention: Tensor, count: int) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from .base import Fidelity, Method, Selection, VisualTokens, indices_of, option, topk_stable
+from .base import Method, Selection, VisualTokens, indices_of, option, topk_stable
 
 
 @dataclass
@@ -29,16 +28,17 @@ class Quota(Method):
     frame's share, absent from the default version, is left out.
     """
 
-    name: ClassVar[str] = "quota"
-    needs: ClassVar[tuple[str, ...]] = ("frame_weights",)
-    uses: ClassVar[tuple[str, ...]] = ("saliency",)
-    servable: ClassVar[bool] = False
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = (
-        "QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension (arXiv 2503.08689)"
+    name = "quota"
+    needs = ("frame_weights",)
+    uses = ("saliency",)
+    servable = False
+    query_aware = True
+    paper = (
+        "QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video "
+        "Comprehension (arXiv 2503.08689)"
     )
-    license: ClassVar[str] = "unclear"
-    fidelity: ClassVar[Fidelity] = "stage-1"
+    license = "unclear"
+    fidelity = "stage-1"
 
     power: float = option(1.0, low=0, high=4, doc="exponent of frame_weights")
 

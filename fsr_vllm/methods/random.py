@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from .base import Fidelity, Method, Selection, VisualTokens, option
+from .base import Method, Selection, VisualTokens, option
 
 
 @dataclass
@@ -18,9 +17,9 @@ class Random(Method):
     and a larger budget keeps all tokens of a smaller one.
     """
 
-    name: ClassVar[str] = "random"
-    license: ClassVar[str] = "none needed"
-    fidelity: ClassVar[Fidelity] = "control"
+    name = "random"
+    license = "none needed"
+    fidelity = "control"
 
     seed: int = option(0, low=0, high=2**63 - 1, doc="another seed, another draw")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Fidelity, ScoreMethod, VisualTokens
+from .base import ScoreMethod, VisualTokens
 
 
 @dataclass
@@ -16,11 +15,11 @@ class Relevance(ScoreMethod):
     `fastervlm`.
     """
 
-    name: ClassVar[str] = "relevance"
-    needs: ClassVar[tuple[str, ...]] = ("relevance",)
-    query_aware: ClassVar[bool] = True
-    license: ClassVar[str] = "none needed"
-    fidelity: ClassVar[Fidelity] = "control"
+    name = "relevance"
+    needs = ("relevance",)
+    query_aware = True
+    license = "none needed"
+    fidelity = "control"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return tokens.require("relevance")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -28,13 +27,14 @@ class Scope(Method):
     multiples of 2^-20, see kernels/grid.py.
     """
 
-    name: ClassVar[str] = "scope"
-    needs: ClassVar[tuple[str, ...]] = ("saliency",)
-    uses: ClassVar[tuple[str, ...]] = ("metric",)
-    paper: ClassVar[str] = (
-        "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs (arXiv 2510.24214)"
+    name = "scope"
+    needs = ("saliency",)
+    uses = ("metric",)
+    paper = (
+        "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs (arXiv "
+        "2510.24214)"
     )
-    license: ClassVar[str] = "none published"
+    license = "none published"
 
     alpha: float = option(1.0, low=0, doc="exponent of saliency; 0 leaves coverage alone")
     combine: str = option(

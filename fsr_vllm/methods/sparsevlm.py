@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from .base import Fidelity, ScoreMethod, VisualTokens
+from .base import ScoreMethod, VisualTokens, each_image
+from .checks import expect
 
 
 @dataclass
@@ -31,34 +30,30 @@ class SparseVLM(ScoreMethod):
     dropped, is left out.
     """
 
-    name: ClassVar[str] = "sparsevlm"
-    needs: ClassVar[tuple[str, ...]] = ("probe", "text")
-    servable: ClassVar[bool] = False
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = (
-        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
+    name = "sparsevlm"
+    needs = ("probe", "text")
+    servable = False
+    query_aware = True
+    paper = (
+        "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference "
+        "(arXiv 2410.04417)"
     )
-    license: ClassVar[str] = "Apache-2.0"
-    fidelity: ClassVar[Fidelity] = "input-probe"
+    license = "Apache-2.0"
+    fidelity = "input-probe"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         features, text, probe = tokens.features, tokens.require("text"), tokens.require("probe")
         (t, width), d = text.shape[1:], features.shape[2]
-        if t == 0 or width != d:
-            raise ValueError(
-                f"text must hold one or more rows of the width of features, {d}; got {t} of {width}"
-            )
-        if probe.dim() != 3 or probe.shape[2] != t:
-            raise ValueError(
-                f"probe must hold (N, T) numbers, T = {t}, for sparsevlm; got {tuple(probe.shape[1:])}"
-            )
-        # Image by image: a batched product may round differently, and then a batch would not equal
-        # its images.
-        fit = [
-            (image.float() @ own.float().mT).softmax(-1).mean(0)
-            for image, own in zip(features, text, strict=True)
-        ]
-        fits = torch.stack(fit)
+        wanted = f"text must hold one or more rows of the width of features, {d}"
+        expect(t > 0 and width == d, wanted, f"{t} of {width}")
+        wanted = f"probe must hold (N, T) numbers, T = {t}, for sparsevlm"
+        expect(probe.dim() == 3 and probe.shape[2] == t, wanted, tuple(probe.shape[1:]))
+        fits = each_image(_fit, features.float(), text.float())
         raters = fits > fits.mean(-1, keepdim=True)
         raters = raters | ~raters.any(-1, keepdim=True)
         return (probe.float() * raters[:, None]).sum(-1) / raters.sum(-1, keepdim=True)
+
+
+def _fit(image: Tensor, text: Tensor) -> Tensor:
+    """How well each text token (T,) fits the image (N, D), a mean over its tokens."""
+    return (image @ text.mT).softmax(-1).mean(0)

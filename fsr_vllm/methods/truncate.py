@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from .base import Fidelity, Method, Selection, VisualTokens
+from .base import Method, Selection, VisualTokens
 
 
 @dataclass
 class Truncate(Method):
     """The first K tokens of the raster, whatever they show (a control, no paper)."""
 
-    name: ClassVar[str] = "truncate"
-    license: ClassVar[str] = "none needed"
-    fidelity: ClassVar[Fidelity] = "control"
+    name = "truncate"
+    license = "none needed"
+    fidelity = "control"
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         features = tokens.features

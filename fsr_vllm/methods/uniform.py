@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from .base import Fidelity, Method, Selection, VisualTokens
-from .ops import region_bounds
+from .base import Method, Selection, VisualTokens, region_bounds
 
 
 @dataclass
@@ -15,10 +13,10 @@ class Uniform(Method):
     paper).
     """
 
-    name: ClassVar[str] = "uniform"
-    uses: ClassVar[tuple[str, ...]] = ("grid",)
-    license: ClassVar[str] = "none needed"
-    fidelity: ClassVar[Fidelity] = "control"
+    name = "uniform"
+    uses = ("grid",)
+    license = "none needed"
+    fidelity = "control"
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         b, n, _ = tokens.features.shape

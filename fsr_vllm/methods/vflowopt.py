@@ -5,22 +5,21 @@ recycled cell by cell.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import (
-    Fidelity,
     Method,
     Selection,
     VisualTokens,
+    each_image,
     gather_rows,
     mask_of,
     option,
+    square_grid,
     topk_stable,
 )
-from .ops import square_grid
 
 
 @dataclass
@@ -48,15 +47,15 @@ class VFlowOpt(Method):
     square one, any other N as one row.
     """
 
-    name: ClassVar[str] = "vflowopt"
-    needs: ClassVar[tuple[str, ...]] = ("attention",)
-    uses: ClassVar[tuple[str, ...]] = ("grid",)
-    paper: ClassVar[str] = (
-        "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization"
-        " (arXiv 2508.05211)"
+    name = "vflowopt"
+    needs = ("attention",)
+    uses = ("grid",)
+    paper = (
+        "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided "
+        "Optimization (arXiv 2508.05211)"
     )
-    license: ClassVar[str] = "CC BY-NC 4.0"
-    fidelity: ClassVar[Fidelity] = "stage-1"
+    license = "CC BY-NC 4.0"
+    fidelity = "stage-1"
 
     threshold: float = option(
         34.76, low=0, doc="attention received, in means, that makes a token important"
@@ -98,10 +97,7 @@ class VFlowOpt(Method):
         anchor = order.gather(1, first.clamp(max=n - 1))
         into = torch.where(pruned & kept.gather(1, anchor), anchor, -1)  # of an anchor: itself
         precise = features.to(torch.promote_types(features.dtype, torch.float32))
-        # Image by image: a batched product may round differently, and then a batch would not equal
-        # its images.
-        parts = zip(precise, importance.to(precise.dtype), indices, into, strict=True)
-        recycled = torch.stack([_recycle(*part) for part in parts])
+        recycled = each_image(_recycle, precise, importance.to(precise.dtype), indices, into)
         merged_into = into.masked_fill(kept, -1)
         alone = ~(merged_into[:, None] == indices[..., None]).any(-1, keepdim=True)
         rows = torch.where(alone, gather_rows(precise, indices), recycled)

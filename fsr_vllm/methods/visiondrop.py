@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from .base import Fidelity, option
+from .base import option
 from .visionzip import VisionZip
 
 
@@ -22,12 +21,13 @@ class VisionDrop(VisionZip):
     of 32 corresponds to K = 48 here.
     """
 
-    name: ClassVar[str] = "visiondrop"
-    paper: ClassVar[str] = (
-        "Rethinking Visual Token Reduction in LVLMs under Cross-modal Misalignment (arXiv 2506.22283)"
+    name = "visiondrop"
+    paper = (
+        "Rethinking Visual Token Reduction in LVLMs under Cross-modal Misalignment (arXiv "
+        "2506.22283)"
     )
-    license: ClassVar[str] = "Apache-2.0"
-    fidelity: ClassVar[Fidelity] = "stage-1"
+    license = "Apache-2.0"
+    fidelity = "stage-1"
 
     contextual_share: float = option(
         6 / 48, low=0, high=1, doc="share of K for contextual (merged) rows"

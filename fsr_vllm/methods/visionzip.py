@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,12 +13,13 @@ from .base import (
     Selection,
     VisualTokens,
     cosine_similarity,
+    each_image,
     gather_rows,
     indices_of,
     mask_of,
     option,
+    topk_stable,
 )
-from .ops import topk_stable
 
 
 @dataclass
@@ -41,13 +41,13 @@ class VisionZip(Method):
     row.
     """
 
-    name: ClassVar[str] = "visionzip"
-    needs: ClassVar[tuple[str, ...]] = ("saliency", "keys")
-    uses: ClassVar[tuple[str, ...]] = ("cls_row",)
-    paper: ClassVar[str] = (
+    name = "visionzip"
+    needs = ("saliency", "keys")
+    uses = ("cls_row",)
+    paper = (
         "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     contextual_share: float = option(
         10 / 64, low=0, high=1, doc="share of K for contextual (merged) rows"
@@ -69,10 +69,7 @@ class VisionZip(Method):
             slot = gather_rows(cosine_similarity(tokens.require("keys")), centres).argmax(1)
             indices = torch.cat([indices, centres], 1)
             merged_into = centres.gather(1, slot).masked_fill(mask_of(indices, n), -1)
-            # Image by image: a batched product may round differently, and then a batch would not
-            # equal its images.
-            parts = zip(precise, centres, merged_into, strict=True)
-            rows.append(torch.stack([_contextual(image, own, into) for image, own, into in parts]))
+            rows.append(each_image(_contextual, precise, centres, merged_into))
         if tokens.cls_row is not None:
             free = saliency.masked_fill(mask_of(indices, n), -torch.inf).argmax(-1, keepdim=True)
             indices = torch.cat([indices, free], 1)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Method, PerToken, Selection, VisualTokens, cosine_similarity, option, topk_stable
+from .base import (
+    Method,
+    PerToken,
+    Selection,
+    VisualTokens,
+    cosine_similarity,
+    each_image,
+    option,
+    topk_stable,
+)
 
 _ROWS = 64  # of cosines compared at a time on a CPU
 
@@ -34,13 +42,14 @@ class VisPruner(Method):
     for 64 tokens on MME takes 0.75.
     """
 
-    name: ClassVar[str] = "vispruner"
-    needs: ClassVar[tuple[str, ...]] = ("saliency",)
-    uses: ClassVar[tuple[str, ...]] = ("metric",)
-    paper: ClassVar[str] = (
-        "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (arXiv 2412.01818)"
+    name = "vispruner"
+    needs = ("saliency",)
+    uses = ("metric",)
+    paper = (
+        "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in "
+        "VLMs (arXiv 2412.01818)"
     )
-    license: ClassVar[str] = "Apache-2.0"
+    license = "Apache-2.0"
 
     ratio: float = option(
         0.5, low=0, high=1, doc="share of K chosen by saliency, the others by diversity"
@@ -83,11 +92,10 @@ def _closest(similarity: Tensor, even: Tensor, odd: Tensor) -> Tensor:
     if similarity.device.type != "cpu":
         image = torch.arange(len(even), device=even.device)[:, None, None]
         return similarity[image, even[:, :, None], odd[:, None, :]].amax(-1)
-    # A few rows at a time stay in a core's cache while their columns are picked: a quarter of the
-    # time.
-    parts = zip(similarity, even, odd, strict=True)
-    found = [
-        [cos.index_select(0, own).index_select(1, b).amax(-1) for own in a.split(_ROWS)]
-        for cos, a, b in parts
-    ]
-    return torch.stack([torch.cat(image) for image in found])
+    return each_image(_closest_in_blocks, similarity, even, odd)
+
+
+def _closest_in_blocks(cosine: Tensor, even: Tensor, odd: Tensor) -> Tensor:
+    """The same for one image, by a few rows that stay in a core's cache: a quarter of the time."""
+    parts = (cosine.index_select(0, own).index_select(1, odd) for own in even.split(_ROWS))
+    return torch.cat([part.amax(-1) for part in parts])

@@ -5,23 +5,22 @@ one, then merging.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import (
-    Fidelity,
     Method,
     Selection,
     VisualTokens,
+    each_image,
     indices_of,
     mask_of,
     normalise,
     option,
+    square_grid,
     topk_stable,
 )
-from .ops import square_grid
 
 
 @dataclass
@@ -42,15 +41,16 @@ class VScan(Method):
     taken as a square one, any other N as one row.
     """
 
-    name: ClassVar[str] = "vscan"
-    shallow_layer: ClassVar[int] = 5
-    needs: ClassVar[tuple[str, ...]] = ("saliency", "shallow_saliency")
-    uses: ClassVar[tuple[str, ...]] = ("grid",)
-    paper: ClassVar[str] = (
-        "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models (arXiv 2505.22654)"
+    name = "vscan"
+    shallow_layer = 5
+    needs = ("saliency", "shallow_saliency")
+    uses = ("grid",)
+    paper = (
+        "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models "
+        "(arXiv 2505.22654)"
     )
-    license: ClassVar[str] = "MIT"
-    fidelity: ClassVar[Fidelity] = "stage-1"
+    license = "MIT"
+    fidelity = "stage-1"
 
     window: int = option(6, low=1, doc="side of a window, in tokens")
     merge: bool = option(True, doc="merge discarded tokens into kept ones")
@@ -66,22 +66,19 @@ class VScan(Method):
         kept = indices_of(local | mask_of(late, n), k)
         if not self.merge:
             return Selection(kept)
-        # Image by image: a batched product may round differently, and then a batch would not equal
-        # its images.
-        merged = [_merge(image, own) for image, own in zip(tokens.features, kept, strict=True)]
-        rows, merged_into = (torch.stack(column) for column in zip(*merged, strict=True))
-        return Selection(
-            kept,
-            rows=rows,
-            merged_into=merged_into,
-            num_merged=torch.full((b,), n - k, device=deep.device),
-        )
+        features = tokens.features
+        slot = each_image(_nearest, normalise(features), kept)
+        precise = features.to(torch.promote_types(features.dtype, torch.float32))
+        merged_into = kept.gather(1, slot).scatter(1, kept, -1)
+        merged = torch.full((b,), n - k, device=deep.device)
+        rows = each_image(_means, precise, kept, slot)
+        return Selection(kept, rows=rows, merged_into=merged_into, num_merged=merged)
 
 
 def _best_of_windows(
     score: Tensor, half: int, grid: tuple[int, int], side: int
 ) -> tuple[Tensor, int]:
-    """The floor(half / W) best of each of the W windows as a mask (B, N), and how many these are."""
+    """The floor(half / W) best of each of the W windows as a mask (B, N), and their number."""
     (h, w), device = grid, score.device
     heights, widths = ([min(side, edge - at) for at in range(0, edge, side)] for edge in grid)
     share = half // (len(heights) * len(widths))
@@ -99,13 +96,14 @@ def _best_of_windows(
     ), count
 
 
-def _merge(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (K, D) of the kept tokens after merging, and the kept token each other one went into,
-    (N,), else -1.
-    """
-    unit, place = normalise(features), torch.arange(len(kept), device=kept.device)
-    slot = (unit @ unit[kept].mT).argmax(-1).scatter(0, kept, place)
-    merged_into = kept[slot].scatter(0, kept, -1)
-    precise = features.to(torch.promote_types(features.dtype, torch.float32))
-    member = (place[:, None] == slot).to(precise.dtype)
-    return member @ precise / member.sum(-1, keepdim=True), merged_into
+def _nearest(unit: Tensor, kept: Tensor) -> Tensor:
+    """Which of the kept tokens (K,) each row (N, D) of length 1 is merged into, itself if kept."""
+    place = torch.arange(len(kept), device=kept.device)
+    return (unit @ unit[kept].mT).argmax(-1).scatter(0, kept, place)
+
+
+def _means(features: Tensor, kept: Tensor, slot: Tensor) -> Tensor:
+    """Rows (K, D): the mean of the features (N, D) of each slot."""
+    place = torch.arange(len(kept), device=kept.device)
+    member = (place[:, None] == slot).to(features.dtype)
+    return member @ features / member.sum(-1, keepdim=True)

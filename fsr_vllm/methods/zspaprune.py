@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from fsr_vllm.kernels import farthest_from_prefix
 
-from .base import Fidelity, Method, Selection, VisualTokens, cosine_similarity, option, topk_stable
+from .base import Method, Selection, VisualTokens, cosine_similarity, option, topk_stable
+from .checks import expect_width
 
 
 @dataclass
@@ -28,14 +28,15 @@ class ZSPAPrune(Method):
     There is no public program of the authors', and no figure that this could be checked against.
     """
 
-    name: ClassVar[str] = "zspaprune"
-    needs: ClassVar[tuple[str, ...]] = ("text",)
-    query_aware: ClassVar[bool] = True
-    paper: ClassVar[str] = (
-        "ZSPAPrune: Zero-Shot Prompt-Aware Token Pruning for Vision-Language Models (arXiv 2510.17197)"
+    name = "zspaprune"
+    needs = ("text",)
+    query_aware = True
+    paper = (
+        "ZSPAPrune: Zero-Shot Prompt-Aware Token Pruning for Vision-Language Models (arXiv "
+        "2510.17197)"
     )
-    license: ClassVar[str] = "none published"
-    fidelity: ClassVar[Fidelity] = "unchecked"
+    license = "none published"
+    fidelity = "unchecked"
 
     core_share: float = option(
         0.6, low=0, high=1, doc="share of K chosen by relevance to the prompt (not published)"
@@ -43,10 +44,7 @@ class ZSPAPrune(Method):
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         text, n = tokens.require("text").float(), tokens.features.shape[1]
-        if text.shape[2] != tokens.features.shape[2]:
-            raise ValueError(
-                f"text must have the width of features, {tokens.features.shape[2]}; got {text.shape[2]}"
-            )
+        expect_width(text, tokens.features)
         core = max(1, math.floor(self.core_share * k + 0.5)) if text.shape[1] else 1
         prompt = text.sum(1, keepdim=True) / max(1, text.shape[1])
         similarity = cosine_similarity(

@@ -4,16 +4,12 @@ Nothing here knows HTTP or vLLM. Errors are `FieldError`, which names the field 
 allowed; the caller turns it into the error of its own surface.
 """
 
-from fsr_vllm.methods.budget import MAX_BUDGET, resolve_budget
+from fsr_vllm.methods.budget import resolve_budget
 
 from .budget import (
-    MAX_IMAGES,
     Budget,
     FieldError,
-    parse_budget,
     parse_budget_text,
-    parse_budgets,
-    parse_range,
     per_image,
     readable,
     same_budget,
@@ -22,11 +18,8 @@ from .method import build_method, served_methods
 from .plan import SELECTION_VERSION, ImagePlan, resolve
 from .request import (
     MAX_QUESTION,
-    MAX_QUESTIONS,
-    PREFIX,
     REQUEST_FIELDS,
     RequestFields,
-    check_lengths,
 )
 from .server import HOW_TO_ACTIVATE, SETTINGS_KEY, ServerSettings
 from .settings import given_settings, ignoring, read_settings, refusal
@@ -44,11 +37,10 @@ from .travel import (
 from .wording import cut, did_you_mean, shown
 
 __all__ = [
-    "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan", "MAX_BUDGET",
-    "MAX_IMAGES", "MAX_QUESTION", "MAX_QUESTIONS", "NOTHING", "PREFIX", "REQUEST_FIELDS",
-    "REQUEST_KEY", "Report", "RequestFields", "SELECTION_VERSION", "SETTINGS_KEY",
-    "ServerSettings", "build_method", "check_lengths", "cut", "did_you_mean", "given_settings",
-    "ignoring", "own_fields", "parse_budget", "parse_budget_text", "parse_budgets", "parse_range",
-    "per_image", "read_settings", "readable", "refusal", "request_of", "resolve",
-    "resolve_budget", "same_budget", "served_methods", "shown", "with_request", "without_fields",
+    "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan",
+    "MAX_QUESTION", "NOTHING", "REQUEST_FIELDS", "REQUEST_KEY", "Report", "RequestFields",
+    "SELECTION_VERSION", "SETTINGS_KEY", "ServerSettings", "build_method", "cut", "did_you_mean",
+    "given_settings", "ignoring", "own_fields", "parse_budget_text", "per_image", "read_settings",
+    "readable", "refusal", "request_of", "resolve", "resolve_budget", "same_budget",
+    "served_methods", "shown", "with_request", "without_fields",
 ]  # fmt: skip

@@ -59,9 +59,9 @@ def resolve(
     name = fields.fsr_method or settings.method
     method = build_method(name, fields.fsr_options)
     options = json.dumps(asdict(method), sort_keys=True, separators=(",", ":"))
-    missing = [signal for signal in method.required() if signal not in signals]
+    missing = [signal for signal in method.needs if signal not in signals]
     reads = {"relevance", "text"} & {
-        *method.required(),
+        *method.needs,
         *method.uses,
     }  # where a question can come in
     asks = method.query_aware and not reads.isdisjoint(signals)

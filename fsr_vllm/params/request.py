@@ -73,7 +73,7 @@ class RequestFields(Fields):
 
         `images`: how many a prompt may hold, where that is known.
         """
-        check_lengths(values, images)
+        _check_lengths(values, images)
         fields = cls.validated(values)
         for budget in fields.budgets() or []:
             settings.check_bounds(budget)
@@ -90,7 +90,7 @@ class RequestFields(Fields):
 REQUEST_FIELDS = tuple(RequestFields.model_fields)
 
 
-def check_lengths(values: Mapping[str, Any], images: int) -> None:
+def _check_lengths(values: Mapping[str, Any], images: int) -> None:
     """Refuse a list longer than any prompt has images, before an entry is looked at."""
     most = images or MAX_IMAGES  # embeddings are let in beyond a limit of 0
     for name in ("fsr_budget", "fsr_question"):

@@ -1,5 +1,6 @@
-"""A server whose plugin is installed and not active: requests with fields of ours are refused, and
-told how to activate it. Nothing else of vLLM's HTTP side is touched.
+"""A server whose plugin is installed and not active refuses requests with fields of ours.
+
+They are told how to activate it. Nothing else of vLLM's HTTP side is touched.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Coverage rounds against the definition; sums are exact, so all implementations agree to the last
-tie.
-"""
+"""Coverage rounds against the definition; sums are exact, so all agree to the last tie."""
 
 from __future__ import annotations
 
@@ -9,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsr_vllm.kernels import coverage_greedy
 from fsr_vllm.kernels.grid import snap, snap_weights
 
 from . import oracles
-from .oracles import cases, coarse, draws, fractions, lopsided, matrix, quick
+from .oracles import cases, coarse, draws, each, fractions, lopsided, matrix, quick
 
-BACKENDS = ("reference", "torch", "masked")
-switches = st.tuples(*[st.booleans()] * 5)
+LOOPS = oracles.implementations("coverage_greedy")
+every_loop = each(LOOPS)
+switches = st.tuples(*[st.booleans()] * 4)
 
 
 def options(
@@ -25,19 +23,19 @@ def options(
     """The optional inputs, each present or not."""
     weight, selected = draws(tokens, seed, batch)
     other, _ = draws(tokens, seed + 1, batch)
-    values = (weight, other, other.flip(1) - 0.5, weight.flip(1) / 2 - 0.25, selected)
-    names = ("row_weight", "candidate_weight", "candidate_bonus", "covered", "selected")
+    values = (weight, other, other.flip(1) - 0.5, selected)
+    names = ("row_weight", "candidate_weight", "candidate_bonus", "selected")
     return {name: value if on else None for name, value, on in zip(names, values, use, strict=True)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_loop
 @quick
 @given(cases, fractions, switches)
-def test_picks_what_the_definition_says(backend, case, steps, use):
+def test_picks_what_the_definition_says(loop, case, steps, use):
     kind, tokens, seed = case
     similarity = coarse(matrix(kind, tokens, seed), 2**-10)
     extra = options(tokens, seed, 1, use)
-    picks = coverage_greedy(similarity, steps, **extra, backend=backend)
+    picks = loop(similarity, steps, **extra)
     row = {name: None if value is None else value[0] for name, value in extra.items()}
     chosen = [] if row["selected"] is None else row["selected"].nonzero()[:, 0].tolist()
     expected = oracles.coverage(
@@ -46,7 +44,6 @@ def test_picks_what_the_definition_says(backend, case, steps, use):
         row["row_weight"],
         row["candidate_weight"],
         row["candidate_bonus"],
-        row["covered"],
         chosen,
     )
     assert picks[0].tolist() == expected + [-1] * (steps - len(expected))
@@ -62,19 +59,15 @@ def test_backends_agree_on_unrounded_inputs(case, steps, use):
         name: value if value is None or name == "selected" else value * noise * 3
         for name, value in options(tokens, seed, 2, use).items()
     }
-    first, *others = (
-        coverage_greedy(similarity, steps, **extra, backend=name) for name in BACKENDS
-    )
+    first, *others = (loop(similarity, steps, **extra) for loop in LOOPS.values())
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_infinite_bonus_is_picked_first_and_once(backend):
+@every_loop
+def test_an_infinite_bonus_is_picked_first_and_once(loop):
     bonus = torch.zeros(1, 12)
     bonus[0, [7, 3]] = torch.inf
-    picks = coverage_greedy(matrix("random", 12, 0), 12, candidate_bonus=bonus, backend=backend)[
-        0
-    ].tolist()
+    picks = loop(matrix("random", 12, 0), 12, candidate_bonus=bonus)[0].tolist()
     assert sorted(picks) == list(range(12)) and sorted(picks[:2]) == [3, 7]
 
 
@@ -85,15 +78,8 @@ def test_backends_agree_where_sums_are_long(kind):
     similarity = matrix(kind, 300, 3)
     weight = torch.rand(1, 300, generator=torch.Generator().manual_seed(3)) ** 6 * 50
     tenth = torch.full((1, 300), 0.1)
-    for rows, candidates, covered in (
-        (None, None, tenth),
-        (weight, weight, None),
-        (tenth, None, weight / 100),
-    ):
-        first, *others = (
-            coverage_greedy(similarity, 30, rows, candidates, covered, backend=name)
-            for name in BACKENDS
-        )
+    for rows, candidates in ((None, None), (weight, weight), (tenth, None)):
+        first, *others = (loop(similarity, 30, rows, candidates) for loop in LOOPS.values())
         assert all(torch.equal(first, other) for other in others)
 
 
@@ -101,62 +87,52 @@ def test_backends_agree_where_sums_are_long(kind):
 def test_backends_read_the_same_rows_of_a_matrix_that_is_not_symmetric(tokens):
     similarity = lopsided(tokens, 1, batch=3)
     _, selected = draws(tokens, 1, batch=3)
-    first, *others = (
-        coverage_greedy(similarity, tokens, selected=selected, backend=name) for name in BACKENDS
-    )
+    first, *others = (loop(similarity, tokens, selected=selected) for loop in LOOPS.values())
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_each_row_takes_its_own_number_of_steps(backend):
+@every_loop
+def test_each_row_takes_its_own_number_of_steps(loop):
     similarity = matrix("random", 12, 0, batch=5)
     _, selected = draws(12, 0, batch=5)
     selected[4] = True  # nothing left to add
-    picks = coverage_greedy(
-        similarity, torch.tensor([0, 3, 7, 99, 4]), selected=selected, max_steps=7, backend=backend
-    )
+    picks = loop(similarity, torch.tensor([0, 3, 7, 99, 4]), selected=selected, max_steps=7)
     assert picks.shape == (5, 7) and picks.dtype == torch.int64
     for row, count in enumerate([0, 3, 7, 7, 0]):
-        alone = coverage_greedy(
-            similarity[row : row + 1], count, selected=selected[row : row + 1], backend=backend
-        )
+        alone = loop(similarity[row : row + 1], count, selected=selected[row : row + 1])
         assert picks[row].tolist() == alone[0].tolist() + [-1] * (7 - count)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_loop
 @pytest.mark.parametrize("kind", oracles.KINDS)
-def test_all_tokens_in_the_end_none_twice(backend, kind):
+def test_all_tokens_in_the_end_none_twice(loop, kind):
     zero = torch.zeros(1, 17)
-    picks = coverage_greedy(matrix(kind, 17, 1), 17, candidate_weight=zero, backend=backend)
+    picks = loop(matrix(kind, 17, 1), 17, candidate_weight=zero)
     assert picks.tolist() == [list(range(17))]  # nothing but ties
-    assert sorted(coverage_greedy(matrix(kind, 17, 1), 17, backend=backend)[0].tolist()) == list(
-        range(17)
-    )
-    assert coverage_greedy(torch.ones(1, 1, 1), 3, backend=backend).tolist() == [[0, -1, -1]]
+    assert sorted(loop(matrix(kind, 17, 1), 17)[0].tolist()) == list(range(17))
+    assert loop(torch.ones(1, 1, 1), 3).tolist() == [[0, -1, -1]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_starting_after_some_picks_continues_them(backend):
+@every_loop
+def test_starting_after_some_picks_continues_them(loop):
     similarity = matrix("clustered", 40, 2)
-    whole = coverage_greedy(similarity, 12, backend=backend)
+    whole = loop(similarity, 12)
     selected = torch.zeros(1, 40, dtype=torch.bool).scatter(1, whole[:, :5], True)
-    assert torch.equal(
-        whole[:, 5:], coverage_greedy(similarity, 7, selected=selected, backend=backend)
-    )
+    assert torch.equal(whole[:, 5:], loop(similarity, 7, selected=selected))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_do_not_matter_and_inputs_stay_as_they_are(backend):
+@every_loop
+def test_strides_do_not_matter_and_inputs_stay_as_they_are(loop):
     wide = matrix("random", 24, 8, batch=2)
     extra = {
         name: torch.cat([x, x], 1)[:, ::2]
-        for name, x in options(12, 8, 2, (True,) * 5).items()
+        for name, x in options(12, 8, 2, (True,) * 4).items()
         if x is not None
     }
     before = [wide.clone(), *(x.clone() for x in extra.values())]
     dense = {name: x.clone() for name, x in extra.items()}
-    expected = coverage_greedy(wide[:, ::2, ::2].clone(), 6, **dense, backend=backend)
-    assert torch.equal(coverage_greedy(wide[:, ::2, ::2], 6, **extra, backend=backend), expected)
+    expected = loop(wide[:, ::2, ::2].clone(), 6, **dense)
+    assert torch.equal(loop(wide[:, ::2, ::2], 6, **extra), expected)
     assert all(torch.equal(a, b) for a, b in zip(before, [wide, *extra.values()], strict=True))
 
 

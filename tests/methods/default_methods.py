@@ -37,7 +37,7 @@ class Case:
 
 _LISTED = [
     Case("fsr", equivariant=True),
-    Case("fsr", {"focus_scope": "topk"}, equivariant=True),
+    Case("fsr", {"rho": 0.0}, equivariant=True),
     Case("fsr", {"max_focus_share": 0.25}, equivariant=True),
     Case(
         "fsr",
@@ -47,7 +47,7 @@ _LISTED = [
     # Not equivariant: two tokens that cover only each other gain the same, and then the index
     # decides.
     Case("fsr", {"max_focus_share": 0.25, "scan": "coverage", "refine": "uniform", "kappa": 2.0}),
-    Case("fsr", {"rho": 0.0, "space": "metric", "refine": "off"}, equivariant=True),
+    Case("fsr", {"rho": 0.0, "refine": "off"}, equivariant=True),
     Case("cdpruner"),  # the features of make_tokens have rank 6: past 6 picks rounding decides
     Case("cdpruner", {"weighting": "exp", "norm_scope": "row"}),
     Case("divprune"),  # two tokens nearest to each other tie for the first pick
@@ -99,8 +99,6 @@ OPTION_NEEDS: dict[str, dict[str, dict[str, Any]]] = {
         "scan_gamma": {"rho": 0.5, "scan": "saliency"},
         "coverage_weight": {"rho": 0.5, "scan": "coverage"},
         "refine": {"rho": 0.5},
-        "weight_floor": {"rho": 0.5},
-        "space": {"rho": 0.5},
     },
     "cdpruner": {"theta": {"weighting": "exp"}},
     "holov": {"rule": {"crops": 4, "gamma": 1.0}},
@@ -161,7 +159,7 @@ def make_tokens(
         "probe": lambda: probes.get(method.name, distinct)(n),
         "group": lambda: torch.arange(batch) + 10,  # each image its own: rows are independent
     }
-    wanted = dict.fromkeys((*method.required(), *method.uses))
+    wanted = dict.fromkeys((*method.needs, *method.uses))
     return VisualTokens(normal(n, d).to(dtype), **{name: makers[name]() for name in wanted})
 
 

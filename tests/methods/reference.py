@@ -39,13 +39,11 @@ class Settings:
     beta: float = 1.0
     rho: float = 0.9
     kappa: float = 1.0
-    focus_scope: str = "all"
     max_focus_share: float = 1.0
     scan: str = "farthest"
     scan_gamma: float = 1.0
     coverage_weight: str = "phi"
     refine: str = "phi"
-    weight_floor: float = 0.0
     margin: Margin = field(default_factory=Margin)
 
 
@@ -89,11 +87,9 @@ def ranking(phi: list[float], margin: Margin) -> list[int]:
     return order
 
 
-def focus_count(phi: list[float], order: list[int], rho: float, among: int, margin: Margin) -> int:
-    """Equation (4): the least k whose k best hold the share rho of Z, Z the sum of the `among`
-    best.
-    """
-    z = sum(phi[i] for i in order[:among])
+def focus_count(phi: list[float], order: list[int], rho: float, margin: Margin) -> int:
+    """Equation (4): the least k whose k best hold the share rho of Z, the sum of all."""
+    z = sum(phi[i] for i in order)
     held = 0.0
     for k in range(len(order) + 1):
         margin.note(abs(held - rho * z))
@@ -177,8 +173,7 @@ def fsr(features, saliency, relevance, budget: int, **options) -> Result:
     how = Settings(**options)
     s, phi = scaled(saliency), priority(saliency, relevance, how.alpha, how.beta)
     order = ranking(phi, how.margin)
-    among = len(order) if how.focus_scope == "all" else budget
-    k_focus = focus_count(phi, order, how.rho, among, how.margin)
+    k_focus = focus_count(phi, order, how.rho, how.margin)
     num_focus = min(k_focus, budget, max(1, math.floor(how.max_focus_share * budget + 1e-9)))
 
     focus, anchors = order[:num_focus], []
@@ -200,8 +195,7 @@ def fsr(features, saliency, relevance, budget: int, **options) -> Result:
         if how.refine != "off"
         else []
     )
-    weight = [max(p, how.weight_floor) for p in phi] if how.refine == "phi" else [1.0] * len(phi)
-    rows = merge(features, pairs, weight)
+    rows = merge(features, pairs, phi if how.refine == "phi" else ones)
 
     indices = sorted(focus + anchors)
     merged_into = [-1] * len(features)

@@ -23,8 +23,7 @@ SETTINGS = [
     {"rho": 0.5},
     {"rho": 0.0},
     {"rho": 1.0},
-    {"focus_scope": "topk"},
-    {"focus_scope": "topk", "rho": 0.5, "kappa": 2.5},
+    {"rho": 0.5, "kappa": 2.5},
     {"max_focus_share": 0.25},
     {"max_focus_share": 0.0, "kappa": 0.3},
     {"alpha": 0.0, "beta": 2.0, "rho": 0.5},
@@ -37,7 +36,6 @@ SETTINGS = [
     {"rho": 0.5, "scan": "coverage"},
     {"rho": 0.0, "scan": "coverage", "coverage_weight": "saliency"},
     {"rho": 0.5, "scan": "coverage", "coverage_weight": "uniform", "refine": "off"},
-    {"rho": 0.5, "weight_floor": 0.25},
 ]
 every_setting = pytest.mark.parametrize("options", SETTINGS, ids=str)
 
@@ -132,8 +130,6 @@ def test_literal_k_focus():
         assert found.k_focus.item() == wanted, rho
         assert focus(phi, None, 2, rho=rho).num_focus.item() == min(wanted, 2)
     assert focus(phi, None, 4).order.tolist() == [[2, 0, 3, 4]]
-    assert focus(phi, None, 2, rho=0.9, focus_scope="topk").k_focus.item() == 2  # 0.9 * 1.5
-    assert focus(phi, None, 2, rho=0.6, focus_scope="topk").k_focus.item() == 1
     for share, wanted in [(0.0, 1), (0.25, 1), (0.6, 2), (0.75, 3)]:
         assert focus(phi, None, 4, rho=1.0, max_focus_share=share).num_focus.item() == wanted
     wide = torch.rand(1, 150, generator=torch.Generator().manual_seed(0))
@@ -294,22 +290,6 @@ def test_refine_with_tiny_and_zero_weights():
     torch.testing.assert_close(out.rows, torch.tensor([[[3.5, 0.0], [0.0, 6.0], [-1.0, 0.0]]]))
     nothing = refine(features, similarity, indices, is_focus, phi * 0.0)
     assert torch.equal(nothing.rows, features[:, [0, 2, 4]]) and nothing.num_merged.item() == 2
-    floored = refine(features, similarity, indices, is_focus, phi, weight_floor=0.5)
-    torch.testing.assert_close(floored.rows, torch.tensor([[[3.0, 0.0], [0.0, 4.0], [-1.0, 0.0]]]))
-
-
-def test_space_metric_measures_there_and_merges_features():
-    g = torch.Generator().manual_seed(3)
-    features, metric = torch.randn(24, 4, generator=g), torch.randn(24, 9, generator=g)
-    saliency = torch.rand(24, generator=g)
-    there = prune(features, saliency=saliency, metric=metric, budget=8, rho=0.3, space="metric")
-    moved = prune(metric, saliency=saliency, budget=8, rho=0.3)
-    assert torch.equal(there.indices, moved.indices) and torch.equal(
-        there.merged_into, moved.merged_into
-    )
-    assert there.tokens.shape == (8, 4)
-    with pytest.raises(ValueError, match="^metric is needed"):
-        prune(features, saliency=saliency, budget=8, space="metric")
 
 
 def test_half_precision_signals_are_scored_in_float32():

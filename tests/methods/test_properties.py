@@ -149,7 +149,7 @@ def test_one_token_of_any_number(case: Case, n):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_nan_and_inf_are_named(case: Case, bad):
     tokens = make_tokens(case.method(), 12)
-    for name in ("features", *case.method().required(), *case.method().uses):
+    for name in ("features", *case.method().needs, *case.method().uses):
         value = getattr(tokens, name)
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             spoilt = value.clone()
@@ -162,14 +162,14 @@ def test_nan_and_inf_are_named(case: Case, bad):
 def test_wrong_shapes_and_missing_signals_are_named(case: Case):
     method = case.method()
     tokens = make_tokens(method, 12)
-    for name in dict.fromkeys((*method.required(), *method.uses)):
+    for name in dict.fromkeys((*method.needs, *method.uses)):
         value = getattr(tokens, name)
         if isinstance(value, torch.Tensor):
             with pytest.raises(ValueError, match=f"^{name} must "):
                 method.prune(replace(tokens, **{name: value[:, None, None, None]}), 5)
             with pytest.raises(ValueError, match=f"^{name} must "):
                 method.prune(replace(tokens, **{name: value.tolist()}), 5)
-        if name in method.required():
+        if name in method.needs:
             with pytest.raises(ValueError, match=f"^{name} is needed"):
                 method.prune(replace(tokens, **{name: None}), 5)
 
@@ -178,7 +178,7 @@ def test_wrong_shapes_and_missing_signals_are_named(case: Case):
 def test_signals_that_are_not_declared_are_ignored(case: Case):
     method = case.method()
     tokens = make_tokens(method, 12)
-    known = {"features", *method.required(), *method.uses}
+    known = {"features", *method.needs, *method.uses}
     noise = {item.name: "nonsense" for item in fields(tokens) if item.name not in known}
     assert same(method.prune(tokens, 5), method.prune(replace(tokens, **noise), 5))
 

@@ -33,9 +33,10 @@ def test_every_field_reaches_the_method(name):
 
 
 def test_options_and_fields_are_told_apart_by_name():
-    tokens = make_tokens(get_method("fsr", space="metric"), 12)
-    direct = get_method("fsr", space="metric", rho=0.3).prune(tokens, 5)
-    assert same(fsr_vllm.prune(**given(tokens), budget=5, space="metric", rho=0.3), direct)
+    tokens = make_tokens(get_method("fsr"), 12)
+    direct = get_method("fsr", rho=0.3, norm_scope="group").prune(tokens, 5)
+    out = fsr_vllm.prune(**given(tokens), budget=5, rho=0.3, norm_scope="group")
+    assert same(out, direct)
     with pytest.raises(ValueError, match="has no option 'metrics'"):
         fsr_vllm.prune(tokens.features, saliency=tokens.saliency, budget=5, metrics=None)
 

@@ -133,7 +133,7 @@ def kept(encoded, name, k, image, **options):
     """What the method makes of one image with the hook's signals, as the adapter names them."""
     method, (_, signals) = get_method(name, **options), encoded
     given = {}
-    for field in (*method.required(), *method.uses):
+    for field in (*method.needs, *method.uses):
         key = shallow_key(field, method.shallow_layer) if field in SHALLOW else field
         if key in signals:
             given[field] = signals[key][image]

@@ -104,7 +104,8 @@ def test_an_image_in_a_tools_result_on_messages(server):
             **fields,
         }
         answer = server.post(body, "/v1/messages")
-        assert answer.status_code == 200 and answer.headers[TOKENS] == "16/576", answer.text[:500]
+        assert answer.status_code == 200, answer.text[:500]
+        assert answer.headers[TOKENS] == "16/576"
         return answer.json()["content"][0]["text"]
 
     assert text() == text(fsr_question=WHO)

@@ -231,7 +231,7 @@ def test_bad_budgets(server, budget):
         ("fsr_question", {"fsr_question": ["a", "b"]}),
         ("fsr_question", {"fsr_question": ["x"] * 20_000}),
         ("fsr_budget", {"fsr_budget": [64] * 20_000}),
-        ("fsr_options", {"fsr_options": {"weight_floor": 1e308}}),
+        ("fsr_options", {"fsr_options": {"kappa": 1e308}}),
         ("fsr_options", {"fsr_options": {"alpha": 10**400}}),
         ("fsr_options", {"fsr_options": {"name": "x"}}),
         ("fsr_bugdet", {"fsr_bugdet": 64}),

@@ -13,7 +13,6 @@ from fsr_vllm.engine.conversation import settled
 from fsr_vllm.engine.planning import completed
 from fsr_vllm.params import (
     MAX_QUESTION,
-    MAX_QUESTIONS,
     NOTHING,
     REQUEST_KEY,
     Derived,
@@ -22,6 +21,7 @@ from fsr_vllm.params import (
     ServerSettings,
     request_of,
 )
+from fsr_vllm.params.request import MAX_QUESTIONS
 from fsr_vllm.server import requests
 from fsr_vllm.server.report import current_report
 
