@@ -19,7 +19,7 @@ from fsr_vllm.compat.types import Anything, Function
 
 
 class Moved(RuntimeError):
-    """This vLLM has not what a record says, so that nothing is replaced."""
+    """A record does not hold for this vLLM, so that nothing is replaced."""
 
 
 @dataclass(frozen=True)
