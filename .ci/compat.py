@@ -4,9 +4,9 @@ own; one table.
 
 `make compat` runs it: the newest patch of every minor version that has a CPU build for the torch of
 cpu_env.py. Each is installed under `.compat/` as `make setup` does it for `.venv`, put through
-compat_smoke.py, and removed again. The others are listed as "signatures only": what tests/compat
-and the notes in fsr_vllm/compat*.py say is all there is. Logs, the model and downloads stay in
-`.compat/`. The exit status is 1 if a smoke failed.
+compat_smoke.py, and removed again. The others are listed as "signatures only": what the records in
+fsr_vllm/compat say is all there is. Logs, the model and downloads stay in `.compat/`. The exit
+status is 1 if a smoke failed.
 """
 
 import argparse

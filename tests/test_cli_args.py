@@ -54,7 +54,10 @@ def refused(parse, capsys):
 
 
 VALUES = [
-    ("budget", "half", 'must be an integer from 1 to 1,000,000 (visual tokens kept per image), a number above 0'),
+    (
+        "budget", "half",
+        "must be an integer from 1 to 1,000,000 (visual tokens kept per image), a number above 0",
+    ),
     ("budget", "1.0", "one token or the whole image"),
     ("budget", "null", "got 'null'"),
     ("budget", "[64]", "got [64]"),
@@ -80,7 +83,9 @@ VALUES = [
 def test_a_wrong_value_is_an_error_of_its_option(refused, name, text, words):
     message = refused("--plugin", "fsr", f"{cli_args.option(name)}={text}")
     assert message.startswith(f"argument {cli_args.option(name)}: ")
-    assert words in message and "fsr." not in message and "Expecting value" not in message
+    assert words in message
+    assert "fsr." not in message
+    assert "Expecting value" not in message
 
 
 def test_every_option_that_takes_a_value_has_a_wrong_one_above():
@@ -99,8 +104,14 @@ def test_every_option_that_takes_a_value_has_a_wrong_one_above():
             ("--fsr-min-budget", "65", "--fsr-max-budget", "64"),
             "--fsr-min-budget 65 must not exceed --fsr-max-budget 64",
         ),
-        (("--fsr-budget", "200", "--fsr-max-budget", "100"), "--fsr-budget 200, above --fsr-max-budget 100"),
-        (("--fsr-budget", "8", "--fsr-min-budget", "16"), "--fsr-budget 8, below --fsr-min-budget 16"),
+        (
+            ("--fsr-budget", "200", "--fsr-max-budget", "100"),
+            "--fsr-budget 200, above --fsr-max-budget 100",
+        ),
+        (
+            ("--fsr-budget", "8", "--fsr-min-budget", "16"),
+            "--fsr-budget 8, below --fsr-min-budget 16",
+        ),
         (
             ("--fsr-budget", "off", "--fsr-max-budget", "100"),
             '--fsr-budget "off" = all visual tokens of an image, above --fsr-max-budget 100',
@@ -109,7 +120,10 @@ def test_every_option_that_takes_a_value_has_a_wrong_one_above():
             ("--fsr-detail-budgets", '{"low": 200}', "--fsr-max-budget", "100"),
             "--fsr-detail-budgets 200, above --fsr-max-budget 100",
         ),
-        (("--fsr-adaptive", "64:288", "--fsr-max-budget", "100"), "--fsr-adaptive 288, above --fsr-max-budget 100"),
+        (
+            ("--fsr-adaptive", "64:288", "--fsr-max-budget", "100"),
+            "--fsr-adaptive 288, above --fsr-max-budget 100",
+        ),
         (
             ("--fsr-adaptive", "64:288", "--fsr-budget", "128"),
             "--fsr-adaptive sets the default budget; leave --fsr-budget out",
@@ -119,7 +133,10 @@ def test_every_option_that_takes_a_value_has_a_wrong_one_above():
             "--fsr-budget 200, above fsr.max_budget 100",
         ),
         (("--fsr-bugdet", "3"), "unrecognized arguments: --fsr-bugdet; did you mean --fsr-budget?"),
-        (("--fsr_max_bugdet=3",), "unrecognized arguments: --fsr-max-bugdet; did you mean --fsr-max-budget?"),
+        (
+            ("--fsr_max_bugdet=3",),
+            "unrecognized arguments: --fsr-max-bugdet; did you mean --fsr-max-budget?",
+        ),
         (("--no-fsr-method",), "argument --fsr-method: must be the name of a method; got False"),
     ],
     ids=str,
@@ -144,10 +161,8 @@ def test_additional_config_is_judged_there_too(refused, config, words):
 
 def test_fields_in_the_options_of_the_processor_are_told_their_option(refused):
     message = refused("--plugin", "fsr", "--mm-processor-kwargs", '{"fsr_budget": 32}')
-    assert (
-        message.startswith("argument --mm-processor-kwargs: fsr_budget")
-        and "--fsr-budget" in message
-    )
+    assert message.startswith("argument --mm-processor-kwargs: fsr_budget")
+    assert "--fsr-budget" in message
     assert "--fsr-method" in refused(
         "--mm-processor-kwargs", '{"images_kwargs": {"fsr-method": "random"}}'
     )
@@ -161,11 +176,11 @@ def test_caches_beyond_the_memory_of_the_machine(refused, monkeypatch):
     assert refused("--plugin", "fsr", "--fsr-feature-cache-bytes", "1e12").startswith(
         "--fsr-feature-cache-bytes is "
     )
-    monkeypatch.setattr(cli_args, "device_memory", lambda: 1000)
+    monkeypatch.setattr("fsr_vllm.cli_args.checks.device_memory", lambda: 1000)
     message = refused("--plugin", "fsr", "--fsr-feature-cache-bytes", "1001")
-    assert (
-        message
-        == "--fsr-feature-cache-bytes is 1,001 bytes, more than the 1,000 bytes of memory that the device has"
+    assert message == (
+        "--fsr-feature-cache-bytes is 1,001 bytes, more than the 1,000 bytes of memory that the "
+        "device has"
     )
     assert cli_args.oversized(ServerSettings.parse({"feature_cache_bytes": 1000})) is None
 
@@ -199,14 +214,19 @@ additional-config: {fsr: {budget: off, adaptive: off}}
 def test_off_in_a_yaml_file_means_off(parse, tmp_path):
     (tmp_path / "server.yaml").write_text(YAML)
     settings = ServerSettings.parse(parse("--config", str(tmp_path / "server.yaml"))["fsr"])
-    assert settings.budget == "off" and settings.text_encoder == "none" and settings.model_alias
+    assert settings.budget == "off"
+    assert settings.text_encoder == "none"
+    assert settings.model_alias
     assert settings.detail_budgets == {"low": 32, "high": "off", "original": "off"}
-    assert settings.pixel_cache_bytes == 0 and settings.adaptive is None
+    assert settings.pixel_cache_bytes == 0
+    assert settings.adaptive is None
     (tmp_path / "flags.yaml").write_text(
         "plugin: [fsr]\nfsr-budget: off\nfsr-model-alias: off\nfsr-ignore: off\n"
     )
     settings = ServerSettings.parse(parse("--config", str(tmp_path / "flags.yaml"))["fsr"])
-    assert settings.budget == "off" and not settings.model_alias and not settings.ignore
+    assert settings.budget == "off"
+    assert not settings.model_alias
+    assert not settings.ignore
     (tmp_path / "slip.yaml").write_text("plugin: [fsr]\nfsr-bugdet: off\n")
     with pytest.raises(SystemExit):
         parse("--config", str(tmp_path / "slip.yaml"))
@@ -256,7 +276,8 @@ def test_help_has_no_default_none(vllm_parser, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         vllm_parser.parse_args(["serve", "--help=plugins"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "None" not in text and "--no-fsr" not in text
+    assert "None" not in text
+    assert "--no-fsr" not in text
     for name in ServerSettings.options():
         assert cli_args.option(name) in text
     for default in ("(default: fsr)", "(default: auto)", "(default: 268435456)", "else off)"):
@@ -294,4 +315,5 @@ def test_methods_that_cannot_be_served_are_no_choices(refused):
         .partition(";")[0]
         .split(", ")
     )
-    assert unserved and set(choices) == set(fsr_vllm.list_methods()) - unserved
+    assert unserved
+    assert set(choices) == set(fsr_vllm.list_methods()) - unserved

@@ -113,9 +113,11 @@ class ComposedOverride:
     """
 
     def __init__(self, user: Callable[[HfConfig], HfConfig], keys: dict[str, str]) -> None:
+        """`keys` are set after `user` has had the configuration."""
         self.user, self.keys = user, keys
 
     def __call__(self, config: HfConfig) -> HfConfig:
+        """What vLLM does with its configuration."""
         config = self.user(config)
         config.update(self.keys)
         return config

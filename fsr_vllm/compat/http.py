@@ -169,7 +169,8 @@ def wrap_model_check(
 
         return _check_model
 
-    return all([patch.apply(make) for patch in MODEL_CHECKS])  # judged when all are wrapped
+    wrapped = [patch.apply(make) for patch in MODEL_CHECKS]
+    return all(wrapped)
 
 
 async def _body(request: HttpRequest, raw_request: HttpRequest) -> dict[str, Anything]:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,7 +19,7 @@ from fsr_vllm.compat.types import Anything, Function
 
 
 class Moved(RuntimeError):
-    """This vLLM has not what a record says, so that nothing is replaced."""
+    """A record does not hold for this vLLM, so that nothing is replaced."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _standing_for(done: _Applied) -> Function:
 
 def undo_all() -> None:
     """Put back everything that was replaced, last first."""
-    _undo(0)
+    _undo_but(())
 
 
 @contextlib.contextmanager
@@ -156,14 +156,14 @@ def reverted() -> Iterator[None]:
     try:
         yield
     finally:
-        _undo(len(before))
-        for key, function in before.items():
-            _applied[key].function = function
+        _undo_but(before)
+        for key, done in _applied.items():
+            done.function = before[key]
 
 
-def _undo(keep: int) -> None:
-    while len(_applied) > keep:
-        _, done = _applied.popitem()
+def _undo_but(keep: Collection[tuple[int, str]]) -> None:
+    for key in [key for key in reversed(_applied) if key not in keep]:
+        done = _applied.pop(key)
         if done.before is None:
             delattr(done.owner, done.name)
         else:

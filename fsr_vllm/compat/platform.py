@@ -1,6 +1,10 @@
-"""The device's memory."""
+"""Memory of the device and of this machine."""
 
 from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
 
 from fsr_vllm.compat.patching import Entry
 
@@ -23,3 +27,15 @@ def device_memory() -> int | None:
         return int(current_platform.get_device_total_memory())
     except (NotImplementedError, RuntimeError, AttributeError):
         return None
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that this machine, or the container around this process, has; None where
+    nothing says so.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no bound
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None)

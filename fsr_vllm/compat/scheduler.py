@@ -114,6 +114,7 @@ class EncoderGate:
     """
 
     def __init__(self, scheduler: Scheduler, request: SchedulerRequest, budget: int) -> None:
+        """`budget` is what the step still has, in unpruned tokens."""
         self.scheduler, self.request, self.budget = scheduler, request, budget
         self.whole = scheduler.max_num_encoder_input_tokens
         self.spent = 0

@@ -57,7 +57,7 @@ def make_scheduler(model, settings, *, blocks=10_000, **arguments):
 
 
 def make_request(name, images, *, text=5, answer=3, priority=0):
-    """A prompt of `text` tokens and then images (seed, kept, unpruned), each followed by one token."""
+    """A prompt of `text` tokens, then images (seed, kept, unpruned), each followed by one token."""
     ids, features = list(range(1, text + 1)), []
     for seed, kept, total in images:
         digest = hashlib.sha256(f"{seed} {kept} {total}".encode()).hexdigest()

@@ -170,7 +170,9 @@ def test_prompts_without_fields_are_left_alone():
 
 @pytest.mark.parametrize("name", ["fsr_budget", "fsr-budget", "fsrBudget", "FSR_METHOD"])
 def test_fields_are_refused_by_their_own_name(name):
-    assert is_ours(name) and not is_ours("fsrv_id") and not is_ours("fsr")
+    assert is_ours(name)
+    assert not is_ours("fsrv_id")
+    assert not is_ours("fsr")
     for model_config, words in ((config(), "not active"), (config({}, "no tower"), "no tower")):
         with pytest.raises(ValueError, match=f"{name}: .*{words}") as error:
             ask(model_config, {name: 64}, has_media=True)

@@ -152,9 +152,7 @@ def test_an_output_carries_what_was_kept():
         request_id="r",
         prompt_token_ids=[1],
         mm_features=features,
-        sampling_params=SamplingParams(
-            output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False
-        ),
+        sampling_params=SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False),
         pooling_params=None,
         arrival_time=0.0,
         lora_request=None,

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from fsr_vllm.compat.patching import Entry, Moved, Patch, reverted, shadowed, undo_all
+from fsr_vllm.compat.patching import Entry, Moved, Patch, reverted, shadowed
 
 
 class Base:
@@ -88,10 +88,12 @@ def test_once_and_the_last_counts():
     entry = patch("Thing.method")
     entry.apply(noting)
     standing = Thing.method
-    for word in ("second", "third"):
-        entry.apply(lambda stock, word=word: noting(stock, word))
-        assert Thing.method is standing
-    assert Thing().method(1) == ["third", "method", 1, 2]
+    with reverted():
+        for word in ("second", "third"):
+            entry.apply(lambda stock, word=word: noting(stock, word))
+            assert Thing.method is standing
+        assert Thing().method(1) == ["third", "method", 1, 2]
+    assert Thing().method(1) == ["seen", "method", 1, 2]
 
 
 def test_another_owner_and_objects():
@@ -100,12 +102,12 @@ def test_another_owner_and_objects():
             return ["other", first]
 
     entry, one = patch("Thing.method", "(self, first)"), Other()
-    assert entry.apply(noting, owner=Other)
-    assert entry.apply(lambda stock: noting(stock, "object"), owner=one)
-    assert one.method(1) == ["object", "seen", "other", 1]
-    assert Other().method(1) == ["seen", "other", 1]
-    assert Thing().method(1) == ["method", 1, 2]
-    undo_all()
+    with reverted():
+        assert entry.apply(noting, owner=Other)
+        assert entry.apply(lambda stock: noting(stock, "object"), owner=one)
+        assert one.method(1) == ["object", "seen", "other", 1]
+        assert Other().method(1) == ["seen", "other", 1]
+        assert Thing().method(1) == ["method", 1, 2]
     assert one.method(1) == ["other", 1]
     assert "method" not in vars(one)
 
@@ -150,11 +152,16 @@ def test_reverted_puts_back_only_what_came_in_it():
 
 def test_a_method_is_shadowed_for_the_length_of_a_call():
     one = Thing()
-    with pytest.raises(KeyError), shadowed(one, "inherited", lambda: "shadow"):
-        assert one.inherited() == "shadow"
-        with shadowed(one, "inherited", lambda: "deeper"):
-            assert one.inherited() == "deeper"
-        assert one.inherited() == "shadow"
-        raise KeyError
+
+    def fails():
+        with shadowed(one, "inherited", lambda: "shadow"):
+            assert one.inherited() == "shadow"
+            with shadowed(one, "inherited", lambda: "deeper"):
+                assert one.inherited() == "deeper"
+            assert one.inherited() == "shadow"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
     assert one.inherited() == "inherited"
     assert not vars(one)

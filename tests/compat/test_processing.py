@@ -128,7 +128,6 @@ def test_both_ways_to_clear_a_front_ends_cache_tell_of_it(renderer):
     renderer.clear_mm_cache()
     assert renderer.forgotten == [renderer.mm_processor]
 
-
     async def later():
         await renderer._clear_mm_cache_async()  # bound when the renderer was made
 

@@ -66,7 +66,7 @@ def trees(*, compat=True):
 # setattr with a name that is not written out, and on what.
 DYNAMIC = {
     "compat/patching.py",  # the way to patch
-    "cli_args.py",  # argparse's namespace
+    "cli_args/__init__.py",  # argparse's namespace
     "methods/options.py",  # a method of ours
     "server/ignored.py",  # vLLM's own carriers of a request
 }

@@ -9,7 +9,6 @@ import fsr_vllm
 from fsr_vllm import activation, cli_args, plugin
 from fsr_vllm.compat.attributes import IGNORED_KEY
 from fsr_vllm.compat.config_files import wrap_config_files
-from fsr_vllm.compat.patching import reverted
 from fsr_vllm.compat.platform import device_memory
 from fsr_vllm.compat.registry import RESOLVED, put_models, put_stock_models
 from fsr_vllm.compat.state import ACTIVE, IGNORING, INACTIVE, VARIABLE
@@ -44,17 +43,17 @@ def test_models_come_and_go(registry):
     assert registered(registry) == ARCHITECTURE  # this is how registering replaces an entry
 
 
+@pytest.mark.usefixtures("untouched")
 def test_off_in_a_yaml_file(tmp_path):
     """vLLM leaves an option out that the parser of the file does not have."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     path = tmp_path / "options.yaml"
     path.write_text("enforce-eager: true\nfsr-max-budget: off\n")
-    with reverted():
-        assert FlexibleArgumentParser().load_config_file(str(path)) == ["--enforce-eager"]
-        wrap_config_files(cli_args.no_options)
-        expected = ["--enforce-eager", "--no-fsr-max-budget"]
-        assert FlexibleArgumentParser().load_config_file(str(path)) == expected
+    assert FlexibleArgumentParser().load_config_file(str(path)) == ["--enforce-eager"]
+    wrap_config_files(cli_args.no_options)
+    expected = ["--enforce-eager", "--no-fsr-max-budget"]
+    assert FlexibleArgumentParser().load_config_file(str(path)) == expected
 
 
 def test_device_memory():

@@ -12,7 +12,6 @@ from fsr_vllm.compat.errors import request_error
 from fsr_vllm.compat.patching import Patch, reverted
 from fsr_vllm.engine.extension import OURS, FsrWorkerExtension, with_ours
 
-
 pytestmark = pytest.mark.usefixtures("untouched")
 
 
@@ -51,7 +50,11 @@ def test_a_name_that_is_served_is_not_taken_apart(base):
         asyncio.run(base._check_model(SimpleNamespace(model=name)))
         for name in ("a@fsr64", "l@fsr1", "base@fsr2", "other@fsr3")
     ]
-    assert seen == [("config", "a@fsr64", None), ("config", "l@fsr1", None), ("config", "base", "2")]
+    assert seen == [
+        ("config", "a@fsr64", None),
+        ("config", "l@fsr1", None),
+        ("config", "base", "2"),
+    ]
     assert answers[:3] == [None] * 3
     assert answers[3].error.param == "model"  # an unknown model is vLLM's own error
 

@@ -47,7 +47,8 @@ def test_this_vllm_is_inside_and_has_no_budget_of_its_own():
     import vllm.version
 
     assert vllm_version() == vllm.version.__version__
-    assert window() and outside_window() is None
+    assert window()
+    assert outside_window() is None
     assert native_field() is None
 
 
@@ -67,9 +68,10 @@ def test_outside_the_message_names_versions_and_ways_out(monkeypatch, version):
     this_is(monkeypatch, version)
     monkeypatch.setattr(releases, "window", lambda: "<0.34,>=0.26")
     message = outside_window()
-    assert (
-        message and version in message and "<0.34" in message and "FSR_ALLOW_ANY_VLLM=1" in message
-    )
+    assert message
+    assert version in message
+    assert "<0.34" in message
+    assert "FSR_ALLOW_ANY_VLLM=1" in message
     monkeypatch.setenv(ALLOW, "1")
     assert outside_window() is None
 
@@ -88,7 +90,8 @@ def test_outside_an_active_plugin_refuses_and_an_inactive_one_does_nothing(monke
         activation, "is_online", lambda args: pytest.fail("went on to hook requests")
     )
     activation.put_settings(inactive)
-    assert inactive.hf_overrides == {} and inactive.worker_extension_cls == ""
+    assert inactive.hf_overrides == {}
+    assert inactive.worker_extension_cls == ""
 
 
 def test_outside_the_command_line_says_so(monkeypatch):
@@ -117,18 +120,18 @@ def test_outside_nothing_is_registered(monkeypatch):
 
 
 @pytest.mark.usefixtures("untouched")
-def test_outside_hooks_that_are_gone_stop_only_those_who_asked(monkeypatch):
+def test_outside_hooks_that_are_gone_stop_only_those_who_asked():
     from vllm.engine.arg_utils import EngineArgs
 
-    monkeypatch.setattr(EngineArgs, "create_model_config", lambda self, other, more: None)
-    monkeypatch.delattr(EngineArgs, "create_model_config")
-    with pytest.raises(Moved, match="create_model_config"):
-        plugin.register()  # inside the window it is a bug of ours
-    this_is(monkeypatch, "0.99.0")
-    plugin.register()
-    monkeypatch.setenv("VLLM_PLUGINS", "fsr")
-    with pytest.raises(RuntimeError, match="this is 0.99.0"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(EngineArgs, "create_model_config")
+        with pytest.raises(Moved, match="create_model_config"):
+            plugin.register()  # inside the window it is a bug of ours
+        this_is(patch, "0.99.0")
         plugin.register()
+        patch.setenv("VLLM_PLUGINS", "fsr")
+        with pytest.raises(RuntimeError, match="this is 0.99.0"):
+            plugin.register()
 
 
 # --- a budget of vLLM's own -----------------------------------------------------------------------
