@@ -73,7 +73,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         self.fsr_planner: Planner | None = None
         self.fsr_pixels: PixelCache | None = None
         self._fsr_counts = FrontCounts()
-        settings = read_settings(self.info.get_hf_config())
+        self.fsr_settings = settings = read_settings(self.info.get_hf_config())
         if settings is None or settings.unsupported is not None:
             return
         self.fsr_planner = Planner(settings, self.fsr_family, self.info)

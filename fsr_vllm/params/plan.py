@@ -40,7 +40,7 @@ class ImagePlan:
 
     def encode(self) -> bytes:
         """Canonical bytes, for the cache identity and for the way to the worker."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        return json.dumps(vars(self), sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> ImagePlan:

@@ -16,7 +16,10 @@ QUESTIONS = ("What is this?", "Who has a red flag?", "How many are there?", "")
 BUDGETS = (1, 12, 0.5, 63, "off")
 METHODS = ("fsr", "vscan", "divprune")  # whose signals are kept of every image
 IMAGES = 20
-TEXT = "Describe it at length, and say what the people in it do, what they wear, and where they all may be going to."
+TEXT = (
+    "Describe it at length, and say what the people in it do, what they wear, "
+    "and where they all may be going to."
+)
 
 
 def pictures():
@@ -228,8 +231,8 @@ def main(spec_path: str, out_path: str) -> None:
 
     spec = json.loads(Path(spec_path).read_text())
     llm = LLM(
-        dtype="float32", enforce_eager=True, kv_cache_memory_bytes=512 << 20, max_model_len=1024, block_size=32,
-        limit_mm_per_prompt={"image": 2}, **spec["llm"],
+        dtype="float32", enforce_eager=True, kv_cache_memory_bytes=512 << 20, max_model_len=1024,
+        block_size=32, limit_mm_per_prompt={"image": 2}, **spec["llm"],
     )  # fmt: skip
     engine = Engine(llm)
     result = {"interleaved": interleaved(engine, spec["count"])}

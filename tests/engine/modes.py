@@ -24,8 +24,10 @@ VISUAL = [64, 8, 24, 64, 8, 24, 40, 0]  # tokens that the images of ASKED must h
 COLOURS = {"type": "object", "properties": {"red": {"type": "boolean"}}, "required": ["red"]}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": COLOURS}}
 TOOL_TEMPLATE = (
-    "USER: {% for tool in tools or [] %}{{ tool.function.name }} {{ tool.function.parameters | tojson }} {% endfor %}"
-    "{% for part in messages[0].content %}{{ '<image>' if part.type == 'image' else part.text }} {% endfor %}ASSISTANT:"
+    "USER: {% for tool in tools or [] %}{{ tool.function.name }} "
+    "{{ tool.function.parameters | tojson }} {% endfor %}"
+    "{% for part in messages[0].content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }} {% endfor %}ASSISTANT:"
 )
 
 

@@ -47,8 +47,8 @@ def main(model: str, out: str, changed: str | None = None) -> None:
     from vllm import LLM
 
     llm = LLM(
-        model=model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=128 << 20, max_model_len=512,
-        additional_config={"fsr": {}},
+        model=model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=128 << 20,
+        max_model_len=512, additional_config={"fsr": {}},
     )  # fmt: skip
     found = {"first": answers(llm)}
     if changed:

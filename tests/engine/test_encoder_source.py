@@ -37,7 +37,8 @@ for encoder in asked:
         source = weight_source(*split_revision(resolved), "fsr_text.")
         weights = dict(DefaultModelLoader(LoadConfig())._get_weights_iterator(source))
         mark = float(weights["fsr_text.visual_projection.weight"].flatten()[0])
-        found[encoder] = {"resolved": resolved, "mark": mark, "tokenizer": tower._tokenizer.name_or_path}
+        name = tower._tokenizer.name_or_path
+        found[encoder] = {"resolved": resolved, "mark": mark, "tokenizer": name}
     except ValueError as error:
         found[encoder] = {"error": str(error)}
 print("FOUND", json.dumps(found))

@@ -13,8 +13,9 @@ from pathlib import Path
 from benchmarks.testbed import photos
 
 ENGINE = {
-    "load_format": "dummy", "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4,
-    "kv_cache_memory_bytes": 64 << 20, "limit_mm_per_prompt": {"image": 1, "video": 0},
+    "load_format": "dummy", "dtype": "float32", "enforce_eager": True,
+    "max_model_len": 512, "max_num_seqs": 4, "kv_cache_memory_bytes": 64 << 20,
+    "limit_mm_per_prompt": {"image": 1, "video": 0},
 }  # fmt: skip
 SPECIAL = (
     "<|endoftext|>",
@@ -26,15 +27,16 @@ SPECIAL = (
 )
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
+    "{% for message in messages %}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
     f"{IMAGE}" + "{% endif %}{% endfor %}{% endif %}{% endfor %}"
 )
 FIELDS = {"fsr_budget": 16}
 
 
 def build(path: Path) -> Path:
-    """Configuration, tokenizer and processor of Qwen2.5-VL in small; weights are vLLM's dummy ones."""
+    """Configuration, tokenizer and processor of Qwen2.5-VL in small; weights are vLLM's dummies."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         PreTrainedTokenizerFast,
@@ -44,7 +46,7 @@ def build(path: Path) -> Path:
     )
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-    words = [*SPECIAL, "<|video_pad|>", "[UNK]", *"What is this Say something".split()]
+    words = [*SPECIAL, "<|video_pad|>", "[UNK]", "What", "is", "this", "Say", "something"]
     plain = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     )
@@ -68,11 +70,17 @@ def build(path: Path) -> Path:
     common = {"hidden_size": 64, "intermediate_size": 64}
     config = Qwen2_5_VLConfig(
         text_config={
-            **common, "vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "max_position_embeddings": 1024, "eos_token_id": ids["<|im_end|>"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+            **common, "vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 1024,
+            "eos_token_id": ids["<|im_end|>"],
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6],
+            },
         },
-        vision_config={**common, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [0]},
+        vision_config={
+            **common, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+            "fullatt_block_indexes": [0],
+        },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

@@ -1,5 +1,7 @@
 """Our processor on vLLM's own base class: placeholders, plans, identities, and what is cached."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from vllm.multimodal.processing import PromptReplacement, TimingContext
@@ -7,6 +9,7 @@ from vllm.multimodal.processing import PromptReplacement, TimingContext
 from fsr_vllm.compat.attributes import RESULT_KEY
 from fsr_vllm.engine.embeddings import plan_embeddings
 from fsr_vllm.engine.planned import planned
+from fsr_vllm.engine.stats import stats
 from fsr_vllm.params import FieldError, FsrRequest, ImagePlan, Report, RequestFields, ServerSettings
 from tests.engine.unit.front import (
     LARGEST,
@@ -229,6 +232,25 @@ def test_where_nothing_is_pruned_every_path_is_stock():
         with pytest.raises(ValueError, match=f"fsr_budget: .*{words}") as error:
             apply(ours, [A], fsr_budget=3)
         assert error.value.parameter == "fsr_budget"
+
+
+def test_what_a_user_of_an_offline_engine_is_told():
+    def engine(ours):
+        renderer = SimpleNamespace(get_mm_processor=lambda: ours)
+        asked = {"fsr_stats": [{"pruned_images": 1}]}
+        return SimpleNamespace(
+            llm_engine=SimpleNamespace(renderer=renderer), collective_rpc=asked.__getitem__
+        )
+
+    ours = processor({})
+    apply(ours, [A, B], fsr_budget=20)
+    found = stats(engine(ours))
+    assert found["images"] == 2
+    assert (found["visual_tokens_kept"], found["visual_tokens_total"]) == (35, 39)
+    assert found["workers"] == [{"pruned_images": 1}]
+    assert stats(engine(processor({"unsupported": "no tower"})))["images"] == 0
+    with pytest.raises(ValueError, match="not active"):
+        stats(engine(processor()))
 
 
 def test_a_default_that_no_image_could_have_is_refused_at_start():
