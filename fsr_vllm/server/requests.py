@@ -69,7 +69,7 @@ def note(model_config: ModelConfig, body: object) -> None:
     """Keep the fsr_* fields of a body whose request model drops them (Anthropic, Cohere)."""
     if not isinstance(body, Mapping):
         return
-    report = current_report.get() or RequestReport()
+    report = begun()
     with _client_errors():
         _search(model_config, body, report)
         report.written = fields.written(
@@ -103,7 +103,6 @@ def before(renderer: Renderer, request: HttpRequest) -> None:
     report = current_report.get() or RequestReport()
     with _client_errors():
         asked = _asked(renderer.model_config, request, report)
-    report.count()
     if asked is None and misplaced.has_conversation(request):
         asked = NOTHING if refusal(renderer.model_config.hf_config) is None else None
     # mm_processor_kwargs is not a field of every request model; one that neither has it nor takes
@@ -179,8 +178,7 @@ def _asked(
     assert settings is not None  # else it was refused
     if report.header is not None:
         values = fields.with_header(values, report.header, settings)
-    if report.alias is not None:
-        values = {"fsr_budget": report.alias, **values}
+    values = {"fsr_budget": report.alias, **values}
     parsed = RequestFields.parse(values, settings, image_limit(model_config))
     report.asked = FsrRequest(parsed)
     return report.asked

@@ -131,6 +131,7 @@ def test_while_an_answer_is_late_nothing_is_sent():
             assert "late" in str(await refused(workers.gate, *question))
         await settled()
         assert workers.calls == [("stats",)]  # and the one that waited has been dropped
+        assert workers.gate.counts == {"sent": 1, "shared": 0, "refused": 2, "late": 2}
         workers.answer("at last")
         await settled()
         assert (

@@ -6,7 +6,7 @@ import pytest
 
 from fsr_vllm.engine.conversation import settled
 from fsr_vllm.params import NOTHING, REQUEST_KEY, RequestFields, own_fields, request_of
-from fsr_vllm.server import requests
+from fsr_vllm.server import ignored, inactive, requests
 from fsr_vllm.server.report import current_report
 
 from .hooked import (
@@ -137,3 +137,53 @@ def test_requests_without_http_do_not_see_one_another():
     assert own_fields(hooked(configured({}), parsed(fsr_budget=64))).keys() == {REQUEST_KEY}
     found = request_of(hooked(configured({}), parsed()))
     assert found is NOTHING
+
+
+def test_bodies_are_searched_before_a_model_drops_what_is_wrong():
+    wrong = {"messages": MESSAGES, "extra_body": {"fsr_budget": 64}}
+    with reported(), pytest.raises(ValueError, match=r"extra_body\.fsr_budget is not read"):
+        requests.note(configured({}), wrong)
+    with pytest.raises(ValueError, match=r"extra_body\.fsr_budget is not read"):
+        requests.note(configured({}), wrong)  # without HTTP too
+    shown = SimpleNamespace(model_extra=wrong, mm_processor_kwargs=None, vllm_xargs=None)
+    with reported(), pytest.raises(ValueError, match=r"extra_body\.fsr_budget is not read"):
+        requests.before_body(SimpleNamespace(model_config=configured({})), shown)
+
+
+def test_an_inactive_server_refuses_parsed_requests_and_bodies():
+    for said in ({"fsr_budget": 64}, {"fsrBudget": 64}, {"metadata": {"fsr_budget": 64}}):
+        for request in (parsed(**said), {"model": "m", "messages": MESSAGES, **said}):
+            with pytest.raises(ValueError, match="plugin fsr is not active"):
+                inactive.refuse(configured(), request)
+    for request in (parsed(), {"model": "m", "messages": MESSAGES}, {"fsr_budget": None}):
+        inactive.refuse(configured(), request)
+
+
+@pytest.mark.parametrize(("room", "hooks"), [
+    (requests, {"wrap_renderer", "wrap_pooling", "wrap_foreign_bodies", "wrap_model_check"}),
+    (ignored, {"wrap_renderer", "wrap_pooling", "wrap_model_check"}),
+    (inactive, {"wrap_refusals"}),
+])  # fmt: skip
+def test_each_state_hooks_its_surfaces(monkeypatch, room, hooks):
+    used = []
+    for name in hooks:
+        monkeypatch.setattr(room, name, lambda *functions, name=name: used.append(name) or True)
+    room.install()
+    assert set(used) == hooks
+
+
+def test_names_with_budgets_need_a_check_to_hook(monkeypatch):
+    for name in ("wrap_renderer", "wrap_pooling", "wrap_foreign_bodies"):
+        monkeypatch.setattr(requests, name, lambda *functions: None)
+    for hooked_it, asked_for in ((True, True), (True, False), (False, False)):
+        monkeypatch.setattr(requests, "wrap_model_check", lambda *f, done=hooked_it: done)
+        requests.install(model_alias=asked_for)
+    with pytest.raises(ValueError, match="checks model names where plugin fsr cannot"):
+        requests.install(model_alias=True)
+
+
+def test_without_http_a_name_still_has_its_budget():
+    """The model's check and the renderer meet in one task, as in run-batch."""
+    found = hooked(configured({"model_alias": True}), parsed(model="m@fsr64"))
+    assert request_of(found).fields == RequestFields(fsr_budget=64)
+    assert current_report.get().alias == 64
