@@ -14,8 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PerToken:
-    """The least value that a request may ask for, N / `tokens` rounded up on an image of N visual
-    tokens.
+    """The least value that a request may ask for on an image of N tokens: N / `tokens`, rounded up.
 
     For options below which the cost of a method grows faster than that of comparing all pairs: a
     request runs inside the engine's step, and all others wait for it. The default is always
@@ -64,9 +63,7 @@ def check_options(method: Method) -> None:
 
 
 def beyond_serving(method: Method, n: int) -> str | None:
-    """Why a server does not run this method, with these options, on an image of n tokens; None if
-    it does.
-    """
+    """Why a server does not run this method on an image of n tokens; None if it does."""
     for item in fields(method):
         served, value = item.metadata.get("served"), getattr(method, item.name)
         if served is not None and value != item.default and value < served.least(n):

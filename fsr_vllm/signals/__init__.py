@@ -1,7 +1,7 @@
-"""What methods score by: saliency of the vision tower, relevance to the question, and which text is
-the question.
+"""What methods score by: saliency of the vision tower and relevance to the question.
 
-Pure torch: neither vLLM nor transformers is imported here, and nothing else of this package.
+Also which text is the question. Pure torch: neither vLLM nor transformers is imported here, and
+nothing else of this package.
 """
 
 from .instruction import image_details, image_questions, materialise

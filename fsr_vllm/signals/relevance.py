@@ -63,8 +63,8 @@ def clip_relevance(
 ) -> Tensor:
     """Cosine of patches and text in CLIP's joint space, times the tower's sign.
 
-    FSR's equation (2) in CDPruner's space. Layernorm and projection were trained on the last layer's [CLS] alone; no nearer joint space for
-    patches exists.
+    FSR's equation (2) in CDPruner's space. Layernorm and projection were trained on the last
+    layer's [CLS] alone; no nearer joint space for patches exists.
 
     Shapes: features (B, N, Dv) of the tower, text (B, Dt) or (Dt,) -> (B, N) float32.
     Errors: ValueError for other shapes or a sign other than 1 and -1.

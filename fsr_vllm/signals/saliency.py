@@ -17,12 +17,11 @@ _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 24
 
 
 def cls_attention(query: Tensor, key: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Attention of [CLS] to every patch, summed over heads (FSR, equation (1), before the division
-    by H).
+    """Attention of [CLS] to every patch, summed over heads.
 
-    The softmax runs over all 1 + N keys and the [CLS] column is dropped afterwards, as in the code
-    of FSR's relatives (VisPruner, VisionZip); a softmax over the patches alone would weigh the
-    heads differently.
+    FSR's equation (1) before the division by H. The softmax runs over all 1 + N keys and the [CLS]
+    column is dropped afterwards, as in the code of FSR's relatives (VisPruner, VisionZip); a
+    softmax over the patches alone would weigh the heads differently.
 
     Shapes: query, key (B, 1 + N, num_heads * dim), [CLS] at row 0 -> (B, N) float32.
     Errors: ValueError for other shapes.
