@@ -1,16 +1,17 @@
 """Focus-Scan-Refine visual token pruning for vLLM.
 
-Names are loaded when first used: vLLM imports this package in every process to find its plugin,
-torch can wait.
+vLLM imports this package in every process to find its plugin, so torch is not imported here:
+`VisualTokens` and `PrunedTokens`, which need it, are loaded when first used.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .methods import MethodInfo, get_method, list_methods, prune
+
 if TYPE_CHECKING:
-    from .methods import MethodInfo, PrunedTokens, VisualTokens, get_method, list_methods, prune
+    from .methods import PrunedTokens, VisualTokens
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,27 +27,28 @@ __all__ = [
 ]
 
 
-def stats(llm: Any) -> dict[str, Any]:
+def stats(llm: object) -> dict[str, Any]:
     """Counts of pruned images and kept tokens of a running `vllm.LLM`."""
     from .engine.stats import stats as worker_stats
 
     return worker_stats(llm)
 
 
-def visual_tokens(output: Any) -> tuple[int, int] | None:
-    """Visual tokens kept and total of one request output of LLM, LLMEngine or AsyncLLM; (0, 0) if
-    it had no images.
+def visual_tokens(output: object) -> tuple[int, int] | None:
+    """Visual tokens kept and total of one output of LLM, LLMEngine or AsyncLLM.
 
-    None where they are not known: the output was made in a process without the active plugin, or by
-    hand.
+    (0, 0) if the request had no images. None where the numbers are not known: the output was made
+    in a process without the active plugin, or by hand.
     """
     return getattr(output, "fsr_visual_tokens", None)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
+def __getattr__(name: str) -> object:
+    if name not in ("PrunedTokens", "VisualTokens"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.methods"), name)
+    from . import methods
+
+    return getattr(methods, name)
 
 
 def __dir__() -> list[str]:

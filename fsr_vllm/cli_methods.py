@@ -7,16 +7,19 @@ import json
 import re
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from fsr_vllm.methods import MethodInfo
 
 WIDTH = 100  # columns; fewer on a narrower terminal
 
 
-def add_parser(commands: Any) -> None:
-    """The subcommand, beside those of cli.py."""
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand to those of cli.py."""
     parser = commands.add_parser("methods", help="list the pruning methods, or tell all about one")
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a method: its options, inputs and source"
@@ -36,14 +39,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"fsr-vllm methods: unknown method {args.name!r}{hint}", file=sys.stderr)
         return 2
     if args.json:
-        print(
-            json.dumps(
-                asdict(known[args.name])
-                if args.name
-                else [asdict(info) for info in known.values()],
-                indent=2,
-            )
-        )
+        told = [asdict(info) for name, info in known.items() if args.name in (None, name)]
+        print(json.dumps(told[0] if args.name else told, indent=2))
     elif args.name:
         _print_one(known[args.name])
     else:
@@ -51,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _console() -> Any:
+def _console() -> Console:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -59,7 +56,7 @@ def _console() -> Any:
     return console
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 

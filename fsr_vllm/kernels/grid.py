@@ -18,15 +18,17 @@ SHIFT = 12.0
 
 
 def snap(values: torch.Tensor) -> torch.Tensor:
-    """Float32 values rounded to multiples of 2^-20 (for |x| < 4; coarser, but the same on every
-    device, beyond).
+    """Float32 values rounded to multiples of 2^-20, for |x| < 4.
+
+    Beyond that the steps are coarser, but the same on every device.
     """
     return (values + SHIFT) - SHIFT
 
 
 def snap_weights(weights: torch.Tensor) -> torch.Tensor:
-    """Non-negative float32 weights (B, N) rounded to 2^-20 of the power of two above their row's
-    largest.
+    """Weights (B, N) rounded to 2^-20 of the power of two above their row's largest.
+
+    Float32, not negative.
     """
     largest = weights.amax(-1, keepdim=True)
     mantissa, _ = torch.frexp(largest)

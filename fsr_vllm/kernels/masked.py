@@ -73,8 +73,8 @@ def dpp(kernel: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
         column = factor[:, :t].gather(2, j[:, None, None].expand(-1, t, 1))
         explained = (factor[:, :t] * column).sum(1)
         is_noise = best <= eps
-        # 1 / sqrt, each step correctly rounded: on CPUs torch's own float32 root is off by a bit for
-        # every fifth value, and dividing by a scalar is a multiplication on some devices.
+        # 1 / sqrt, each step correctly rounded: on CPUs torch's own float32 root is off by a bit
+        # for every fifth value, and some devices turn dividing by a scalar into multiplying.
         inverse = torch.where(is_noise, 1.0, best).double().sqrt().float().reciprocal()
         row = (_row(kernel, j) - explained) * inverse
         row = row.masked_fill(is_noise, 0.0)

@@ -9,6 +9,9 @@ index. Where a program reads back what other threads of it wrote to global memor
 between.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Triton reads the annotations of a kernel's arguments, and knows no others than its own.
+
 from __future__ import annotations
 
 import torch
@@ -92,7 +95,7 @@ def _cover(
     similarity, prefix, prefix_stride, count, covered, tokens,
     COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """covered = max(covered, similarity to the chosen), a program per image and block of tokens."""
+    """Cover of the chosen: covered = max(covered, similarity), by image and block of tokens."""
     image = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = place < tokens

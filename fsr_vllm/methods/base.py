@@ -1,5 +1,4 @@
-"""The contract of every pruning method: what comes in, what goes out, and the checks in between,
-once for all.
+"""The contract of every pruning method: what comes in, what goes out, and the checks in between.
 
 A method is a dataclass whose fields are its hyper-parameters (see `option`) and which overrides one
 function: `ScoreMethod.score` if it keeps the K best of one score, `Method.select` otherwise. It
@@ -44,43 +43,32 @@ Fidelity = Literal["exact", "unchecked", "stage-1", "input-probe", "control"]
 
 @dataclass(eq=False)
 class VisualTokens:
-    """The N visual tokens of one image, or of a batch B of equal size (then every field has B in
-    front).
+    """The N visual tokens of one image; of a batch every field but grid and group has B in front.
 
-    Signals are unscaled and higher means more. Which ones count is the method's business; the
-    others are ignored.
+    Signals are unscaled and higher means more. A method reads those it needs and uses, no others.
     """
 
     features: Tensor  # (N, D): the rows that are returned
-    saliency: Tensor | None = (
-        None  # (N,): [CLS] attention or attention received, a late layer of the vision tower
-    )
+    saliency: Tensor | None = None  # (N,): [CLS] attention or attention received, a late layer
     relevance: Tensor | None = None  # (N,): similarity to the question
-    metric: Tensor | None = (
-        None  # (N, Dm): another space to measure distances in, such as before the projector
-    )
+    metric: Tensor | None = None  # (N, Dm): where to measure distances, as before the projector
     keys: Tensor | None = None  # (N, Dk): keys of the saliency layer
     cls_row: Tensor | None = None  # (D,): the [CLS] token, brought into the space of features
     shallow_saliency: Tensor | None = None  # (N,): saliency of an early layer
-    received: Tensor | None = (
-        None  # (N,): attention received, mean over heads and all queries with [CLS]; late layer
-    )
-    shallow_received: Tensor | None = None  # (N,): the same of an early layer
-    attention: Tensor | None = None  # (N, N): head-mean attention map; row = query, column = key
+    # (N,): attention received, mean over heads and all queries with [CLS]; a late, an early layer
+    received: Tensor | None = None
+    shallow_received: Tensor | None = None
+    attention: Tensor | None = None  # (N, N): head-mean attention; row = query, column = key
     last_query: Tensor | None = None  # (C,): the [CLS] query of the tower's last block
-    last_key: Tensor | None = (
-        None  # (N, C), or (N + 1, C) with the [CLS] key first: keys of the tower's last block
-    )
-    text: Tensor | None = (
-        None  # (T, Dt): embeddings of the question's tokens; may be shared by the batch
-    )
-    prototypes: Tensor | None = None  # (P, D): a codebook; may be shared by the batch
-    grid: tuple[int, int] | None = None  # (h, w) with h * w = N
+    last_key: Tensor | None = None  # (N, C), or (N + 1, C) with [CLS] first: keys of that block
+    # (T, Dt): embeddings of the question's tokens; (P, D): a codebook. Without B: for all images.
+    text: Tensor | None = None
+    prototypes: Tensor | None = None
+    grid: tuple[int, int] | None = None  # (h, w) with h * w = N, of every image
     frame_weights: Tensor | None = None  # (F,): importance of each of F equal runs of tokens
     probe: Tensor | None = None  # (N, ...): what the first decoder layers say about each token
-    group: Tensor | None = (
-        None  # (B,) integers: rows with the same id are scaled jointly (tiles of one image)
-    )
+    # (B,) integers: rows with the same id are scaled jointly (tiles of one image)
+    group: Tensor | None = None
 
     def require(self, name: str) -> Tensor:
         """The field `name`; ValueError if it was not given."""
@@ -116,14 +104,13 @@ class PrunedTokens:
 
 @dataclass(eq=False)
 class Selection:
-    """What a method decides for a batch: which K tokens, and what it did to their rows; None = the
-    plain case.
+    """What a method decides for a batch: which K tokens, and what it did to their rows.
+
+    None stands for the plain case: the features themselves, all kept for their own sake, no merge.
     """
 
     indices: Tensor  # (B, K) int64, unique, in any order
-    rows: Tensor | None = (
-        None  # (B, K, D), in the order of indices: merged or pooled rows instead of the features
-    )
+    rows: Tensor | None = None  # (B, K, D), in the order of indices: merged or pooled rows
     is_focus: Tensor | None = None  # (B, K) bool, in the order of indices
     merged_into: Tensor | None = None  # (B, N) int64
     k_focus: Tensor | None = None  # (B,) int64, as the three below
@@ -139,9 +126,8 @@ class Method:
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()  # fields of VisualTokens it cannot run without
     uses: ClassVar[tuple[str, ...]] = ()  # fields it profits from where given
-    shallow_layer: ClassVar[int] = (
-        0  # block of a 24-block tower, from 0, that its shallow_* signals are read at
-    )
+    # Block of a 24-block tower, from 0, that its shallow_* signals are read at.
+    shallow_layer: ClassVar[int] = 0
     servable: ClassVar[bool] = True  # whether a server can form what it needs, for some model
     query_aware: ClassVar[bool] = False  # whether the result can depend on the question
     paper: ClassVar[str] = ""
@@ -149,6 +135,7 @@ class Method:
     fidelity: ClassVar[Fidelity] = "exact"
 
     def __post_init__(self) -> None:
+        """Check the options; an int given for a float becomes one."""
         check_options(self)
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
@@ -163,7 +150,7 @@ class Method:
         for the device; without it nothing here does.
         """
         asked = parse_budget(budget)
-        batch = VisualTokens(**checked_fields(tokens, self.needs, self.uses, finite=validate))
+        batch = checked_fields(tokens, self, finite=validate)
         n = batch.features.shape[1]
         k = resolve_budget(asked, n)
         pruned = _keep_all(batch) if k == n else _assemble(batch, self.select(batch, k))
@@ -179,6 +166,7 @@ class ScoreMethod(Method):
         raise NotImplementedError
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
+        """The k tokens of highest score."""
         return Selection(topk_stable(self.score(tokens).float(), k))
 
 
@@ -203,22 +191,14 @@ def _assemble(tokens: VisualTokens, chosen: Selection) -> PrunedTokens:
 
 
 def _result(rows: Tensor, indices: Tensor, n: int, chosen: Selection) -> PrunedTokens:
-    """Plain values where the method left them open: all kept for their own sake, none merged."""
+    """Plain values where the method left them open."""
     (b, k), device = indices.shape, indices.device
-    kept, none = (
-        torch.full((b,), k, device=device),
-        torch.zeros(b, dtype=torch.int64, device=device),
-    )
-    flags = torch.ones(b, k, dtype=torch.bool, device=device)
-    return PrunedTokens(
-        tokens=rows,
-        indices=indices,
-        is_focus=flags if chosen.is_focus is None else chosen.is_focus,
-        merged_into=torch.full((b, n), -1, device=device)
-        if chosen.merged_into is None
-        else chosen.merged_into,
-        k_focus=kept if chosen.k_focus is None else chosen.k_focus,
-        num_focus=kept if chosen.num_focus is None else chosen.num_focus,
-        num_scan=none if chosen.num_scan is None else chosen.num_scan,
-        num_merged=none if chosen.num_merged is None else chosen.num_merged,
-    )
+    kept, none = torch.full((b,), k, device=device), torch.zeros(b, dtype=torch.long, device=device)
+    plain = {
+        "is_focus": torch.ones(b, k, dtype=torch.bool, device=device),
+        "merged_into": torch.full((b, n), -1, device=device),
+        "k_focus": kept, "num_focus": kept, "num_scan": none, "num_merged": none,
+    }  # fmt: skip
+    given = {name: getattr(chosen, name) for name in plain}
+    found = {name: plain[name] if given[name] is None else given[name] for name in plain}
+    return PrunedTokens(rows, indices, **found)

@@ -18,8 +18,7 @@ _EPSILON = (
 
 @dataclass
 class CDPruner(Method):
-    """The K tokens that are relevant to the question and least alike: greedy MAP of a conditional
-    DPP.
+    """The K tokens that are relevant and least alike: greedy MAP of a conditional DPP.
 
     Kernel L_ij = w_i * cos(v_i, v_j) * w_j, where w is relevance scaled to [0, 1]; each step takes
     the token with the largest variance left once the chosen ones are projected out (fast greedy
@@ -72,9 +71,7 @@ class CDPruner(Method):
 
 
 def _scaled(relevance: Tensor, group: Tensor | None) -> Tensor:
-    """(r - min + epsilon) / (max - min + epsilon), min and max over the row or over all rows of its
-    group.
-    """
+    """The map as (r - min + epsilon) / (max - min + epsilon), over the row or its group."""
     if group is None:
         group = torch.arange(len(relevance), device=relevance.device)
     same = group[:, None] == group

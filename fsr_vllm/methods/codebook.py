@@ -11,8 +11,7 @@ from .base import ScoreMethod, VisualTokens, each_image, normalise
 
 @dataclass
 class Codebook(ScoreMethod):
-    """Drops the tokens most similar to any prototype of a codebook of redundant ones; the K least
-    similar stay.
+    """Drops the tokens most similar to any prototype of a codebook of redundant ones.
 
     The codebook is made offline for one model, in the space of features: `prototypes.py` builds,
     saves and loads it. This is the variant with a fixed count of the authors' code; the other keeps

@@ -24,8 +24,7 @@ from .checks import expect, expect_width
 
 @dataclass
 class DART(Method):
-    """A few tokens of large keys as pivots, and for each pivot in turn the tokens least similar to
-    it.
+    """A few tokens of large keys as pivots, and the tokens least similar to each of them.
 
     `probe` must hold, for each visual token, (N, Dk): its key in an early decoder layer, heads side
     by side, after the rotary embedding; the first layer's will do, which needs no attention.

@@ -13,8 +13,7 @@ from .base import Method, Selection, VisualTokens, cosine_similarity
 
 @dataclass
 class DivPrune(Method):
-    """Max-min diversity: round by round the token whose nearest chosen token is farthest away, by 1
-    - cosine.
+    """Max-min diversity: step by step the token farthest from all chosen, by 1 - cosine.
 
     The first is the token whose nearest other token is farthest away. The paper's arithmetic is
     half precision and relies on chosen tokens being at distance 0, so exact duplicates can be

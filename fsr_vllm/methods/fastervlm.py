@@ -11,8 +11,9 @@ from .base import ScoreMethod, VisualTokens
 
 @dataclass
 class FasterVLM(ScoreMethod):
-    """Top K by [CLS] attention (FasterVLM, arXiv 2412.01818v1): FSR without relevance, scan and
-    refine.
+    """Top K by [CLS] attention: FSR without relevance, scan and refine.
+
+    FasterVLM, arXiv 2412.01818v1.
     """
 
     name = "fastervlm"

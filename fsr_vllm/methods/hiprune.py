@@ -12,10 +12,9 @@ from .base import Method, Selection, VisualTokens, option, square_grid, topk_sta
 
 @dataclass
 class HiPrune(Method):
-    """Anchors by the attention tokens receive in an object-centric layer, their neighbours, the
-    rest by a late layer.
+    """Anchors of an object-centric layer, their neighbours, and the best of a late layer.
 
-    Both maps are attention *received*: mean over the heads and over all queries, [CLS] included, of
+    Both rank by attention *received*: mean over the heads and over all queries, [CLS] included, of
     the weight on each patch. `received` is that of the layer whose output the model reads,
     `shallow_received` that of the authors' layer 9 of CLIP ViT-L, which they count from 1 (16 of
     Qwen2.5-VL's tower). There are round(alpha * K / 5) anchors, halves to the even number, each
@@ -65,8 +64,9 @@ class HiPrune(Method):
 
 
 def _neighbours(places: Tensor, grid: tuple[int, int], wrap: bool) -> Tensor:
-    """Left, right, above and below of places (B, A), (B, A, 4); without wrap the place itself where
-    there is none.
+    """Left, right, above and below of places (B, A): (B, A, 4).
+
+    Without wrap it is the place itself where there is none.
     """
     h, w = grid
     step = torch.stack([places - 1, places + 1, places - w, places + w], -1)

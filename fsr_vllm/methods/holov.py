@@ -14,8 +14,7 @@ _EPSILON = 1e-6  # the authors': beside a crop's mean spread, which it is divide
 
 @dataclass
 class HoloV(Method):
-    """Cuts the raster into crops, shares K among them by their mean score, and keeps the best of
-    each.
+    """Shares K among crops of the raster by their mean score, and keeps the best of each.
 
     Score = saliency + gamma * V, with V the spread of a token's cosines to its crop, scaled to the
     crop's own mean saliency. Crops are runs of the raster sequence, not windows, as in the
@@ -86,8 +85,9 @@ class HoloV(Method):
 
 
 def _spread(rows: Tensor, size: Tensor, void: Tensor) -> Tensor:
-    """V of every token of rows (B, C, m, D) within its crop, (B, C, m); 0 at void places and in a
-    crop of one.
+    """V of every token of rows (B, C, m, D) within its crop: (B, C, m).
+
+    It is 0 at void places and in a crop of one.
     """
     similarity = cosine_similarity(rows.flatten(0, 1)).view(
         *void.shape, -1
@@ -100,12 +100,11 @@ def _spread(rows: Tensor, size: Tensor, void: Tensor) -> Tensor:
 
 
 def _shares(score: Tensor, tau: float, size: Tensor, k: int) -> Tensor:
-    """k shared among crops as score^tau, at most size each, what rounding leaves to the largest:
-    (B, C), sum k.
+    """Tokens of each crop, (B, C), of sum k: shares by score^tau, at most size each.
 
-    Handing on again and again what a share exceeds its crop ends where the share is min(size, t *
-    weight) for one t: the crops that are full are those of least size / weight. A weight of 0
-    counts only when all others are full.
+    What rounding leaves goes to the largest. Handing on again and again what a share exceeds its
+    crop ends where the share is min(size, t * weight) for one t: the crops that are full are those
+    of least size / weight. A weight of 0 counts only when all others are full.
     """
     top = score.amax(-1, keepdim=True)
     weight = (

@@ -1,6 +1,4 @@
-"""IVC-Prune: what resembles the question in a decoder layer's values, and tokens at telling
-positions.
-"""
+"""IVC-Prune: tokens that resemble the question, and tokens at telling positions."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from .checks import expect
 
 @dataclass
 class IVC(Method):
-    """Tokens at positions that rotary embedding turns by about 0 or 90 degrees, and those closest
-    to the question.
+    """Tokens at positions that RoPE turns by about 0 or 90 degrees, and those like the question.
 
     `probe` must hold, for each visual token i, (N, N + T): column j < N its similarity to visual
     token j, column N + t its similarity to the t-th text token after the image. A column is softmax
@@ -89,9 +86,7 @@ class IVC(Method):
         return Selection(order.gather(1, first))
 
     def _turns(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Sums of cos and of sin, (1, N) each, over the frequencies of every token's position, and
-        over its axes.
-        """
+        """Sums of cos and of sin, (1, N) each, over the frequencies and axes of every position."""
         h, w = grid
         token = torch.arange(h * w, device=device)
         axes = [token] if self.positions == "raster" else [token // w, token % w]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import reprlib
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+if TYPE_CHECKING:
+    from .base import Method
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PerToken:
-    """The least value that a request may ask for, N / `tokens` rounded up on an image of N visual
-    tokens.
+    """The least value that a request may ask for on an image of N tokens: N / `tokens`, rounded up.
 
     For options below which the cost of a method grows faster than that of comparing all pairs: a
     request runs inside the engine's step, and all others wait for it. The default is always
@@ -20,23 +24,26 @@ class PerToken:
     tokens: int
 
     def least(self, n: int) -> int:
+        """N / tokens, rounded up."""
         return -(-n // self.tokens)
 
     def __str__(self) -> str:
+        """The bound in words, for lists of options."""
         return f"at least N / {self.tokens}"
 
 
 def option(
-    default: Any,
+    default: T,
     *,
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
     doc: str = "",
     served: PerToken | None = None,
-) -> Any:
-    """A hyper-parameter of the default's type (an int will do for a float), from low to high, both
-    included.
+) -> T:
+    """A hyper-parameter of the default's type, from low to high, both included.
+
+    An int will do for a float. `served`: the bound of requests, where they have one of their own.
     """
     about = {"low": low, "high": high, "choices": choices, "doc": doc, "served": served}
     return field(default=default, metadata=about)
@@ -45,7 +52,7 @@ def option(
 _MOST = 1e6  # of a hyper-parameter that is not a count
 
 
-def check_options(method: Any) -> None:
+def check_options(method: Method) -> None:
     """ValueError that names the option and what is allowed; an int for a float becomes one."""
     for item in fields(method):
         value = getattr(method, item.name)
@@ -55,10 +62,8 @@ def check_options(method: Any) -> None:
             setattr(method, item.name, float(value))
 
 
-def beyond_serving(method: Any, n: int) -> str | None:
-    """Why a server does not run this method, with these options, on an image of n tokens; None if
-    it does.
-    """
+def beyond_serving(method: Method, n: int) -> str | None:
+    """Why a server does not run this method on an image of n tokens; None if it does."""
     for item in fields(method):
         served, value = item.metadata.get("served"), getattr(method, item.name)
         if served is not None and value != item.default and value < served.least(n):
@@ -82,7 +87,7 @@ def allowed(item: Field[Any]) -> str:
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 
-def _fits(value: Any, item: Field[Any]) -> bool:
+def _fits(value: object, item: Field[Any]) -> bool:
     if choices := item.metadata.get("choices"):
         return isinstance(value, str) and value in choices
     if not _is_number(item.default):
@@ -97,5 +102,5 @@ def _fits(value: Any, item: Field[Any]) -> bool:
     return (low is None or value >= low) and (high is None or value <= high)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,5 +1,4 @@
-"""The codebook of method "codebook": which tokens of calibration images go into it, how it is
-built, saved and loaded.
+"""The codebook of method "codebook": what goes into it, how it is built, saved and loaded.
 
 Calibration needs the language model and takes hours on a GPU, so what it measures comes from the
 caller: for every visual token its largest next-token probability when it is fed alone, and how far
@@ -50,16 +49,15 @@ def build_prototypes(
     min_images: int = 64,
     neighbours: int = 5,
 ) -> Tensor:
-    """Prototypes (P, D), float32 and of length 1, from the redundant rows (n, D) of each
-    calibration image.
+    """Prototypes (P, D) from the redundant rows (n, D) of each calibration image.
 
-    Each image's rows are clustered (DPC-kNN), clusters of fewer than min_tokens are dropped, and
-    the means of the others are clustered over all images; the mean of every cluster that draws on
-    at least min_images images is a prototype. Clusters and images are 24 and 16 for
-    LLaVA-OneVision. The published files hold more prototypes than clusters (454 for LLaVA-1.5-7B),
-    so their last step is unlike ours: raise `clusters` for a larger codebook. Open, and settled
-    here: min_tokens, neighbours, and distances between rows of length 1, since scoring is by
-    cosine. ValueError if no cluster is left.
+    They are float32 and of length 1. Each image's rows are clustered (DPC-kNN), clusters of fewer
+    than min_tokens are dropped, and the means of the others are clustered over all images; the mean
+    of every cluster that draws on at least min_images images is a prototype. Clusters and images
+    are 24 and 16 for LLaVA-OneVision. The published files hold more prototypes than clusters (454
+    for LLaVA-1.5-7B), so their last step is unlike ours: raise `clusters` for a larger codebook.
+    Open, and settled here: min_tokens, neighbours, and distances between rows of length 1, since
+    scoring is by cosine. ValueError if no cluster is left.
     """
     means, owner = [], []
     for number, rows in enumerate(images):
@@ -126,10 +124,10 @@ def save_prototypes(prototypes: Tensor, path: str | Path) -> None:
 
 
 def load_prototypes(path: str | Path) -> Tensor:
-    """Prototypes (P, D) of a .pt or .safetensors file: a tensor, or a dictionary with "prototypes"
-    or with one tensor.
+    """Prototypes (P, D) of a .pt or .safetensors file.
 
-    ValueError for anything else. A .pt file is read as weights only: no code in it is run.
+    It holds a tensor, or a dictionary with "prototypes" or with one tensor. ValueError for anything
+    else. A .pt file is read as weights only: no code in it is run.
     """
     if _format(path) == ".safetensors":
         from safetensors.torch import load_file

@@ -1,6 +1,4 @@
-"""LLaVA-PruMerge: centres by [CLS] attention that gather their neighbours, and one row for all the
-rest.
-"""
+"""LLaVA-PruMerge: centres that gather their neighbours, and one row for all the rest."""
 
 from __future__ import annotations
 
@@ -30,15 +28,15 @@ _BLOCK = (
 
 @dataclass
 class PruMerge(Method):
-    """Centres by [CLS] attention, each plus a weighted sum of its nearest tokens, and one row for
-    what is left over.
+    """Centres by [CLS] attention, each plus its nearest tokens, and one row for the rest.
 
-    Attention a is softmax(q . k / sqrt(C)) of the tower's last block, at full width, not head by
-    head: `last_query` is the [CLS] query and `last_key` the keys. With N + 1 of them, [CLS] first,
-    the softmax runs over all and [CLS] is dropped, as in the published code; with N it runs over
-    these. A centre becomes itself plus the sum of a_j x_j over the `neighbours` other tokens of
-    highest cosine of keys, other centres included, all with the features they came with, weights
-    not normalised. The extra row is the sum of a_j x_j over all tokens that are no centre.
+    What is added is weighted by attention. Attention a is softmax(q . k / sqrt(C)) of the tower's
+    last block, at full width, not head by head: `last_query` is the [CLS] query and `last_key` the
+    keys. With N + 1 of them, [CLS] first, the softmax runs over all and [CLS] is dropped, as in the
+    published code; with N it runs over these. A centre becomes itself plus the sum of a_j x_j over
+    the `neighbours` other tokens of highest cosine of keys, other centres included, all with the
+    features they came with, weights not normalised. The extra row is the sum of a_j x_j over all
+    tokens that are no centre.
 
     "plus" (PruMerge+), which the authors' program runs unless told otherwise, has two kinds of
     centres, all alike afterwards: the outliers, with a above the third quartile by more than 1.5
@@ -104,9 +102,7 @@ class PruMerge(Method):
     def _gathered(
         self, similarity: Tensor, attention: Tensor, features: Tensor, centres: Tensor
     ) -> Tensor:
-        """What is added to these centres (B, C): the weighted sums of their nearest other tokens,
-        (B, C, D).
-        """
+        """The weighted sums (B, C, D) of what lies nearest to each of these centres (B, C)."""
         near = gather_rows(similarity, centres).scatter_(2, centres[..., None], -torch.inf)
         chosen = best_mask(near, min(self.neighbours, features.shape[1] - 1))
         return _weighted(torch.where(chosen, attention[:, None], 0.0), features)
@@ -157,9 +153,7 @@ def _outliers(attention: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _multiples(n: int) -> tuple[Tensor, Tensor]:
-    """All pairs (s, p): p a multiple of s below n - 1, for every s from 1 to n - 1; about n log n
-    of them.
-    """
+    """All pairs (s, p), p a multiple of s below n - 1, for s from 1 to n - 1: about n log n."""
     step = torch.arange(1, n)
     count = (n - 2) // step + 1
     start = count.cumsum(0) - count

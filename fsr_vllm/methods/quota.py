@@ -11,8 +11,7 @@ from .base import Method, Selection, VisualTokens, indices_of, option, topk_stab
 
 @dataclass
 class Quota(Method):
-    """Tokens per frame in proportion to the frame's weight; within a frame the most salient, or
-    evenly spaced ones.
+    """Tokens per frame by the frame's weight; of a frame the most salient, or spaced evenly.
 
     `frame_weights` (F,) belong to F equal runs of tokens (if F does not divide N, of nearly equal
     length); a negative weight counts as 0. A frame that holds c of the tokens given out gets the

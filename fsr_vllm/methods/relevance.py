@@ -11,8 +11,9 @@ from .base import ScoreMethod, VisualTokens
 
 @dataclass
 class Relevance(ScoreMethod):
-    """Top K by relevance to the question: FSR without saliency, scan and refine; the control beside
-    `fastervlm`.
+    """Top K by relevance to the question: FSR without saliency, scan and refine.
+
+    The control beside `fastervlm`.
     """
 
     name = "relevance"

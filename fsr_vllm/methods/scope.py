@@ -13,8 +13,7 @@ from .base import Method, Selection, VisualTokens, cosine_similarity, option
 
 @dataclass
 class Scope(Method):
-    """Round by round the token of highest saliency^alpha times what it adds to the coverage of all
-    tokens.
+    """Step by step the token of highest saliency^alpha times the coverage that it adds.
 
     With c_i the best cosine of token i to a chosen one, at least 0, token j adds sum_i max(0,
     cos_ij - c_i). Cosines are those of `metric`, the tower's own rows before the projector, as in

@@ -12,8 +12,7 @@ from .checks import expect
 
 @dataclass
 class SparseVLM(ScoreMethod):
-    """Top K by the attention, in an early decoder layer, of the question's tokens that fit the
-    image best.
+    """Top K by the early attention of those question tokens that fit the image best.
 
     `text` must hold the language model's input embeddings of the T tokens behind the image, in the
     space of `features`: for the authors that is the question with the tail of the prompt, the cue

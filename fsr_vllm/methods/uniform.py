@@ -9,8 +9,9 @@ from .base import Method, Selection, VisualTokens, region_bounds
 
 @dataclass
 class Uniform(Method):
-    """K evenly spaced tokens: over the grid where it is given, else over the raster (a control, no
-    paper).
+    """K evenly spaced tokens (a control, no paper).
+
+    They are spaced over the grid where it is given, else over the raster.
     """
 
     name = "uniform"

@@ -1,6 +1,4 @@
-"""VFlowOpt, the stage before the language model: importance by attention, and what is pruned
-recycled cell by cell.
-"""
+"""VFlowOpt, the stage before the language model: pruned tokens are recycled cell by cell."""
 
 from __future__ import annotations
 
@@ -24,15 +22,14 @@ from .base import (
 
 @dataclass
 class VFlowOpt(Method):
-    """What the most attended tokens attend to is kept; the rest is averaged within the cells of a
-    coarse grid.
+    """What the most attended tokens attend to is kept; the rest is averaged cell by cell.
 
-    `attention` is the head mean of one layer. The important tokens are those that receive more than
-    `threshold` times the mean attention (if none does, the one that receives most, a case left
-    open); the importance I of a token is the mean attention they give it. The tokens of highest I
-    are kept. Those pruned that lie in the same cell, a square of side `cell` tokens, become one
-    row: their mean weighted by I, at the place of the highest I among them. Where weights sum to 0
-    that token's row is left as it is.
+    Cells are those of a coarse grid. `attention` is the head mean of one layer. The important
+    tokens are those that receive more than `threshold` times the mean attention (if none does, the
+    one that receives most, a case left open); the importance I of a token is the mean attention
+    they give it. The tokens of highest I are kept. Those pruned that lie in the same cell, a square
+    of side `cell` tokens, become one row: their mean weighted by I, at the place of the highest I
+    among them. Where weights sum to 0 that token's row is left as it is.
 
     Exact K: each pruned cell costs one row, so the published count is only about K. Keeping one
     token more adds a row, or none if that token was alone in its cell; so there is a number m of
@@ -126,8 +123,9 @@ def _cells(grid: tuple[int, int], side: float, device: torch.device) -> tuple[Te
 
 
 def _recycle(features: Tensor, weight: Tensor, indices: Tensor, into: Tensor) -> Tensor:
-    """Rows (K, D): the weighted mean of all that went into each place, or the place's own row if
-    weights are 0.
+    """Rows (K, D): the weighted mean of all that went into each place.
+
+    Where weights are 0 it is the place's own row.
     """
     shares = torch.where(into == indices[:, None], weight, 0.0)
     total = shares.sum(-1, keepdim=True)

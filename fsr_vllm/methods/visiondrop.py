@@ -10,8 +10,7 @@ from .visionzip import VisionZip
 
 @dataclass
 class VisionDrop(VisionZip):
-    """VisionZip's rule with VisionDrop's shares: all of VisionDrop that runs before the language
-    model.
+    """VisionZip's rule with VisionDrop's shares: its stage before the language model.
 
     Its further stages, after layers 8, 16 and 24 of the language model, score tokens by what visual
     tokens attend to each other, and need a number of tokens that changes from layer to layer: they

@@ -24,15 +24,15 @@ from .base import (
 
 @dataclass
 class VisionZip(Method):
-    """The most salient tokens with the [CLS] row, and evenly spaced others that take in what is
-    most like them.
+    """The most salient tokens with the [CLS] row; others that take in what is most like them.
 
-    Of K rows C = floor(contextual_share * K + 0.5) are contextual, at most K - 1; the others are
-    dominant: the [CLS] row, where given, counts as one, then come the most salient tokens. What is
-    not dominant stays in order; every step-th of these R tokens is a centre, step = max(1, floor(R
-    / C)), C of them. Each other token goes to the centre of highest cosine of `keys`, which hold
-    the mean over the heads of the layer's keys, unscaled. A contextual row is the centre plus the
-    mean of what went to it: a sum of two, as in the published code, so of about twice the length.
+    These others are evenly spaced. Of K rows C = floor(contextual_share * K + 0.5) are contextual,
+    at most K - 1; the others are dominant: the [CLS] row, where given, counts as one, then come the
+    most salient tokens. What is not dominant stays in order; every step-th of these R tokens is a
+    centre, step = max(1, floor(R / C)), C of them. Each other token goes to the centre of highest
+    cosine of `keys`, which hold the mean over the heads of the layer's keys, unscaled. A contextual
+    row is the centre plus the mean of what went to it: a sum of two, as in the published code, so
+    of about twice the length.
 
     The [CLS] row is put at the most salient place not otherwise kept; the token there was merged
     like the others, but does not count as merged. Rows are in raster order, where the code puts

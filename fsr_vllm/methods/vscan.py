@@ -1,6 +1,4 @@
-"""VScan, the stage before the language model: half by windows of an early layer, half by a late
-one, then merging.
-"""
+"""VScan, the stage before the language model: two layers choose, the rest is merged."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ from .base import (
 
 @dataclass
 class VScan(Method):
-    """Local tokens from every window by early attention, global ones by late attention; the rest
-    merged into them.
+    """Half by windows of an early layer, half by a late one; the rest is merged into them.
 
     shallow_saliency is that of block 5 of CLIP ViT-L (of Qwen2.5-VL's tower: its first block of
     full attention). Each of the W windows gives its floor(floor(K / 2) / W) best, or all it has;

@@ -15,15 +15,15 @@ from .checks import expect_width
 
 @dataclass
 class ZSPAPrune(Method):
-    """A core of tokens closest to the mean embedding of the prompt, then farthest points from all
-    chosen so far.
+    """A core of tokens closest to the prompt, then farthest points from all chosen so far.
 
-    Text is the language model's embeddings of the prompt's tokens, in the space of features. The
-    core has floor(core_share * K + 0.5) tokens, at least one. The paper sets the share by hand for
-    each data set and publishes none; 0.6 is what a third-party port uses, and smaller ones are
-    worth trying. That port also fills up with the token least similar to any one chosen token;
-    here, as the paper's text has it, with the token whose most similar chosen token is least
-    similar (max-min). Without text (T = 0) the core is the first token.
+    Closeness is that to the mean embedding of the prompt. Text is the language model's embeddings
+    of the prompt's tokens, in the space of features. The core has floor(core_share * K + 0.5)
+    tokens, at least one. The paper sets the share by hand for each data set and publishes none; 0.6
+    is what a third-party port uses, and smaller ones are worth trying. That port also fills up with
+    the token least similar to any one chosen token; here, as the paper's text has it, with the
+    token whose most similar chosen token is least similar (max-min). Without text (T = 0) the core
+    is the first token.
 
     There is no public program of the authors', and no figure that this could be checked against.
     """

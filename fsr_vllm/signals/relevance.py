@@ -1,5 +1,4 @@
-"""Relevance of patches to the question: FSR's equation (2), the cosine of a patch with the
-question's text embedding.
+"""Relevance of patches to the question: FSR's equation (2), their cosines with its embedding.
 
 Two text sides: the CLIP text encoder that was trained with the tower (patches enter its joint space
 through the tower's own post layernorm and visual projection, as CDPruner does), or the language
@@ -26,11 +25,10 @@ _PARTNERS = {
 
 
 def wrap_chunks(ids: Sequence[int], bos: int, eos: int, max_length: int = 77) -> list[list[int]]:
-    """Cut token ids without specials into pieces the text encoder can hold, each wrapped in BOS and
-    EOS.
+    """Cut token ids into pieces the text encoder can hold, each wrapped in BOS and EOS.
 
-    CLIP pools at EOS, so a piece without one would be read at a meaningless place. No text: one
-    chunk [bos, eos].
+    The ids have no specials. CLIP pools at EOS, so a piece without one would be read at a
+    meaningless place. No text: one chunk [bos, eos].
 
     Shapes: chunks of at most max_length ids, all but the last full.
     Errors: ValueError when max_length leaves no room for content.
@@ -43,15 +41,15 @@ def wrap_chunks(ids: Sequence[int], bos: int, eos: int, max_length: int = 77) ->
 
 
 def pool_chunks(embeds: Tensor) -> Tensor:
-    """One unit vector for a text of several chunks: the mean of the normalised chunk embeddings,
-    normalised again.
+    """One unit vector for a text of several chunks: the mean of their unit vectors, normalised.
 
     Shapes: (M, D) -> (D,) float32.
     Errors: ValueError for another shape or no chunk.
     """
     if embeds.ndim != 2 or embeds.shape[0] < 1:
         raise ValueError(
-            f"chunk embeddings must be (chunks, dim) with at least one chunk, got {tuple(embeds.shape)}"
+            "chunk embeddings must be (chunks, dim) with at least one chunk, "
+            f"got {tuple(embeds.shape)}"
         )
     return F.normalize(F.normalize(embeds.float(), dim=-1).mean(0), dim=-1)
 
@@ -63,11 +61,10 @@ def clip_relevance(
     visual_projection: nn.Linear,
     sign: int,
 ) -> Tensor:
-    """Cosine of patches and text in CLIP's joint space, times the tower's sign (FSR, equation (2);
-    CDPruner's space).
+    """Cosine of patches and text in CLIP's joint space, times the tower's sign.
 
-    Layernorm and projection were trained on the last layer's [CLS] alone; no nearer joint space for
-    patches exists.
+    FSR's equation (2) in CDPruner's space. Layernorm and projection were trained on the last
+    layer's [CLS] alone; no nearer joint space for patches exists.
 
     Shapes: features (B, N, Dv) of the tower, text (B, Dt) or (Dt,) -> (B, N) float32.
     Errors: ValueError for other shapes or a sign other than 1 and -1.
@@ -91,8 +88,7 @@ def clip_relevance(
 
 
 def embedding_relevance(features: Tensor, text: Tensor, sign: int = 1) -> Tensor:
-    """Plain cosine of patches and text in one space: the fallback on the language model's own
-    embeddings.
+    """Plain cosine of patches and text in one space, such as the language model's embeddings.
 
     Shapes: features (B, N, D), text (B, D) or (D,) -> (B, N) float32.
     Errors: ValueError for other shapes or a sign other than 1 and -1.
@@ -120,15 +116,15 @@ def relevance_sign(setting: str | int, encoder_name: str | None, config_sign: in
     if config_sign is not None:
         if not _is_sign(config_sign):
             raise ValueError(
-                f"fsr_relevance_sign in the text encoder's config must be 1 or -1, got {config_sign!r}"
+                "fsr_relevance_sign in the text encoder's config must be 1 or -1, "
+                f"got {config_sign!r}"
             )
         return int(config_sign)
     return -1 if _is_openai_clip(encoder_name) else 1
 
 
 def known_partner(vision_config: object) -> str | None:
-    """Hub name of the CLIP checkpoint whose text side was trained with a tower of these sizes; None
-    when not known.
+    """Hub name of the CLIP whose text side was trained with such a tower; None if not known.
 
     Takes a mapping or an object with image_size, patch_size, hidden_size and num_hidden_layers.
     SigLIP and OpenCLIP towers come in the same sizes, so a model type or activation that is not
@@ -140,10 +136,8 @@ def known_partner(vision_config: object) -> str | None:
             return vision_config.get(name)
         return getattr(vision_config, name, None)
 
-    if get("model_type") not in (None, "clip_vision_model", "clip") or get("hidden_act") not in (
-        None,
-        "quick_gelu",
-    ):
+    openai_type = get("model_type") in (None, "clip_vision_model", "clip")
+    if not openai_type or get("hidden_act") not in (None, "quick_gelu"):
         return None
     sizes = (get("image_size"), get("patch_size"), get("hidden_size"), get("num_hidden_layers"))
     # Equality instead of a look-up: some configs give a size as a list, which cannot be a key.

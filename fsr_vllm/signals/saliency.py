@@ -1,5 +1,4 @@
-"""Saliency of patches, recomputed from the queries and keys that one attention layer of the vision
-tower used anyway.
+"""Saliency of patches, recomputed from queries and keys of one attention layer of the tower.
 
 Attention kernels give no weights back, so the few rows that are needed are formed again here, in
 float32 whatever the tower's precision. Every function sums over the heads it is given: under tensor
@@ -18,12 +17,11 @@ _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 24
 
 
 def cls_attention(query: Tensor, key: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Attention of [CLS] to every patch, summed over heads (FSR, equation (1), before the division
-    by H).
+    """Attention of [CLS] to every patch, summed over heads.
 
-    The softmax runs over all 1 + N keys and the [CLS] column is dropped afterwards, as in the code
-    of FSR's relatives (VisPruner, VisionZip); a softmax over the patches alone would weigh the
-    heads differently.
+    FSR's equation (1) before the division by H. The softmax runs over all 1 + N keys and the [CLS]
+    column is dropped afterwards, as in the code of FSR's relatives (VisPruner, VisionZip); a
+    softmax over the patches alone would weigh the heads differently.
 
     Shapes: query, key (B, 1 + N, num_heads * dim), [CLS] at row 0 -> (B, N) float32.
     Errors: ValueError for other shapes.
@@ -33,8 +31,7 @@ def cls_attention(query: Tensor, key: Tensor, num_heads: int, scale: float) -> T
 
 
 def attention_map(query: Tensor, key: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Attention of every patch to every patch, summed over heads; what a patch gives to [CLS] is
-    left out of its row.
+    """Attention of every patch to every patch, summed over heads; rows leave [CLS] out.
 
     Shapes: query, key (B, 1 + N, num_heads * dim), [CLS] at row 0 -> (B, N, N) float32, rows are
     queries. Errors: ValueError for other shapes.
@@ -75,9 +72,7 @@ def received_attention(
 
 
 def _blocks(q: Tensor, k: Tensor, scale: float, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Softmax before its division, by head and block of query rows from `first`: start, (B, r, S),
-    sums (B, r, 1).
-    """
+    """Softmax before its division, by head and block of rows: start, (B, r, S), sums (B, r, 1)."""
     batch, heads, rows, _ = q.shape
     step = max(1, (_CPU_BLOCK if q.device.type == "cpu" else _GPU_BLOCK) // (batch * rows))
     for head in range(heads):
@@ -93,9 +88,7 @@ def _attend(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _split_heads(query: Tensor, key: Tensor, num_heads: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """(B, S, heads * dim) -> (B, heads, S, dim) in float32, after checking that the layer looks as
-    promised.
-    """
+    """(B, S, heads * dim) -> (B, heads, S, dim) float32, if the layer looks as promised."""
     if query.ndim != 3 or key.ndim != 3 or query.shape[::2] != key.shape[::2]:
         shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
         raise ValueError(

@@ -154,7 +154,7 @@ def assign(
 def merge(
     features: list[list[float]], pairs: list[tuple[int, int]], weight: list[float]
 ) -> dict[int, list[float]]:
-    """Equation (9), one merge after the other with running weights; 0/0 leaves the anchor as it is."""
+    """Equation (9), one merge after the other with running weights; 0/0 changes nothing."""
     rows = {j: list(features[j]) for _, j in pairs}
     w = {j: weight[j] for _, j in pairs}
     for i, j in pairs:

@@ -194,7 +194,7 @@ def test_focus_that_fills_the_budget_leaves_nothing_to_scan_or_merge():
 
 
 @pytest.mark.parametrize(
-    "kappa, merged",
+    ("kappa", "merged"),
     [(0.0, 0), (0.09, 0), (0.1, 1), (0.3, 2), (0.5, 3), (1.0, 5), (3.0, 14), (1e6, 14)],
 )
 def test_number_of_merged_tokens(kappa, merged):
@@ -305,7 +305,7 @@ def test_half_precision_signals_are_scored_in_float32():
 @pytest.mark.parametrize("rule", ["farthest", "saliency", "relevance", "coverage"])
 @pytest.mark.parametrize("kappa", [0.5, 1.0, 4.0])
 def test_stages_on_a_whole_batch_are_those_of_its_images(rule, kappa):
-    """As on a GPU, where all images step together; one of them focuses on nothing, one on all of K."""
+    """As on a GPU, where all images step together; one focuses on nothing, one on all of K."""
     b, n, k, g = 5, 21, 8, torch.Generator().manual_seed(5)
     features = torch.randn(b, n, 6, generator=g)
     saliency, relevance = torch.rand(b, n, generator=g), torch.rand(b, n, generator=g)

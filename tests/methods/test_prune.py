@@ -62,7 +62,7 @@ def test_budgets_are_those_of_requests(budget, kept):
     ("budget", "said"),
     [
         (1.0, 'got 1.0, which could mean one token or the whole image: write 1 or "off"'),
-        (True, "got True"), (float("nan"), "got nan"), (float("inf"), "got inf"), (-0.5, "got -0.5"),
+        (True, "got True"), (math.nan, "got nan"), (math.inf, "got inf"), (-0.5, "got -0.5"),
         ("0.5", "got '0.5'"), ("OFF", "got 'OFF'"), ([5], r"got \[5\]"), (1_000_001, "got 1000001"),
     ],
 )  # fmt: skip

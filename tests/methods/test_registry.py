@@ -20,7 +20,7 @@ from .default_methods import CASES, OPTION_NEEDS, make_tokens
 FIELDS = [item.name for item in fields(VisualTokens)]
 OPTIONS = [(name, item) for name in list_methods() for item in fields(get_method(name))]
 each_option = pytest.mark.parametrize(
-    "name, item", OPTIONS, ids=[f"{name}-{item.name}" for name, item in OPTIONS]
+    ("name", "item"), OPTIONS, ids=[f"{name}-{item.name}" for name, item in OPTIONS]
 )
 
 

@@ -37,7 +37,7 @@ def inputs(grid, seed, d=None):
 
 
 def compare(name, needs, grid, k, /, **options):
-    """The method and its rule choose the same for two images, none of which was decided narrowly."""
+    """The method and its rule choose the same for two images, neither decided narrowly."""
     compared = 0
     for seed in range(40):
         given = inputs(grid, seed)
@@ -70,7 +70,7 @@ SIZES = [
     for n in [h * w]
     for k in sorted({1, 2, n // 3, n // 2, n - 2, n - 1})
 ]
-each_size = pytest.mark.parametrize("grid, k", SIZES, ids=str)
+each_size = pytest.mark.parametrize(("grid", "k"), SIZES, ids=str)
 
 
 @each_size
@@ -153,7 +153,7 @@ def test_vscan(grid, k, window):
 
 
 def test_vscan_windows_of_llava():
-    """24 x 24 tokens in 16 windows, 2 local ones from each at K = 64; features of float64 stay so."""
+    """24 x 24 tokens in 16 windows, 2 local ones from each at K = 64; float64 stays float64."""
     needs = ("features", "saliency", "shallow_saliency")
     rng = np.random.default_rng(0)
     given = {
@@ -257,7 +257,7 @@ def test_what_the_signals_say():
 
 
 def test_holov_hands_on_what_exceeds_a_crop():
-    """All saliency in the first of two crops of three: it keeps three, and the other gets the rest."""
+    """All saliency in the first of two crops of three: it keeps three, the other gets the rest."""
     saliency = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 0.0])
     for rule in ("paper", "code"):
         options = {"saliency": saliency, "method": "holov", "crops": 2, "gamma": 0.0, "rule": rule}
@@ -305,7 +305,7 @@ def test_holov_keeps_the_best_of_a_crop_by_attention_alone():
 
 
 @pytest.mark.parametrize(
-    "k, anchors", [(25, 0), (75, 2), (125, 2), (175, 4), (225, 4), (64, 1), (192, 4)]
+    ("k", "anchors"), [(25, 0), (75, 2), (125, 2), (175, 4), (225, 4), (64, 1), (192, 4)]
 )
 def test_hiprune_rounds_anchors_half_to_even(k, anchors):
     """Distant anchors at N = 576, each with four neighbours; everything else by the late layer,

@@ -78,20 +78,23 @@ def compare(name, rule, fields, grid, k, probe=None, **options):
 
 PRUMERGE = [{}, {"variant": "base"}, {"neighbours": 3}, {"variant": "base", "neighbours": 0}]
 each_size = pytest.mark.parametrize(
-    "grid, k", [(g, k) for g in GRIDS for k in budgets(g[0] * g[1])], ids=str
+    ("grid", "k"), [(g, k) for g in GRIDS for k in budgets(g[0] * g[1])], ids=str
 )
 
 
 @each_size
-@pytest.mark.parametrize("ratio, step", [(0.5, 8), (0.75, 3), (0.0, 1), (0.3, 50), (1.0, 8)])
+@pytest.mark.parametrize(("ratio", "step"), [(0.5, 8), (0.75, 3), (0.0, 1), (0.3, 50), (1.0, 8)])
 @pytest.mark.parametrize("space", ["metric", "features"])
 def test_vispruner(grid, k, ratio, step, space):
-    rule = lambda x, margin: reference.vispruner(x["saliency"], x[space], k, margin, ratio, step)  # noqa: E731
+
+    def rule(x, margin):
+        return reference.vispruner(x["saliency"], x[space], k, margin, ratio, step)
+
     compare("vispruner", rule, ("saliency", space), grid, k, ratio=ratio, step=step)
 
 
 @each_size
-@pytest.mark.parametrize("name, share, options", [
+@pytest.mark.parametrize(("name", "share", "options"), [
     ("visionzip", 10 / 64, {}),
     ("visiondrop", 6 / 48, {}),
     ("visionzip", 0.0, {"contextual_share": 0.0}),
@@ -100,29 +103,35 @@ def test_vispruner(grid, k, ratio, step, space):
 @pytest.mark.parametrize("cls", [True, False])
 def test_visionzip(grid, k, name, share, options, cls):
     fields = ("saliency", "keys", "cls_row")[: 2 + cls]
-    rule = lambda x, margin: reference.visionzip(  # noqa: E731
-        x["features"], x["saliency"], x["keys"], x.get("cls_row"), k, margin, share
-    )
+
+    def rule(x, margin):
+        rows = (x["features"], x["saliency"], x["keys"], x.get("cls_row"))
+        return reference.visionzip(*rows, k, margin, share)
+
     compare(name, rule, fields, grid, k, **options)
 
 
 @each_size
 @pytest.mark.parametrize("options", PRUMERGE, ids=str)
 def test_prumerge(grid, k, options):
-    rule = lambda x, margin: reference.prumerge(  # noqa: E731
-        x["features"], x["last_query"], x["last_key"], k, margin, **options
-    )
+
+    def rule(x, margin):
+        return reference.prumerge(
+            x["features"], x["last_query"], x["last_key"], k, margin, **options
+        )
+
     compare("prumerge", rule, ("last_query", "last_key"), grid, k, **options)
 
 
 @each_size
 @pytest.mark.parametrize(
-    "threshold, cell", [(34.76, 15.58), (1.0, 2.0), (0.0, 1.5), (1.5, 3.0), (2.0, 1.0)]
+    ("threshold", "cell"), [(34.76, 15.58), (1.0, 2.0), (0.0, 1.5), (1.5, 3.0), (2.0, 1.0)]
 )
 def test_vflowopt(grid, k, threshold, cell):
-    rule = lambda x, margin: reference.vflowopt(
-        x["features"], x["attention"], grid, k, margin, threshold, cell
-    )
+
+    def rule(x, margin):
+        return reference.vflowopt(x["features"], x["attention"], grid, k, margin, threshold, cell)
+
     compare("vflowopt", rule, ("attention",), grid, k, threshold=threshold, cell=cell)
 
 
@@ -131,9 +140,10 @@ def test_vflowopt(grid, k, threshold, cell):
 @pytest.mark.parametrize("fields", [("frame_weights",), ("frame_weights", "saliency")], ids=str)
 def test_quota(grid, k, power, fields):
     n = grid[0] * grid[1]
-    rule = lambda x, margin: reference.quota(
-        x["frame_weights"], x.get("saliency"), n, k, margin, power
-    )
+
+    def rule(x, margin):
+        return reference.quota(x["frame_weights"], x.get("saliency"), n, k, margin, power)
+
     compare("quota", rule, fields, grid, k, power=power)
 
 
@@ -170,9 +180,10 @@ def test_sparsevlm(grid, k, t):
 )
 @pytest.mark.parametrize("fields", [("probe",), ("probe", "text")], ids=str)
 def test_dart(grid, k, options, fields):
-    rule = lambda x, margin: reference.dart(
-        x["features"], x["probe"], x.get("text"), k, margin, **options
-    )
+
+    def rule(x, margin):
+        return reference.dart(x["features"], x["probe"], x.get("text"), k, margin, **options)
+
     compare("dart", rule, fields, grid, k, probe=slice(6), **options)
 
 
@@ -180,7 +191,7 @@ def test_dart(grid, k, options, fields):
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("seeds", [0.01, 0.3])
 @pytest.mark.parametrize(
-    "positions, first, base, dim", [("raster", 35, 1e4, 128), ("grid", 4, 1e6, 32)]
+    ("positions", "first", "base", "dim"), [("raster", 35, 1e4, 128), ("grid", 4, 1e6, 32)]
 )
 def test_ivc(grid, k, share, seeds, positions, first, base, dim):
     rule = lambda x, margin: reference.ivc(  # noqa: E731

@@ -64,10 +64,11 @@ class _Op(nn.Module):
 
 @pytest.fixture(scope="module")
 def encoded():
-    """What the reference sees of each image, and the same images' fields as the server forms them."""
+    """What the reference sees of each image, and the fields of it that the server forms."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(
-        hidden_size=HEADS * DIM, intermediate_size=64, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
+        hidden_size=HEADS * DIM, intermediate_size=64, num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
         image_size=14 * SIDE, patch_size=14, attn_implementation="eager",
     )  # fmt: skip
     model = CLIPVisionModel(config).eval()

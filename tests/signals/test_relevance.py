@@ -38,7 +38,7 @@ def test_chunks_hold_all_ids_in_order(ids, max_length):
 def test_chunks_of_nothing_and_without_room():
     assert wrap_chunks([], BOS, EOS) == [[BOS, EOS]]
     assert [len(c) for c in wrap_chunks(range(76), BOS, EOS)] == [77, 3]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="max_length must be at least 3, got 2"):
         wrap_chunks([1], BOS, EOS, max_length=2)
 
 
@@ -48,7 +48,7 @@ def test_pooling_weighs_chunks_equally_and_returns_a_unit_vector():
     one = torch.randn(1, 7)
     torch.testing.assert_close(pool_chunks(one), one[0] / one.norm())
     for bad in (torch.zeros(3), torch.zeros(0, 3)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="at least one chunk"):
             pool_chunks(bad)
 
 
@@ -132,7 +132,7 @@ def test_features_of_another_shape_and_bad_signs_are_refused(clip):
 
 
 @pytest.mark.parametrize(
-    "name, sign",
+    ("name", "sign"),
     [
         ("openai/clip-vit-large-patch14-336", -1),
         ("OpenAI/CLIP-ViT-B-32", -1),
@@ -179,7 +179,7 @@ BASE_224 = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden
 
 
 @pytest.mark.parametrize(
-    "change, name",
+    ("change", "name"),
     [
         ({}, "openai/clip-vit-large-patch14-336"),
         (

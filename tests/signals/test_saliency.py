@@ -122,7 +122,7 @@ def test_images_of_a_batch_are_independent(layer):
 
 
 @pytest.mark.parametrize(
-    "query, key, heads",
+    ("query", "key", "heads"),
     [
         ((2, 5, 32), (2, 5, 32), 3),
         ((2, 5, 32), (2, 5, 32), 0),
@@ -133,7 +133,8 @@ def test_images_of_a_batch_are_independent(layer):
     ],
 )
 def test_wrong_shapes_are_refused(query, key, heads):
-    with pytest.raises(ValueError):
+    wrong = "query and key must be|does not divide into|leave no patch"
+    with pytest.raises(ValueError, match=wrong):
         cls_attention(torch.zeros(query), torch.zeros(key), heads, SCALE)
 
 
