@@ -10,7 +10,7 @@ KEEP ?=
 
 help:
 	@echo 'make setup      create or complete .venv (CPU, or GPU where there is one)'
-	@echo 'make demo       serve a small model with the plugin and ask it about photographs'
+	@echo 'make demo       serve a small model with the plugin and ask it about pictures'
 	@echo 'make test       the tests; TESTS="tests/packaging -k docker" selects'
 	@echo 'make test-full  the tests, those that take long included'
 	@echo 'make compat     a smoke in every supported vLLM release with a CPU build; VERSIONS="0.30 0.31" selects, KEEP=1'

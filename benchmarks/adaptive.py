@@ -21,6 +21,7 @@ from typing import Any
 from fsr_vllm.adaptive import Rule
 
 from .queueing import Outcome, Setup, Times, poisson, simulate
+from .records import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, (setup, stretch) in setups.items()
         },
     }
-    (args.out / "adaptive-simulation.json").write_text(json.dumps(data, indent=1) + "\n")
+    write_json(args.out / "adaptive-simulation.json", data)
     (args.out / "adaptive-simulation.md").write_text(markdown(data))
     print(markdown(data))
     return 0

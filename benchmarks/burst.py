@@ -31,6 +31,7 @@ from PIL import Image
 
 from fsr_vllm.demo import ENVIRONMENT, MODEL_NAME, SERVE_OPTIONS, demo_model, serve
 
+from .records import write_json
 from .report import machine
 
 TOTAL, LENGTH = 144, 4096  # visual tokens of an image; tokens of the longest prompt with its answer
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     data = run(args)
-    (args.out / "encoder-burst-cpu.json").write_text(json.dumps(data, indent=1) + "\n")
+    write_json(args.out / "encoder-burst-cpu.json", data)
     (args.out / "encoder-burst-cpu.md").write_text(markdown(data))
     return 0
 

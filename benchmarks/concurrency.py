@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from benchmarks.testbed import build_checkpoint
 from fsr_vllm.demo import SERVE_OPTIONS, serve
 
 from .client import at_once, connect, pictures, row
+from .records import write_json
 from .report import machine
 from .servicetimes import MODEL
 
@@ -147,9 +147,7 @@ def main(argv: list[str] | None = None) -> int:
                     sides[side] = asyncio.run(measure(url, fields, fresh, args.requests))
     run["seconds"] = round(time.monotonic() - started, 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "concurrency-cpu.json").write_text(
-        json.dumps(run, indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(args.out / "concurrency-cpu.json", run)
     (args.out / "concurrency-cpu.md").write_text(markdown(run), encoding="utf-8")
     print(markdown(run))
     return 0

@@ -30,6 +30,7 @@ from benchmarks.testbed.photos import data_url
 from fsr_vllm.demo import MODEL_NAME, SERVE_OPTIONS, serve
 
 from .queueing import poisson
+from .records import write_json
 from .report import machine
 from .servicetimes import MODEL, QUESTION, pictures
 
@@ -187,7 +188,7 @@ def run(args: argparse.Namespace, data: dict[str, Any]) -> None:
 
 def write(data: dict[str, Any], folder: Path) -> None:
     """Both files."""
-    (folder / "overload-cpu.json").write_text(json.dumps(data, indent=1) + "\n")
+    write_json(folder / "overload-cpu.json", data)
     (folder / "overload-cpu.md").write_text(markdown(data))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from .cells import (
     kernel_name,
 )
 from .inputs import Cell
+from .records import write_json
 from .targets import judged
 
 
@@ -65,7 +65,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     text, data = folder / f"methods-{run.device}.md", folder / f"methods-{run.device}.json"
     text.write_text(_markdown(run), encoding="utf-8")
-    data.write_text(json.dumps(_data(run), indent=1) + "\n", encoding="utf-8")
+    write_json(data, _data(run))
     return [text, data]
 
 

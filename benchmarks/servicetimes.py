@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.testbed.checkpoint import build_checkpoint
 from benchmarks.testbed.photos import photos
 
+from .records import write_json
 from .report import machine
 
 MODEL = {"hidden_size": 768, "layers": 8}
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         "repeats": args.repeats,
         "seconds": found,
     }
-    (args.out / "service-times-cpu.json").write_text(json.dumps(text, indent=1) + "\n")
+    write_json(args.out / "service-times-cpu.json", text)
     print(json.dumps(found, indent=1))
     return 0
 

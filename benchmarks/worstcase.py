@@ -15,7 +15,6 @@ random: an image made for the purpose may cost coverage (`scope`, scan="coverage
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from fsr_vllm.params import SERVED_DEFAULTS
 from fsr_vllm.signals.saliency import attention_map, cls_attention, received_attention
 
 from .inputs import Cell, Images
+from .records import write_json
 from .report import machine
 
 LIMIT = 4.0
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             }
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "worst-case-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.out / "worst-case-cpu.json", report)
     (args.out / "worst-case-cpu.md").write_text(markdown(report))
     print(markdown(report))
     return int(any(row["requests"] == "SERVED, AND TOO DEAR" for row in report["rows"]))

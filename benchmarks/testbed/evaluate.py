@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.records import write_json
 from fsr_vllm.methods import methods
 from fsr_vllm.params import SERVED_DEFAULTS
 
@@ -250,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= agreement(
             bench, args.model, server_options=args.server_options, log=args.server_log
         )
-        (args.output / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.output / "agreement.json", result)
         print(json.dumps(result, indent=2))
         return int(result["different"] > 0)
     report = evaluate(args)
@@ -258,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         tuning = json.loads(args.tuning.read_text())["methods"] if args.tuning.exists() else {}
         old = json.loads((args.output / "accuracy.json").read_text())
         report = merged(old, report, [row.label for row in rows(tuning)])
-    (args.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.output / "accuracy.json", report)
     (args.output / "accuracy.md").write_text(markdown(report))
     plot(report, args.output / "accuracy.svg")
     print(markdown(report))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.records import write_json
 from fsr_vllm.methods import get_method, methods
 
 from .bench import Bench, pool_of
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{name}: {100 * best['accuracy']:.1f} with {best['options'] or 'the published default'}",
                 flush=True,
             )
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(args.output, report)
     return 0
 
 
