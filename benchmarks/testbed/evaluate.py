@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.records import write_json
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 from fsr_vllm.params import SERVED_DEFAULTS
 
 from .bench import GENERIC, Bench, Outcome, pool_of
@@ -56,7 +56,7 @@ def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
     """All lines: what is published, tuned and served, the oracle and the controls; `only` names
     methods.
     """
-    found = [Row(name, name) for name in methods()]
+    found = [Row(name, name) for name in list_methods()]
     for name, results in tuning.items():
         best = results[0]["options"]
         if best:

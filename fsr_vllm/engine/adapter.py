@@ -20,7 +20,7 @@ from fsr_vllm.engine.planning import prototype_file, read_settings
 from fsr_vllm.engine.processor import PLAN_FIELD
 from fsr_vllm.engine.tap import SHALLOW, AttentionTap, Clock, shallow_key, shallow_keys, tapped
 from fsr_vllm.engine.text_tower import WEIGHTS, ClipText, LlmText
-from fsr_vllm.methods import VisualTokens, get_method, methods
+from fsr_vllm.methods import VisualTokens, get_method, list_methods
 from fsr_vllm.methods.prototypes import load_prototypes
 from fsr_vllm.params import ImagePlan
 
@@ -48,7 +48,7 @@ class FsrModelMixin:
         # vLLM counts an image by its rows when it maps LoRA onto tower tokens, and ours are fewer
         # than the tower's.
         self.supports_tower_connector_lora = False
-        shallow = frozenset().union(*map(shallow_keys, methods().values()))
+        shallow = frozenset().union(*map(shallow_keys, list_methods().values()))
         self.fsr_tap = AttentionTap(*self.fsr_attention(), shallow)
         self.fsr_clock = Clock()
         self.fsr_counts: dict[str, Any] = defaultdict(int)

@@ -40,7 +40,7 @@ from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed
 from fsr_vllm.engine.embeddings import plan_embeddings
 from fsr_vllm.engine.planning import PlannedInputs, prototype_file, read_settings
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -338,7 +338,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """The methods a request may name here: those that can be served, and have their inputs in
         this model.
         """
-        known = methods()
+        known = list_methods()
         return [name for name in served_methods() if self._fsr_given.issuperset(known[name].needs)]
 
     def _count(self, plans: Sequence[ImagePlan]) -> tuple[int, int]:

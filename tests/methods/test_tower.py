@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fsr_vllm.engine.tap import SHALLOW, AttentionTap, shallow_key, shallow_keys, tapped
-from fsr_vllm.methods import VisualTokens, get_method, methods
+from fsr_vllm.methods import VisualTokens, get_method, list_methods
 
 from . import reference, reference_tower
 from .reference_tower import Tower
@@ -74,7 +74,7 @@ def encoded():
     ops = [
         _Op() for _ in range(DEPTH - 1)
     ]  # vLLM does not build the block after the layer that is read
-    tap = AttentionTap(ops, DEPTH, frozenset().union(*map(shallow_keys, methods().values())))
+    tap = AttentionTap(ops, DEPTH, frozenset().union(*map(shallow_keys, list_methods().values())))
     with torch.no_grad():
         out = model(
             torch.randn(MANY, 3, 14 * SIDE, 14 * SIDE),
@@ -82,7 +82,7 @@ def encoded():
             output_hidden_states=True,
         )
         tap.wanted = tapped(set(VisualTokens.__dataclass_fields__)) | {
-            key for info in methods().values() for key in shallow_keys(info)
+            key for info in list_methods().values() for key in shallow_keys(info)
         }
         for op, block, state in zip(ops, blocks, out.hidden_states, strict=False):
             normed = block.layer_norm1(state)
