@@ -33,7 +33,7 @@ VLLM = "0.32.0"
 TORCH = "2.13.0+cpu"
 TORCHVISION = "0.28.0"
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = "test,bench,lint,dist"
+EXTRAS = "test,bench,lint,mutation,dist"
 
 TORCH_INDEX = os.environ.get("FSR_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 PROBE_SECONDS = 5.0
