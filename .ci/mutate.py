@@ -108,8 +108,9 @@ def drawn(rooms: Sequence[str], count: int, seed: int) -> list[Mutant]:
     for room in rooms:
         for path in sorted((ROOT / "fsr_vllm" / room).rglob("*.py")):
             visitor = Everywhere()
-            module = MetadataWrapper(cst.parse_module(path.read_text())).visit(visitor)
-            made[path] = (room, module, visitor.mutations)
+            wrapper = MetadataWrapper(cst.parse_module(path.read_text()))
+            wrapper.visit(visitor)
+            made[path] = (room, wrapper.module, visitor.mutations)
     places = [(path, i) for path, (_, _, all_of) in made.items() for i in range(len(all_of))]
     random.Random(seed).shuffle(places)
     print(f"{len(places)} possible mutants of {', '.join(rooms)}; {count} drawn with seed {seed}")
@@ -117,7 +118,9 @@ def drawn(rooms: Sequence[str], count: int, seed: int) -> list[Mutant]:
     for path, index in places:
         room, module, mutations = made[path]
         mutation = mutations[index]
-        code = module.deep_replace(mutation.original_node, mutation.mutated_node).code  # type: ignore[union-attr]
+        code = cst.ensure_type(
+            module.deep_replace(mutation.original_node, mutation.mutated_node), cst.Module
+        ).code
         line, change = difference(module.code, code)
         if code not in found and line and line not in silent_lines(module.code) and parses(code):
             found[code] = Mutant(room, str(path.relative_to(ROOT)), change, code)
@@ -154,7 +157,8 @@ def silent_lines(code: str) -> set[int]:
     found: set[int] = set()
     for node in ast.walk(ast.parse(code)):
         text = ast.unparse(node) if isinstance(node, ast.Expr | ast.If | ast.Assign) else ""
-        if text.startswith(("logger.", "logger = ", "if TYPE_CHECKING:", "__all__ = ")):
+        silent = ("logger.", "logger = ", "if TYPE_CHECKING:", "__all__ = ")
+        if isinstance(node, ast.stmt) and text.startswith(silent):
             found.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return found
 
@@ -293,7 +297,9 @@ def share_out(mutants: Sequence[Mutant], args: argparse.Namespace, folder: Path)
     for worker in workers:
         os.waitpid(worker, 0)
     lines = [
-        line for job in range(args.jobs) for line in (folder / f"{job}.jsonl").read_text().split("\n")
+        line
+        for job in range(args.jobs)
+        for line in (folder / f"{job}.jsonl").read_text().split("\n")
     ]
     return [Verdict(**json.loads(line)) for line in lines if line]
 

@@ -134,16 +134,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pruned = name != "without the plugin"
         count = args.images if pruned else (LENGTH - 64) // (TOTAL + 1)
         fields = {"fsr_budget": 1} if pruned else {}
-        with tempfile.TemporaryDirectory(prefix="fsr-burst-") as folder:
-            with serve(str(demo_model()), Path(folder) / "log", options, PINNED) as url:
-                asyncio.run(
-                    once(url, [picture(next(numbers))], fields)
-                )  # the first request pays for one-time work
-                floor = [asyncio.run(once(url, [], fields)) for _ in range(args.laps)]
-                beside = [
-                    asyncio.run(once(url, [picture(next(numbers)) for _ in range(count)], fields))
-                    for _ in range(args.laps)
-                ]
+        with (
+            tempfile.TemporaryDirectory(prefix="fsr-burst-") as folder,
+            serve(str(demo_model()), Path(folder) / "log", options, PINNED) as url,
+        ):
+            # The first request pays for one-time work.
+            asyncio.run(once(url, [picture(next(numbers))], fields))
+            floor = [asyncio.run(once(url, [], fields)) for _ in range(args.laps)]
+            beside = [
+                asyncio.run(once(url, [picture(next(numbers)) for _ in range(count)], fields))
+                for _ in range(args.laps)
+            ]
         data["servers"][name] = {"images": count, "alone": floor, "beside": beside}
         print(name, json.dumps(data["servers"][name]), flush=True)
     return data

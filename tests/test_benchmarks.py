@@ -157,7 +157,7 @@ def test_the_gemm_is_the_one_behind_the_cosines(images):
     )
 
 
-@pytest.mark.parametrize("n, k", [(576, 64), (576, 320), (2880, 64), (2880, 640), (13, 12)])
+@pytest.mark.parametrize(("n", "k"), [(576, 64), (576, 320), (2880, 64), (2880, 640), (13, 12)])
 def test_focus_ends_at_a_quarter_at_every_size(n, k):
     tokens = Images.draw(Cell(n, k, 4, 1), "cpu", torch.float32).weighted()
     assert get_method("fsr", scan="farthest").prune(tokens, k).k_focus.tolist() == [max(1, k // 4)]

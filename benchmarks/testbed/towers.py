@@ -95,7 +95,8 @@ def encode(model: CLIPModel, ids: Tensor) -> Tensor:
 
 def look(model: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Joint-space vectors of [CLS] (last layer), (B, J), and of patches (penultimate, last), (2, B,
-    N, J), not unit; and the penultimate patches themselves, (B, N, 128)."""
+    N, J), not unit; and the penultimate patches themselves, (B, N, 128).
+    """
     states = model.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
     joint = [
         model.visual_projection(model.vision_model.post_layernorm(state)).float()

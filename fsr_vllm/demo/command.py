@@ -15,6 +15,7 @@ from .serving import MODEL_NAME, serve
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types.chat import ChatCompletionContentPartParam
 
 BUDGETS: tuple[str | float, ...] = ("off", 0.5, 0.22, 0.11)
 
@@ -58,7 +59,7 @@ def ask_all(url: str, asked: Sequence[Asked]) -> list[dict[str, Any]]:
 
 def ask(client: OpenAI, picture: str, question: str, budget: str | float) -> dict[str, Any]:
     """One streamed chat completion: kept/total, prompt tokens, time to first token, the answer."""
-    content: list[dict[str, Any]] = [
+    content: list[ChatCompletionContentPartParam] = [
         {"type": "image_url", "image_url": {"url": picture}},
         {"type": "text", "text": question},
     ]
