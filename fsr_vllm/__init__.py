@@ -28,7 +28,7 @@ __all__ = [
 
 def stats(llm: Any) -> dict[str, Any]:
     """Counts of pruned images and kept tokens of a running `vllm.LLM`."""
-    from .engine.worker import stats as worker_stats
+    from .engine.stats import stats as worker_stats
 
     return worker_stats(llm)
 
