@@ -4,8 +4,8 @@
     python .ci/mutate.py --seed 0 --mutants 200
 
 draws that many mutants of engine/ and server/ (and a quarter of it of compat/, reported apart), runs
-the unit tests against each, and the few engine tests against those that the unit tests let live. It
-prints each verdict, the survivors and the shares killed. `--named` runs the faults of mutants.toml
+the fast unit tests against each, the slow ones against those that live, and the few engine tests
+against those that still do. It prints each verdict, the survivors and the shares killed. `--named` runs the faults of mutants.toml
 instead: those that once went unnoticed, and may not again.
 
 The operators are mutmut's; its own runner is not used, for it leaves decorated functions and engines
@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import libcst as cst
+import pytest
 from libcst import matchers
 from libcst.metadata import MetadataWrapper
 from mutmut.mutation.file_mutation import MutationVisitor
@@ -56,6 +57,7 @@ ENGINE_TESTS = (
 OURS = ("fsr_vllm", "tests", "benchmarks", "conftest")
 LEAST_PATIENCE = 60.0  # seconds that the unit tests may take at least
 ENGINE_PATIENCE = 900.0
+SLOW = 3.0  # seconds from which on a unit test waits for what the fast ones let live
 PYTEST = ("-x", "-q", "-p", "no:cacheprovider", "-m", "not engine and not full")
 
 
@@ -201,7 +203,27 @@ def import_what_tests_import(tree: Path, tests: Sequence[str]) -> None:
     assert not early, f"imported before the fork: {early}"
 
 
-def forked(tree: Path, tests: Sequence[str], patience: float, log: Path) -> bool:
+class Stopwatch:
+    """A pytest plugin: which tests are slow, as arguments that leave them out."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.slow: dict[str, None] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A slow call is one test's; a slow preparation serves the whole file."""
+        if report.duration > SLOW:
+            name = report.nodeid if report.when == "call" else report.nodeid.split("::")[0]
+            self.slow[name] = None
+
+    def pytest_sessionfinish(self) -> None:
+        """Write them down."""
+        self.file.write_text(json.dumps(list(self.slow)))
+
+
+def forked(
+    tree: Path, tests: Sequence[str], patience: float, log: Path, plugins: Sequence[object] = ()
+) -> bool:
     """Whether the tests pass in a fork of this process; no if they take longer than `patience`."""
     child = os.fork()
     if child == 0:
@@ -213,9 +235,7 @@ def forked(tree: Path, tests: Sequence[str], patience: float, log: Path) -> bool
                 os.dup2(out.fileno(), 1)
                 os.dup2(out.fileno(), 2)
             sys.path.insert(0, str(tree))
-            import pytest
-
-            status = int(pytest.main([*PYTEST, *tests]))
+            status = int(pytest.main([*PYTEST, *tests], plugins=plugins))
         finally:
             os._exit(status)
     ends = time.monotonic() + patience
@@ -248,7 +268,8 @@ def apart(tree: Path, tests: Sequence[str], log: Path) -> bool:
 def judge(
     mutants: Sequence[Mutant],
     tree: Path,
-    unit: Sequence[str],
+    fast: Sequence[str],
+    slow: Sequence[str],
     engine: Sequence[str],
     patience: float,
 ) -> Iterator[Verdict]:
@@ -258,7 +279,9 @@ def judge(
         original = path.read_text()
         path.write_text(mutant.code)
         try:
-            if not forked(tree, unit, patience, log):
+            if not forked(tree, fast, patience, log):
+                outcome = "killed"
+            elif slow and not forked(tree, slow, ENGINE_PATIENCE, log):
                 outcome = "killed"
             elif engine and not apart(tree, engine, log):
                 outcome = "engine"
@@ -273,12 +296,16 @@ def share_out(mutants: Sequence[Mutant], args: argparse.Namespace, folder: Path)
     """All verdicts, from `--jobs` processes with a tree each."""
     tree = copy_of_the_tree(folder / "tree-0")
     import_what_tests_import(tree, args.tests)
-    started = time.monotonic()
-    log = folder / "unmutated.log"
-    if not forked(tree, args.tests, 1800, log):
+    log, times = folder / "unmutated.log", folder / "slow.json"
+    if not forked(tree, args.tests, 1800, log, [Stopwatch(times)]):
         raise SystemExit(f"the tests fail without a mutant:\n{log.read_text()[-3000:]}")
+    slow: list[str] = json.loads(times.read_text())
+    fast = [*args.tests, *(f"--deselect={name}" for name in slow)]
+    started = time.monotonic()
+    if not forked(tree, fast, 1800, log):
+        raise SystemExit(f"the fast tests fail without a mutant:\n{log.read_text()[-3000:]}")
     seconds = time.monotonic() - started
-    print(f"{seconds:.1f} s for the unit tests of the code as it is", flush=True)
+    print(f"{seconds:.1f} s for the fast unit tests; slow: {', '.join(slow) or 'none'}", flush=True)
     workers = []
     for job in range(args.jobs):
         place = tree if job == 0 else copy_of_the_tree(folder / f"tree-{job}")
@@ -287,7 +314,8 @@ def share_out(mutants: Sequence[Mutant], args: argparse.Namespace, folder: Path)
             try:
                 with (folder / f"{job}.jsonl").open("w") as out:
                     mine, patience = mutants[job :: args.jobs], max(LEAST_PATIENCE, 5 * seconds)
-                    for verdict in judge(mine, place, args.tests, args.engine_tests, patience):
+                    fates = judge(mine, place, fast, slow, args.engine_tests, patience)
+                    for verdict in fates:
                         out.write(json.dumps(asdict(verdict)) + "\n")
                         out.flush()
                         print(f"{verdict.outcome:<9}{verdict.place}: {verdict.change}", flush=True)
