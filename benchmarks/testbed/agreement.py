@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.client import connect
+
 from .bench import Bench
 from .photos import data_url
 from .scenes import render
@@ -76,14 +78,7 @@ def _compare(
 
 
 async def _ask_all(bench: Bench, url: str, method: str, budget: int) -> list[str]:
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-    client = AsyncOpenAI(
-        base_url=url,
-        api_key="unused",
-        max_retries=0,
-        http_client=DefaultAsyncHttpxClient(trust_env=False),
-    )
+    client = connect(url)
     model = (await client.models.list()).data[0].id
     urls = dict.fromkeys(sorted({index for index, _ in bench.items}), "")
     for index in urls:

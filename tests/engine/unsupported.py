@@ -44,7 +44,7 @@ def build(path: Path) -> Path:
     )
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-    words = [*SPECIAL, "<|video_pad|>", "[UNK]", *"What is this Say something".split()]
+    words = [*SPECIAL, "<|video_pad|>", "[UNK]", *["What", "is", "this", "Say", "something"]]
     plain = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     )
