@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Do the fast tests notice when the code is wrong? Small faults, one at a time, in a copy of the tree.
+"""Do the fast tests notice when code is wrong? One small fault at a time, in a copy of the tree.
 
     python .ci/mutate.py --seed 0 --mutants 200
 
-draws that many mutants of engine/ and server/ (and a quarter of it of compat/, reported apart), runs
-the fast unit tests against each, the slow ones against those that live, and the few engine tests
-against those that still do. It prints each verdict, the survivors and the shares killed. `--named` runs the faults of mutants.toml
-instead: those that once went unnoticed, and may not again.
+draws that many mutants of engine/ and server/ (and a quarter of it of compat/, reported apart),
+runs the fast unit tests against each, the slow ones against those that live, and the few engine
+tests against those that still do. It prints each verdict, the survivors and the shares killed.
+`--named` runs the faults of mutants.toml instead, which once went unnoticed and may not again.
 
-The operators are mutmut's; its own runner is not used, for it leaves decorated functions and engines
-in other processes out. Here a process that has imported vLLM and torch is forked for every mutant,
-which takes as long as the tests do. Not mutated is what no test can see: messages to the log, types,
-`__all__`; and a string is changed once, not in its case too.
+The operators are mutmut's; its own runner is not used, for it leaves decorated functions out, and
+engines in other processes. Here a process that has imported vLLM and torch is forked for every
+mutant, which takes as long as the tests do. Not mutated is what no test can see: messages to the
+log, types, `__all__`; and a string is changed once, not in its case too.
 """
 
 from __future__ import annotations
@@ -279,9 +279,10 @@ def judge(
         original = path.read_text()
         path.write_text(mutant.code)
         try:
-            if not forked(tree, fast, patience, log):
-                outcome = "killed"
-            elif slow and not forked(tree, slow, ENGINE_PATIENCE, log):
+            lives = forked(tree, fast, patience, log)
+            if lives and slow:
+                lives = forked(tree, slow, ENGINE_PATIENCE, log)
+            if not lives:
                 outcome = "killed"
             elif engine and not apart(tree, engine, log):
                 outcome = "engine"

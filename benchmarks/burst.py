@@ -157,9 +157,12 @@ def markdown(data: dict[str, Any]) -> str:
         "# A text request beside one prompt of many images",
         "",
         f"`python -m benchmarks.burst --images {data['images']} --laps {data['laps']}`; {about}.",
-        f"Bundled model, {TOTAL} visual tokens per image, steps of 2,048 tokens; the engine on one core. Longest",
-        "seconds between two tokens of a running text request, median over the laps (all of them in brackets). Single",
-        "laps have stalls of seconds without any neighbour too, whose cause was not found: compare medians.",
+        f"Bundled model, {TOTAL} visual tokens per image, steps of 2,048 tokens; the engine on "
+        "one core. Longest",
+        "seconds between two tokens of a running text request, median over the laps (all of them "
+        "in brackets). Single",
+        "laps have stalls of seconds without any neighbour too, whose cause was not found: "
+        "compare medians.",
         "",
         "| server | images of the prompt | alone | beside it | that prompt is answered after |",
         "|---|---|---|---|---|",

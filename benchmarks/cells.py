@@ -150,7 +150,7 @@ class Bench:
         return prepare
 
     def _kernel_calls(self, images: Images) -> list[tuple[str, str, Callable[[], Call]]]:
-        """Each loop with each backend, over the same similarities, with nothing chosen beforehand."""
+        """Each loop with each backend, over the same similarities, with nothing chosen before."""
         similarity, k = cosine_similarity(images.features), images.cell.k
         loops: dict[str, Callable[[str], Call]] = {
             "farthest": lambda backend: (
@@ -220,6 +220,7 @@ def _checked(pruned: PrunedTokens, cell: Cell) -> str:
     m = max(1, cell.k // 4)
     if not bool((pruned.k_focus == m).all() & (pruned.num_scan == cell.k - m).all()):
         raise RuntimeError(
-            f"K_F is {pruned.k_focus.tolist()}, not {m}: these inputs do not measure what they should"
+            f"K_F is {pruned.k_focus.tolist()}, not {m}: these inputs do not measure what they "
+            "should"
         )
     return _stages(pruned)

@@ -1,4 +1,4 @@
-"""How results are written: JSON with one record to a line, so that a diff shows which ones changed."""
+"""How results are written: JSON with a record to a line, so that a diff shows which changed."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ sizes in the same run; the rows they are made of, FSR and CDPruner were run in t
 - {LITERAL}: the equations one step and one image at a time, in torch, on the same inputs as `{FSR}`.
 - {STEPS}: its loop as described, in torch, batched, some operations per step, on the same inputs.
 - `{FSR}`: inputs made so that focus ends at K/4 (checked) and the scan finds the other 3/4 of K.
-- `{FSR_RANDOM}`: log-normal saliency, normal relevance; where K_F is above K nothing is compared or scanned.""",
+- `{FSR_RANDOM}`: log-normal saliency, normal relevance; where K_F is above K nothing is compared or scanned.""",  # noqa: E501
         "## Targets",
         _table(
             ("device", "target", "found", ""),
@@ -135,7 +135,8 @@ sizes in the same run; the rows they are made of, FSR and CDPruner were run in t
     loops = [result for result in results if result.kind == "kernel"]
     if loops:
         parts.append(
-            "## Kernels\n\nOver a similarity matrix that is there already, nothing chosen beforehand."
+            "## Kernels\n\nOver a similarity matrix that is there already, nothing chosen "
+            "beforehand."
         )
     for cell in dict.fromkeys(result.cell for result in loops):
         rows = [result for result in loops if result.cell == cell]

@@ -54,8 +54,8 @@ class Engine:
         from vllm import LLM
 
         self.llm = LLM(
-            model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=512 << 20, max_model_len=2048,
-            limit_mm_per_prompt={"image": 1}, additional_config={"fsr": {}},
+            model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=512 << 20,
+            max_model_len=2048, limit_mm_per_prompt={"image": 1}, additional_config={"fsr": {}},
         )  # fmt: skip
         self.preparing = 0.0
         processor = self.llm.llm_engine.renderer.get_mm_processor()

@@ -168,14 +168,17 @@ def markdown(report: dict[str, Any]) -> str:
     sizes = report["sizes"]
     lines = ["# Worst cases of methods and options", ""]
     lines += [
-        f"`{report['command']}`, {report['seconds']} s; D = 1024, one image, float32, one thread. Medians of CPU"
+        f"`{report['command']}`, {report['seconds']} s; D = 1024, one image, float32, one "
+        "thread. Medians of CPU"
     ]
     lines += ["time, run in turns."]
     lines += [
-        "Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the multiple of the"
+        "Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the "
+        "multiple of the"
     ]
     lines += [
-        f"worst case of FSR as served at the same size, in the same run. Served up to x {LIMIT:g} at {sizes[-1]:,}."
+        "worst case of FSR as served at the same size, in the same run. Served up to x "
+        f"{LIMIT:g} at {sizes[-1]:,}."
     ]
     lines += ["", ", ".join(f"{key}: {value}" for key, value in report["machine"].items()), ""]
     head = [
@@ -203,7 +206,8 @@ def markdown(report: dict[str, Any]) -> str:
         )
     lines += ["", "`~`: not run, from the smaller size by the cube of N.", "", "## Signals", ""]
     lines += [
-        f"Seconds for one layer of {_HEADS} heads. They are formed once per image, beside a tower that computes the"
+        f"Seconds for one layer of {_HEADS} heads. They are formed once per image, beside a "
+        "tower that computes the"
     ]
     lines += ["same attention in every layer."]
     last, worst = str(sizes[-1]), {row["method"]: 0.0 for row in report["rows"]}
@@ -215,7 +219,8 @@ def markdown(report: dict[str, Any]) -> str:
                 number * report["signals"][last][signal] for signal, number in layers.items()
             )
             lines += [
-                f"With what it needs, `{name}` costs x {total / worst_of_reference(report):.2g} at {sizes[-1]:,}."
+                f"With what it needs, `{name}` costs x {total / worst_of_reference(report):.2g} "
+                f"at {sizes[-1]:,}."
             ]
     lines += [""]
     lines += [

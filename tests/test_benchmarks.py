@@ -38,7 +38,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On a busy machine the threads of torch wait for each other, and tiny runs then take seconds."""
+    """On a busy machine threads of torch wait for each other, and tiny runs take seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

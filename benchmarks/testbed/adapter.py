@@ -22,7 +22,8 @@ def build_adapter(path: Path, checkpoint: Path, rank: int = 8) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     save_file(weights, path / "adapter_model.safetensors")
     described = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"], "bias": "none",
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"], "bias":
+        "none",
     }  # fmt: skip
     (path / "adapter_config.json").write_text(json.dumps(described))
     return path

@@ -72,8 +72,8 @@ def _compare(
     ]
     longer = sum(len(said) > 1 for _, said in pairs)
     return {
-        "method": method, "budget": budget, "different": len(different), "longer_than_a_word": longer,
-        "examples": different[:5],
+        "method": method, "budget": budget, "different": len(different), "longer_than_a_word":
+        longer, "examples": different[:5],
     }  # fmt: skip
 
 

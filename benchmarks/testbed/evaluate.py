@@ -1,4 +1,4 @@
-"""Accuracy per family and budget of every registered method: `python -m benchmarks.testbed.evaluate`.
+"""Accuracy per family and budget of all methods: `python -m benchmarks.testbed.evaluate`.
 
 Rows: every method as published, every method that has something to tune as tuned on the validation
 split (`tune`), FSR as served, the oracle, and controls: the question replaced, the sign of
@@ -74,7 +74,7 @@ def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
 
 
 def budgets_of(row: Row, budgets: Sequence[int]) -> list[int]:
-    """Tuned rows and controls are run where they were tuned: at larger budgets rows hardly differ."""
+    """Tuned rows and controls run where they were tuned: at larger budgets rows hardly differ."""
     return [
         budget
         for budget in budgets
@@ -92,7 +92,7 @@ def outcome(bench: Bench, row: Row, budget: int) -> Outcome:
 def summarise(
     bench: Bench, row: Row, budget: int, found: Outcome, families: Sequence[str]
 ) -> dict[str, Any]:
-    """One row at one budget, as it is written: accuracies in per cent, standard errors over scenes."""
+    """One row at one budget, as it is written: accuracies in per cent, errors over scenes."""
     present = [family for family in FAMILIES if family in bench.families]
     by_family = {
         family: 100 * float(found.right[bench.families == family].mean()) for family in present

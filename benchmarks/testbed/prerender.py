@@ -1,8 +1,8 @@
-"""The demo's pictures and questions as files of the package: `python -m benchmarks.testbed.prerender`.
+"""Write the demo's pictures and questions: `python -m benchmarks.testbed.prerender`.
 
-Scenes are held-out ones of the testbed, for each family of questions the first that something can
-be asked about; photographs are scikit-image's, for models that know the world. To be run again when
-scenes or questions change.
+They are files of the package. Scenes are held-out ones of the testbed, for each family of questions
+the first that something can be asked about; photographs are scikit-image's, for models that know
+the world. To be run again when scenes or questions change.
 """
 
 from __future__ import annotations

@@ -58,13 +58,15 @@ def build(tokenizer: Tokenizer, seed: int) -> CLIPModel:
     torch.manual_seed(seed)
     bos, eos = (tokenizer.token_to_id(token) for token in (CLIP_BOS, CLIP_EOS))
     text = {
-        "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers": TEXT_LAYERS,
-        "num_attention_heads": HEADS, "max_position_embeddings": CLIP_LENGTH, "vocab_size": tokenizer.get_vocab_size(),
-        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos, "projection_dim": JOINT,
+        "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers":
+        TEXT_LAYERS, "num_attention_heads": HEADS, "max_position_embeddings": CLIP_LENGTH,
+        "vocab_size": tokenizer.get_vocab_size(), "bos_token_id": bos, "eos_token_id": eos,
+        "pad_token_id": eos, "projection_dim": JOINT,
     }  # fmt: skip
     vision = {
         "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH, "projection_dim": JOINT,
+        "num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH, "projection_dim":
+        JOINT,
     }  # fmt: skip
     model = CLIPModel(
         CLIPConfig(

@@ -18,8 +18,9 @@ START_SECONDS = 300
 # A small model on any machine: no compilation, a fixed piece of memory, nothing fetched, nothing
 # reported.
 SERVE_OPTIONS = (
-    "--plugin", "fsr", "--served-model-name", MODEL_NAME, "--dtype", "float32", "--max-model-len", "2048",
-    "--enforce-eager", "--kv-cache-memory-bytes", "268435456", "--limit-mm-per-prompt", '{"image": 2}',
+    "--plugin", "fsr", "--served-model-name", MODEL_NAME, "--dtype", "float32", "--max-model-len",
+    "2048", "--enforce-eager", "--kv-cache-memory-bytes", "268435456", "--limit-mm-per-prompt",
+    '{"image": 2}',
 )  # fmt: skip
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -1,4 +1,4 @@
-"""The demo needs nothing but what vLLM brings: no testbed, and none of the packages it draws with."""
+"""The demo needs nothing but what vLLM brings: neither the testbed nor what it draws with."""
 
 import subprocess
 import sys

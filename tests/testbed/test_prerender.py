@@ -31,7 +31,7 @@ def test_the_command_writes_the_files_of_the_package(written):
             np.asarray(Image.open(place / name), int) for place in (written, PICTURES)
         )
         assert new.shape == committed.shape
-        # Another release of Pillow may round a JPEG another way; a PNG it may only pack another way.
+        # Another release of Pillow may round a JPEG another way; a PNG it can only pack otherwise.
         assert abs(new - committed).max() <= (0 if name.endswith(".png") else 8), name
 
 
