@@ -15,6 +15,8 @@ from fsr_vllm.compat.parallel import (
     tensor_parallel_size,
     tensor_parallel_sum,
 )
+from fsr_vllm.compat.types import AttentionOp
+from fsr_vllm.methods import Method, MethodInfo
 from fsr_vllm.signals.saliency import attention_map, cls_attention, received_attention
 
 PUBLISHED_DEPTH = 24  # blocks of CLIP ViT-L, in which methods state their layers
@@ -28,7 +30,7 @@ def shallow_key(name: str, layer: int) -> str:
     return f"{name}@{layer}"
 
 
-def shallow_keys(method: Any) -> frozenset[str]:
+def shallow_keys(method: Method | MethodInfo) -> frozenset[str]:
     """The shallow signals of a method, or of what is known of one."""
     return frozenset(
         shallow_key(name, method.shallow_layer) for name in SHALLOW if name in method.needs
@@ -90,7 +92,7 @@ class AttentionHook:
     def _reader(self, name: str) -> Callable[..., None]:
         form = self._received if name.startswith("shallow_received@") else cls_attention
 
-        def read(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def read(layer: AttentionOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in self._wanted:
                 query, key = _query_key(args, kwargs)
                 summed = form(query, key, layer.num_heads, layer.scale)
@@ -98,7 +100,7 @@ class AttentionHook:
 
         return read
 
-    def _read_last(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read_last(self, layer: AttentionOp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wanted, signals = self._wanted, self._signals
         if not wanted:
             return
@@ -129,7 +131,7 @@ def _query_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, T
     return query, key
 
 
-def _over_heads(layer: Any, summed: Tensor) -> Tensor:
+def _over_heads(layer: AttentionOp, summed: Tensor) -> Tensor:
     ranks = tensor_parallel_size()
     return (tensor_parallel_sum(summed) if ranks > 1 else summed) / (layer.num_heads * ranks)
 

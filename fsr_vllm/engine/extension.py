@@ -8,7 +8,6 @@ it up here.
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 OURS = f"{__name__}.FsrWorkerExtension"
 COMBINED = f"{__name__}.With_"
@@ -37,7 +36,7 @@ def with_ours(given: str) -> str:
     return given if given.startswith(COMBINED) else COMBINED + given.encode().hex()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type:
     """`With_<hex of a dotted name>`: that class, combined with ours unless it inherits ours
     already.
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 from fsr_vllm.compat.model import tokenizer_of, weight_source
 from fsr_vllm.compat.parallel import has_vision_tower
 from fsr_vllm.compat.resets import on_runner_reset
+from fsr_vllm.compat.types import Anything, ModelConfig, VllmConfig
 from fsr_vllm.engine.attention_hook import AttentionHook, shallow_keys
 from fsr_vllm.engine.encoder import Encoder
 from fsr_vllm.engine.encoder_source import split_revision
@@ -35,7 +36,7 @@ class FsrModelMixin:
     # Declared, not assigned: a class attribute would hide the submodule of the same name.
     fsr_text: Any
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         settings = read_settings(config)
         active = settings is not None and self.fsr_family.unsupported(config) is None
@@ -84,7 +85,7 @@ class FsrModelMixin:
         text.check_loaded({name for name in ours if name})
         return loaded | {WEIGHTS + name for name, _ in text.named_parameters()}
 
-    def embed_multimodal(self, **kwargs: Any) -> Any:
+    def embed_multimodal(self, **kwargs: Anything) -> Anything:
         """One tensor per image: K rows where its plan prunes it, all N otherwise."""
         packed = kwargs.pop(PLAN_FIELD, None)
         if self.fsr is None or packed is None:
@@ -153,7 +154,7 @@ class Pruner:
         return self.counts.read() | (cache.stats() if cache is not None else {}) | seconds
 
 
-def _prototypes(model_config: Any) -> Tensor | None:
+def _prototypes(model_config: ModelConfig) -> Tensor | None:
     """The codebook beside the model, if it has one. Errors: ValueError if its rows are of another
     width.
     """

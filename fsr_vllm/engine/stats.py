@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from fsr_vllm.compat.front_end import front_end_processor
+from fsr_vllm.compat.types import OfflineLLM
 
 
-def stats(llm: Any) -> dict[str, Any]:
+def stats(llm: OfflineLLM) -> dict[str, Any]:
     """Visual tokens kept and total of an offline `LLM` so far, and its workers' statistics.
 
     Keys: images, pruned_images, visual_tokens_kept, visual_tokens_total (as requested, caches

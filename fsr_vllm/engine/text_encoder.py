@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from cachetools import LRUCache
 from torch import nn
 
 from fsr_vllm.compat.model import embed_text_ids, load_parameter
+from fsr_vllm.compat.types import Anything, ModelConfig, Tokenizer
 from fsr_vllm.engine.encoder_source import read_config, resolved, split_revision
 from fsr_vllm.signals.relevance import (
     clip_relevance,
@@ -37,7 +37,7 @@ _WAYS_OUT = (
 )
 
 
-def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str, int]:
+def find_encoder(model_config: ModelConfig, setting: str, sign: str | int) -> tuple[str, int]:
     """The text encoder to load (a path or NAME@COMMIT, "llm" or "none") and the sign of its
     patch-text cosine.
 
@@ -72,7 +72,7 @@ def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str,
     return resolved(path), relevance_sign(sign, name, getattr(config, "fsr_relevance_sign", None))
 
 
-def plain_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def plain_ids(tokenizer: Tokenizer, text: str, **options: Anything) -> list[int]:
     """Token ids of a user's text without specials: a control token that the user wrote out is left
     out.
 
@@ -200,7 +200,9 @@ class LlmText:
 
     per_patch = False  # relevance speaks of the rows that the language model would get
 
-    def __init__(self, language_model: nn.Module, tokenizer: Callable[[], Any], sign: int) -> None:
+    def __init__(
+        self, language_model: nn.Module, tokenizer: Callable[[], Tokenizer], sign: int
+    ) -> None:
         # Not an nn.Module: it borrows the language model, which must not be registered twice.
         self._language_model, self._tokenizer, self.sign = language_model, tokenizer, sign
         self._cache = _QuestionCache(self._encode)

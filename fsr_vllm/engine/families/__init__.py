@@ -40,7 +40,7 @@ def _built(architecture: str) -> type:
     return build(family(architecture))
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type:
     """`FsrARCHITECTURE`: the vLLM model class of a family, built when vLLM asks for it."""
     architecture = name.removeprefix(PREFIX)
     if architecture == name or architecture not in _OBJECTS:

@@ -12,6 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fsr_vllm.compat.types import (
+    EngineArgs,
+    HfConfig,
+    Items,
+    Model,
+    Placeholder,
+    ProcessingInfo,
+    VllmConfig,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,43 +52,45 @@ class Family(ABC):
         return ()
 
     @abstractmethod
-    def unsupported(self, hf_config: Any) -> str | None:
+    def unsupported(self, hf_config: HfConfig) -> str | None:
         """Why this checkpoint's images cannot be pruned, or None."""
 
-    def conflicts(self, engine_args: Any) -> str | None:
+    def conflicts(self, engine_args: EngineArgs) -> str | None:
         """Which of vLLM's options the plugin cannot work with on this family and why, or None."""
         return None
 
     @abstractmethod
-    def most_tokens(self, hf_config: Any) -> int:
+    def most_tokens(self, hf_config: HfConfig) -> int:
         """The most visual tokens that an image can have."""
 
     @abstractmethod
-    def total(self, info: Any, images: Any, index: int, options: Mapping[str, Any]) -> int:
+    def total(
+        self, info: ProcessingInfo, images: Items, index: int, options: Mapping[str, Any]
+    ) -> int:
         """Visual tokens N of an image without pruning.
 
         `info` is vLLM's processing info and `options` are the processor's. An image may come
         without its pixels, where vLLM has it cached under a `uuid`.
         """
 
-    def shorten(self, placeholder: Any, plan: ImagePlan) -> Any:
+    def shorten(self, placeholder: Placeholder, plan: ImagePlan) -> Placeholder:
         """The placeholder of a pruned image, cut from the stock one: exactly `plan.keep` tokens."""
         return placeholder[: plan.keep]
 
     @abstractmethod
-    def boxes(self, info: Any, size: tuple[int, int]) -> list[Box]:
+    def boxes(self, info: ProcessingInfo, size: tuple[int, int]) -> list[Box]:
         """The part of the original image, `size` = (width, height) pixels, that each row shows."""
 
 
 class WorkerHalf(ABC):
     """The worker half, made with the model: images in, rows out."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.hook: AttentionHook  # set by FsrModelMixin, once the layout's layers are hooked
 
     @staticmethod
-    def prepare(vllm_config: Any) -> None:
+    def prepare(vllm_config: VllmConfig) -> None:
         """Run before the stock model's `__init__`."""
         return
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fsr_vllm.compat.model import tower_attentions
+from fsr_vllm.compat.types import HfConfig, Items, ProcessingInfo
 from fsr_vllm.engine.attention_hook import AttentionLayout
 from fsr_vllm.engine.families.base import Box, Family, WorkerHalf
 from fsr_vllm.engine.types import EncodedImage, ImageFeatures, ImageInput
@@ -35,7 +36,7 @@ class Llava(Family):
     def worker_half(self) -> type[WorkerHalf]:
         return LlavaWorker
 
-    def unsupported(self, hf_config: Any) -> str | None:
+    def unsupported(self, hf_config: HfConfig) -> str | None:
         """FSR's saliency is the attention of a CLIP tower's [CLS] to the patches."""
         name, tower = self.architecture, hf_config.vision_config.model_type
         if tower != "clip_vision_model":
@@ -49,13 +50,15 @@ class Llava(Family):
             return f"{name} is supported with vision_feature_select_strategy default only"
         return None
 
-    def most_tokens(self, hf_config: Any) -> int:
+    def most_tokens(self, hf_config: HfConfig) -> int:
         return _side(hf_config) ** 2
 
-    def total(self, info: Any, images: Any, index: int, options: Mapping[str, Any]) -> int:
+    def total(
+        self, info: ProcessingInfo, images: Items, index: int, options: Mapping[str, Any]
+    ) -> int:
         return self.most_tokens(info.get_hf_config())
 
-    def boxes(self, info: Any, size: tuple[int, int]) -> list[Box]:
+    def boxes(self, info: ProcessingInfo, size: tuple[int, int]) -> list[Box]:
         """CLIP's image processor scales the shorter edge to the tower's size and crops the centre;
         one that is configured without a crop squeezes the whole image into the square.
         """
@@ -128,7 +131,7 @@ class LlavaWorker(WorkerHalf):
         return images
 
 
-def _side(hf_config: Any) -> int:
+def _side(hf_config: HfConfig) -> int:
     vision = hf_config.vision_config
     return vision.image_size // vision.patch_size
 
