@@ -50,9 +50,9 @@ APART = ("compat",)
 UNIT_TESTS = ("tests/engine/unit", "tests/server")
 # Real engines, for what no unit test can see: outputs, caches, and HTTP.
 ENGINE_TESTS = (
-    "tests/engine/test_offline.py",
-    "tests/engine/test_caches.py",
-    "tests/server/test_main.py",
+    "tests/engine/test_offline.py::test_caches_never_mix_budgets_questions_or_methods",
+    "tests/engine/test_reuse.py::test_interleaved_requests_are_answered_as_without_caches",
+    "tests/server/test_main.py::test_a_budget_per_request",
 )
 OURS = ("fsr_vllm", "tests", "benchmarks", "conftest")
 LEAST_PATIENCE = 60.0  # seconds that the unit tests may take at least
@@ -132,15 +132,20 @@ def drawn(rooms: Sequence[str], count: int, seed: int) -> list[Mutant]:
 
 
 def named(file: Path) -> list[Mutant]:
-    """The faults of a TOML file: each replaces one text, which stands in the file exactly once."""
-    found = []
+    """The faults of a TOML file: each replaces a text that stands in the package exactly once."""
+    files = {path: path.read_text() for path in sorted((ROOT / "fsr_vllm").rglob("*.py"))}
+    found, lost = [], []
     for entry in tomllib.loads(file.read_text())["mutant"]:
-        text = (ROOT / entry["file"]).read_text()
-        if text.count(entry["old"]) != 1:
-            raise SystemExit(f"{entry['name']}: {entry['file']} has not one {entry['old']!r}")
-        code = text.replace(entry["old"], entry["new"])
-        room = Path(entry["file"]).parts[1]
-        found.append(Mutant(room, entry["file"], entry["name"], code))
+        places = [path for path, text in files.items() for _ in range(text.count(entry["old"]))]
+        if len(places) != 1:
+            lost.append(f"{entry['name']}: {len(places)} places have {entry['old']!r}")
+            continue
+        (path,) = places
+        code = files[path].replace(entry["old"], entry["new"])
+        room = path.relative_to(ROOT).parts[1].removesuffix(".py")
+        found.append(Mutant(room, str(path.relative_to(ROOT)), entry["name"], code))
+    if lost:
+        raise SystemExit("\n".join(lost))
     return found
 
 
@@ -370,7 +375,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fsr-mutants-") as folder:
         verdicts = share_out(mutants, args, Path(folder))
     print()
-    for rooms in (ROOMS, APART):
+    others = tuple(sorted({verdict.room for verdict in verdicts} - {*ROOMS, *APART}))
+    for rooms in (ROOMS, APART, others):
         if any(verdict.room in rooms for verdict in verdicts):
             report(verdicts, rooms)
 
