@@ -4,18 +4,22 @@ BIN := .venv/bin
 TESTS ?=
 VERSIONS ?=
 KEEP ?=
+SEED ?= 0
+MUTANTS ?= 200
+JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full compat lint format dist clean
+.PHONY: help setup demo test test-full mutate compat lint format dist clean
 
 help:
 	@echo 'make setup      create or complete .venv (CPU, or GPU where there is one)'
-	@echo 'make demo       serve a small model with the plugin and ask it about photographs'
+	@echo 'make demo       serve a small model with the plugin and ask it about pictures'
 	@echo 'make test       the tests; TESTS="tests/packaging -k docker" selects'
 	@echo 'make test-full  the tests, those that take long included'
+	@echo 'make mutate     are faults of engine/ and server/ noticed? hours; MUTANTS=200 SEED=0 JOBS=1'
 	@echo 'make compat     a smoke in every supported vLLM release with a CPU build; VERSIONS="0.30 0.31" selects, KEEP=1'
 	@echo '                keeps the environments'
-	@echo 'make lint       ruff and mypy;  make format  lets ruff repair what it can'
+	@echo 'make lint       ruff, mypy and who may import whom;  make format  lets ruff repair what it can'
 	@echo 'make dist       wheel and sdist in dist/, proven in a fresh environment'
 
 setup:
@@ -30,6 +34,9 @@ test: setup
 test-full: setup
 	$(BIN)/python -m pytest $(TESTS)
 
+mutate: setup
+	$(BIN)/python .ci/mutate.py --seed $(SEED) --mutants $(MUTANTS) --jobs $(JOBS)
+
 compat:
 	@$(PYTHON) .ci/compat.py $(if $(VERSIONS),--versions $(VERSIONS)) $(if $(KEEP),--keep)
 
@@ -37,6 +44,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -130,7 +130,7 @@ def same(left: dict[str, Any], right: dict[str, Any], what: str, whose: str) -> 
 
 
 def scheduler(folder: Path) -> None:
-    """vLLM's real scheduler, without an engine: a step encodes no more at a budget of 1 than
+    """VLLM's real scheduler, without an engine: a step encodes no more at a budget of 1 than
     unpruned.
     """
     sys.path.insert(0, str(ROOT))

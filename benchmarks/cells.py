@@ -221,6 +221,7 @@ def _checked(pruned: PrunedTokens, cell: Cell) -> str:
     m = max(1, cell.k // 4)
     if not bool((pruned.k_focus == m).all() & (pruned.num_scan == cell.k - m).all()):
         raise RuntimeError(
-            f"K_F is {pruned.k_focus.tolist()}, not {m}: these inputs do not measure what they should"
+            f"K_F is {pruned.k_focus.tolist()}, not {m}: these inputs do not measure what they "
+            "should"
         )
     return _stages(pruned)

@@ -37,7 +37,7 @@ def connect(url: str) -> AsyncOpenAI:
 async def one(
     client: AsyncOpenAI, url: str, fields: dict[str, Any], tokens: int
 ) -> dict[str, float]:
-    """Seconds to the first token and to the end, and the prompt's tokens, of one streamed answer."""
+    """Seconds to the first token and to the end, and the prompt's tokens, of one answer."""
     content = [
         {"type": "image_url", "image_url": {"url": url}},
         {"type": "text", "text": "What is this?"},

@@ -5,16 +5,15 @@ vanilla against pruned.
 
 Every request brings a picture that no request before it had, so no cache of images helps either
 side. Vanilla is the same server without the plugin. The models are random 576-token LLaVAs of
-benchmarks.testbed: around the tiny one times say what the plugin costs, for its language model takes
-no time; the wide one's prefill takes longer than its vision tower, as that of large models does.
-Writes concurrency-cpu.json and .md into --out.
+benchmarks.testbed: around the tiny one times say what the plugin costs, for its language model
+takes no time; the wide one's prefill takes longer than its vision tower, as that of large models
+does. Writes concurrency-cpu.json and .md into --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from benchmarks.testbed import build_checkpoint
 from fsr_vllm.demo import SERVE_OPTIONS, serve
 
 from .client import at_once, connect, pictures, row
+from .records import write_json
 from .report import machine
 from .servicetimes import MODEL
 
@@ -90,7 +90,8 @@ async def measure(
 def markdown(run: dict[str, Any]) -> str:
     about = "\n".join(f"- {name}: {value}" for name, value in run["machine"].items())
     lines = [
-        f"{model} | {side} | {row['concurrency']} | {row['requests']} | {row['prompt_tokens']:.0f} | "
+        f"{model} | {side} | {row['concurrency']} | {row['requests']} | "
+        f"{row['prompt_tokens']:.0f} | "
         f"{row['requests_per_second']:.1f} | {row['ttft_p50_ms']:.0f} | {row['ttft_p95_ms']:.0f} | "
         f"{row['rss_before_mib']:.0f} | {row['rss_peak_mib']:.0f}"
         for model, sides in run["results"].items()
@@ -99,7 +100,8 @@ def markdown(run: dict[str, Any]) -> str:
         for row in rows
         if row["concurrency"] == concurrency
     ]
-    head = "model | side | at once | requests | prompt tokens | requests/s | TTFT p50 ms | p95 ms | RSS before | peak MiB"
+    head = "model | side | at once | requests | prompt tokens | requests/s | "
+    head += "TTFT p50 ms | p95 ms | RSS before | peak MiB"
     table = "\n".join([f"| {head} |", "|---|---|" + "--:|" * 8, *(f"| {line} |" for line in lines)])
     return f"""\
 # Concurrency on the real server, CPU
@@ -113,7 +115,7 @@ server options. RSS is the worker's: resident before each row's requests, and it
 while they ran.
 
 {table}
-"""
+"""  # noqa: E501
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,9 +149,7 @@ def main(argv: list[str] | None = None) -> int:
                     sides[side] = asyncio.run(measure(url, fields, fresh, args.requests))
     run["seconds"] = round(time.monotonic() - started, 1)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "concurrency-cpu.json").write_text(
-        json.dumps(run, indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(args.out / "concurrency-cpu.json", run)
     (args.out / "concurrency-cpu.md").write_text(markdown(run), encoding="utf-8")
     print(markdown(run))
     return 0

@@ -81,7 +81,7 @@ class Images:
             "prototypes": lambda: self._normal(454, d).to(
                 dtype
             ),  # as many as the file published for LLaVA-1.5-7B
-            "grid": lambda: _near_square(n),
+            "grid": lambda: near_square(n),
             "frame_weights": lambda: self._uniform(_FRAMES),
             "probe": probes.get(method.name, lambda: self._uniform(n)),
             "group": lambda: torch.arange(self.cell.batch, device=self.features.device),
@@ -120,7 +120,7 @@ class Images:
         )
 
 
-def _near_square(n: int) -> tuple[int, int]:
+def near_square(n: int) -> tuple[int, int]:
     """(h, w) with h * w = n, h the largest divisor not above the root."""
     h = max(side for side in range(1, math.isqrt(n) + 1) if n % side == 0)
     return h, n // h

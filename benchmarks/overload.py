@@ -30,13 +30,15 @@ from benchmarks.testbed.photos import data_url
 from fsr_vllm.demo import MODEL_NAME, SERVE_OPTIONS, serve
 
 from .queueing import poisson
+from .records import write_json
 from .report import machine
 from .servicetimes import MODEL, QUESTION, pictures
 
 TOKENS = 16
 # The simulation's limits.
 OPTIONS = (
-    *SERVE_OPTIONS, "--kv-cache-memory-bytes", "805306368", "--max-num-seqs", "64", "--max-num-batched-tokens", "2048",
+    *SERVE_OPTIONS, "--kv-cache-memory-bytes", "805306368", "--max-num-seqs", "64",
+    "--max-num-batched-tokens", "2048",
 )  # fmt: skip
 BOUNDS = (5.0, 15.0, 30.0)  # seconds to the first token; each is reported
 # as in the simulation: a good first token takes at most so many times what it takes at rest
@@ -46,7 +48,7 @@ PATIENCE = 8.0
 async def ask(
     client: httpx.AsyncClient, picture: str, number: int, **fields: Any
 ) -> dict[str, Any]:
-    """One streamed request: seconds to the first token and to the end, and the kept/total header."""
+    """One streamed request: seconds to the first token and the end, and the kept/total header."""
     content = [
         {"type": "image_url", "image_url": {"url": picture}},
         {"type": "text", "text": f"{number} {QUESTION}"},
@@ -83,7 +85,7 @@ async def ask(
 async def load(
     url: str, urls: list[str], arrivals: list[float], drain: float
 ) -> list[dict[str, Any]]:
-    """All arrivals at their times; what is not done `drain` seconds after the last one is given up."""
+    """All arrivals at their times; what is not done `drain` seconds after the last is given up."""
     timeout = httpx.Timeout(None)
     async with httpx.AsyncClient(
         base_url=url, timeout=timeout, trust_env=False, limits=httpx.Limits(max_connections=None)
@@ -187,7 +189,7 @@ def run(args: argparse.Namespace, data: dict[str, Any]) -> None:
 
 def write(data: dict[str, Any], folder: Path) -> None:
     """Both files."""
-    (folder / "overload-cpu.json").write_text(json.dumps(data, indent=1) + "\n")
+    write_json(folder / "overload-cpu.json", data)
     (folder / "overload-cpu.md").write_text(markdown(data))
 
 
@@ -204,18 +206,24 @@ def markdown(data: dict[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in data["machine"].items()]
     lines += [f"- model: {json.dumps(data['model'])}, random weights", ""]
     lines += [
-        f"Capacity at {data['high']} tokens {data['capacity']:.2f} requests/s; offered {data['rate']:.2f} requests/s. "
-        f"First token at rest {data['ttft_at_rest']:.2f} s; good is within {data['ttft_limit']:.2f} s.",
+        f"Capacity at {data['high']} tokens {data['capacity']:.2f} requests/s; offered "
+        f"{data['rate']:.2f} requests/s. "
+        f"First token at rest {data['ttft_at_rest']:.2f} s; good is within "
+        f"{data['ttft_limit']:.2f} s.",
         "",
-        "| run, default | at rest s | sent | first tokens | done | TTFT p50 s | p95 s | goodput /s | "
-        f"first token within {', '.join(f'{bound:g}' for bound in BOUNDS)} s | kept/total: how many |",
+        "| run, default | at rest s | sent | first tokens | done | TTFT p50 s | p95 s | goodput "
+        "/s | "
+        f"first token within {', '.join(f'{bound:g}' for bound in BOUNDS)} s | kept/total: how "
+        "many |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in data["runs"].items():
         budgets = ", ".join(f"{tokens}: {count}" for tokens, count in found["budgets"].items())
         lines.append(
-            f"| {name} | {found['ttft_at_rest']:.2f} | {found['requests']} | {found['first_tokens']} | "
-            f"{found['done']} | {found['ttft_p50']:.2f} | {found['ttft_p95']:.2f} | {found['goodput']:.2f} | "
+            f"| {name} | {found['ttft_at_rest']:.2f} | {found['requests']} | "
+            f"{found['first_tokens']} | "
+            f"{found['done']} | {found['ttft_p50']:.2f} | {found['ttft_p95']:.2f} | "
+            f"{found['goodput']:.2f} | "
             f"{', '.join(map(str, found['within'].values()))} | {budgets} |"
         )
     return "\n".join([*lines, ""])
@@ -246,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     ]
     data: dict[str, Any] = {"command": " ".join(["python -m benchmarks.overload", *given])}
     data["note"] = (
-        f"A request without a first token at the end counts with the time it had waited. {args.note}".strip()
+        "A request without a first token at the end counts with the time it had waited. "
+        f"{args.note}".strip()
     )
     data |= {
         "machine": machine("cpu"),

@@ -25,19 +25,19 @@ from benchmarks.testbed.wording import (
 DTYPE = "bfloat16"
 _SELECTION = {"vision_feature_select_strategy": "default"}
 _TOWER = {
-    "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "num_channels": 3, "hidden_size": 1024,
-    "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "hidden_act": "quick_gelu",
-    "projection_dim": 768,
+    "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "num_channels": 3,
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads":
+    16, "hidden_act": "quick_gelu", "projection_dim": 768,
 }  # fmt: skip
 _LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-    "hidden_act": "silu", "tie_word_embeddings": False,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
 }  # fmt: skip
 _CLIP_TEXT = {
-    "model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "hidden_act": "quick_gelu", "max_position_embeddings": CLIP_LENGTH,
-    "projection_dim": 768,
+    "model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072,
+    "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu",
+    "max_position_embeddings": CLIP_LENGTH, "projection_dim": 768,
 }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from .cells import (
     kernel_name,
 )
 from .inputs import Cell
+from .records import write_json
 from .targets import judged
 
 
@@ -65,7 +65,7 @@ def write(run: Run, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     text, data = folder / f"methods-{run.device}.md", folder / f"methods-{run.device}.json"
     text.write_text(_markdown(run), encoding="utf-8")
-    data.write_text(json.dumps(_data(run), indent=1) + "\n", encoding="utf-8")
+    write_json(data, _data(run))
     return [text, data]
 
 
@@ -113,7 +113,7 @@ sizes in the same run; the rows they are made of, FSR and CDPruner were run in t
 - {LITERAL}: the equations one step and one image at a time, in torch, on the same inputs as `{FSR}`.
 - {STEPS}: its loop as described, in torch, batched, some operations per step, on the same inputs.
 - `{FSR}`: inputs made so that focus ends at K/4 (checked) and the scan finds the other 3/4 of K.
-- `{FSR_RANDOM}`: log-normal saliency, normal relevance; where K_F is above K nothing is compared or scanned.""",
+- `{FSR_RANDOM}`: log-normal saliency, normal relevance; where K_F is above K nothing is compared or scanned.""",  # noqa: E501
         "## Targets",
         _table(
             ("device", "target", "found", ""),
@@ -135,7 +135,8 @@ sizes in the same run; the rows they are made of, FSR and CDPruner were run in t
     loops = [result for result in results if result.kind == "kernel"]
     if loops:
         parts.append(
-            "## Kernels\n\nOver a similarity matrix that is there already, nothing chosen beforehand."
+            "## Kernels\n\nOver a similarity matrix that is there already, nothing chosen "
+            "beforehand."
         )
     for cell in dict.fromkeys(result.cell for result in loops):
         rows = [result for result in loops if result.cell == cell]

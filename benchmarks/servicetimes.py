@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.testbed.checkpoint import build_checkpoint
 from benchmarks.testbed.photos import photos
 
+from .records import write_json
 from .report import machine
 
 MODEL = {"hidden_size": 768, "layers": 8}
@@ -53,8 +54,8 @@ class Engine:
         from vllm import LLM
 
         self.llm = LLM(
-            model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=512 << 20, max_model_len=2048,
-            limit_mm_per_prompt={"image": 1}, additional_config={"fsr": {}},
+            model, dtype="float32", enforce_eager=True, kv_cache_memory_bytes=512 << 20,
+            max_model_len=2048, limit_mm_per_prompt={"image": 1}, additional_config={"fsr": {}},
         )  # fmt: skip
         self.preparing = 0.0
         processor = self.llm.llm_engine.renderer.get_mm_processor()
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         "repeats": args.repeats,
         "seconds": found,
     }
-    (args.out / "service-times-cpu.json").write_text(json.dumps(text, indent=1) + "\n")
+    write_json(args.out / "service-times-cpu.json", text)
     print(json.dumps(found, indent=1))
     return 0
 

@@ -57,7 +57,8 @@ def _at_most(results: Sequence[Result], n: int, k: int, batch: int, limit: float
 
 
 def _never_slower(results: Sequence[Result], other: str) -> Verdict:
-    target = f"FSR (K_F = K/4) never slower than the {other if other == STEPS else 'method cdpruner of this package'}"
+    name = other if other == STEPS else "method cdpruner of this package"
+    target = f"FSR (K_F = K/4) never slower than the {name}"
     times = {row.cell: row.timing.median for row in results if row.name == other}
     pairs = [
         (row.timing.median / times[row.cell], row.cell)
@@ -77,7 +78,8 @@ def _never_slower(results: Sequence[Result], other: str) -> Verdict:
 
 
 def _near_gemm(results: Sequence[Result]) -> Verdict:
-    target = "FSR (K_F = K/4) 576 -> 64 at D = 1024, batch 1: at most 1.5 times its own similarity GEMM plus 2 ms"
+    target = "FSR (K_F = K/4) 576 -> 64 at D = 1024, batch 1: "
+    target += "at most 1.5 times its own similarity GEMM plus 2 ms"
     wanted = Cell(576, 64, 1024, 1)
     times = {row.name: row.timing.median for row in results if row.cell == wanted}
     if FSR not in times:

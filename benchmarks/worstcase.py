@@ -15,7 +15,6 @@ random: an image made for the purpose may cost coverage (`scope`, scan="coverage
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from fsr_vllm.methods.options import beyond_serving
 from fsr_vllm.signals.saliency import attention_map, cls_attention, received_attention
 
 from .inputs import Cell, Images
+from .records import write_json
 from .report import machine
 
 LIMIT = 4.0
@@ -167,14 +167,17 @@ def markdown(report: dict[str, Any]) -> str:
     sizes = report["sizes"]
     lines = ["# Worst cases of methods and options", ""]
     lines += [
-        f"`{report['command']}`, {report['seconds']} s; D = 1024, one image, float32, one thread. Medians of CPU"
+        f"`{report['command']}`, {report['seconds']} s; D = 1024, one image, float32, one "
+        "thread. Medians of CPU"
     ]
     lines += ["time, run in turns."]
     lines += [
-        "Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the multiple of the"
+        "Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the "
+        "multiple of the"
     ]
     lines += [
-        f"worst case of FSR as served at the same size, in the same run. Served up to x {LIMIT:g} at {sizes[-1]:,}."
+        "worst case of FSR as served at the same size, in the same run. Served up to x "
+        f"{LIMIT:g} at {sizes[-1]:,}."
     ]
     lines += ["", ", ".join(f"{key}: {value}" for key, value in report["machine"].items()), ""]
     head = [
@@ -202,7 +205,8 @@ def markdown(report: dict[str, Any]) -> str:
         )
     lines += ["", "`~`: not run, from the smaller size by the cube of N.", "", "## Signals", ""]
     lines += [
-        f"Seconds for one layer of {_HEADS} heads. They are formed once per image, beside a tower that computes the"
+        f"Seconds for one layer of {_HEADS} heads. They are formed once per image, beside a "
+        "tower that computes the"
     ]
     lines += ["same attention in every layer."]
     last, worst = str(sizes[-1]), {row["method"]: 0.0 for row in report["rows"]}
@@ -214,7 +218,8 @@ def markdown(report: dict[str, Any]) -> str:
                 number * report["signals"][last][signal] for signal, number in layers.items()
             )
             lines += [
-                f"With what it needs, `{name}` costs x {total / worst_of_reference(report):.2g} at {sizes[-1]:,}."
+                f"With what it needs, `{name}` costs x {total / worst_of_reference(report):.2g} "
+                f"at {sizes[-1]:,}."
             ]
     lines += [""]
     lines += [
@@ -290,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
             }
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "worst-case-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.out / "worst-case-cpu.json", report)
     (args.out / "worst-case-cpu.md").write_text(markdown(report))
     print(markdown(report))
     return int(any(row["requests"] == "SERVED, AND TOO DEAR" for row in report["rows"]))

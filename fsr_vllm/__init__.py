@@ -13,7 +13,7 @@ from .methods import MethodInfo, get_method, list_methods, prune
 if TYPE_CHECKING:
     from .methods import PrunedTokens, VisualTokens
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MethodInfo",
     "PrunedTokens",

@@ -7,7 +7,7 @@ import sys
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fsr_vllm.demo import run
+    from fsr_vllm.demo.command import run
 
     return run(args.model, args.log)
 

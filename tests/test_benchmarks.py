@@ -38,7 +38,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On a busy machine the threads of torch wait for each other, and tiny runs then take seconds."""
+    """On a busy machine threads of torch wait for each other, and tiny runs take seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -157,7 +157,7 @@ def test_the_gemm_is_the_one_behind_the_cosines(images):
     )
 
 
-@pytest.mark.parametrize("n, k", [(576, 64), (576, 320), (2880, 64), (2880, 640), (13, 12)])
+@pytest.mark.parametrize(("n", "k"), [(576, 64), (576, 320), (2880, 64), (2880, 640), (13, 12)])
 def test_focus_ends_at_a_quarter_at_every_size(n, k):
     tokens = Images.draw(Cell(n, k, 4, 1), "cpu", torch.float32).weighted()
     assert get_method("fsr", scan="farthest").prune(tokens, k).k_focus.tolist() == [max(1, k // 4)]

@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.client import connect
+
 from .bench import Bench
 from .photos import data_url
 from .scenes import render
@@ -70,20 +72,13 @@ def _compare(
     ]
     longer = sum(len(said) > 1 for _, said in pairs)
     return {
-        "method": method, "budget": budget, "different": len(different), "longer_than_a_word": longer,
-        "examples": different[:5],
+        "method": method, "budget": budget, "different": len(different), "longer_than_a_word":
+        longer, "examples": different[:5],
     }  # fmt: skip
 
 
 async def _ask_all(bench: Bench, url: str, method: str, budget: int) -> list[str]:
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
-
-    client = AsyncOpenAI(
-        base_url=url,
-        api_key="unused",
-        max_retries=0,
-        http_client=DefaultAsyncHttpxClient(trust_env=False),
-    )
+    client = connect(url)
     model = (await client.models.list()).data[0].id
     urls = dict.fromkeys(sorted({index for index, _ in bench.items}), "")
     for index in urls:

@@ -99,7 +99,7 @@ class Bench:
         return part
 
     def majority(self) -> dict[str, float]:
-        """The share of the most frequent answer of each family: what answering blindly would score."""
+        """The share of each family's most frequent answer: what answering blindly would score."""
         counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         for _, question in self.items:
             counts[question.family][question.answer] += 1
@@ -229,7 +229,7 @@ class Bench:
         outcome.merged += float(pruned.num_merged.sum())
 
     # Signals
-    # --------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     def _scenes(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.scene_of[rows]).to(self.device)

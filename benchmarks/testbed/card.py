@@ -36,7 +36,7 @@ sign is {sign:+d} (`fsr_relevance_sign`); OpenAI's CLIP has -1.
 
 **What it cannot do.** Anything else: it knows these questions in these words, in pictures like these, and answers with
 one word. It is a testbed: rankings of pruning methods on it say little about large models.
-"""
+"""  # noqa: E501
 
 
 def model_card(report: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Accuracy per family and budget of every registered method: `python -m benchmarks.testbed.evaluate`.
+"""Accuracy per family and budget of all methods: `python -m benchmarks.testbed.evaluate`.
 
 Rows: every method as published, every method that has something to tune as tuned on the validation
 split (`tune`), FSR as served, the oracle, and controls: the question replaced, the sign of
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.records import write_json
 from fsr_vllm.methods import SERVED_DEFAULTS, list_methods
 
 from .bench import GENERIC, Bench, Outcome, pool_of
@@ -72,7 +73,7 @@ def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
 
 
 def budgets_of(row: Row, budgets: Sequence[int]) -> list[int]:
-    """Tuned rows and controls are run where they were tuned: at larger budgets rows hardly differ."""
+    """Tuned rows and controls run where they were tuned: at larger budgets rows hardly differ."""
     return [
         budget
         for budget in budgets
@@ -90,7 +91,7 @@ def outcome(bench: Bench, row: Row, budget: int) -> Outcome:
 def summarise(
     bench: Bench, row: Row, budget: int, found: Outcome, families: Sequence[str]
 ) -> dict[str, Any]:
-    """One row at one budget, as it is written: accuracies in per cent, standard errors over scenes."""
+    """One row at one budget, as it is written: accuracies in per cent, errors over scenes."""
     present = [family for family in FAMILIES if family in bench.families]
     by_family = {
         family: 100 * float(found.right[bench.families == family].mean()) for family in present
@@ -249,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= agreement(
             bench, args.model, server_options=args.server_options, log=args.server_log
         )
-        (args.output / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.output / "agreement.json", result)
         print(json.dumps(result, indent=2))
         return int(result["different"] > 0)
     report = evaluate(args)
@@ -257,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
         tuning = json.loads(args.tuning.read_text())["methods"] if args.tuning.exists() else {}
         old = json.loads((args.output / "accuracy.json").read_text())
         report = merged(old, report, [row.label for row in rows(tuning)])
-    (args.output / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.output / "accuracy.json", report)
     (args.output / "accuracy.md").write_text(markdown(report))
     plot(report, args.output / "accuracy.svg")
     print(markdown(report))

@@ -52,18 +52,18 @@ def save(folder: Path, model: CLIPModel, reader: Reader, wording: Wording) -> No
     """The whole LLaVA checkpoint: config, weights, processor; the tokenizer is there already."""
     vision = _vision(model)
     text = {
-        "model_type": "llama", "vocab_size": wording.tokenizer.get_vocab_size(), "hidden_act": "silu",
-        "hidden_size": language.WIDTH, "intermediate_size": 3 * language.WIDTH, "num_hidden_layers": language.LAYERS,
-        "num_attention_heads": language.HEADS, "num_key_value_heads": language.HEADS,
-        "head_dim": language.WIDTH // language.HEADS, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
+        "model_type": "llama", "vocab_size": wording.tokenizer.get_vocab_size(), "hidden_act":
+        "silu", "hidden_size": language.WIDTH, "intermediate_size": 3 * language.WIDTH,
+        "num_hidden_layers": language.LAYERS, "num_attention_heads": language.HEADS,
+        "num_key_value_heads": language.HEADS, "head_dim": language.WIDTH // language.HEADS,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
     }  # fmt: skip
     selection = {"vision_feature_select_strategy": "default"}
     config = {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "projector_hidden_act": "gelu",
-        "image_token_index": wording.tokenizer.token_to_id(IMAGE), "image_seq_length": PATCHES,
-        "vision_feature_layer": -2, "tie_word_embeddings": False, "vision_config": vision,
-        "text_config": text | special_ids(wording.tokenizer),
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "projector_hidden_act": "gelu", "image_token_index": wording.tokenizer.token_to_id(IMAGE),
+        "image_seq_length": PATCHES, "vision_feature_layer": -2, "tie_word_embeddings": False,
+        "vision_config": vision, "text_config": text | special_ids(wording.tokenizer),
     }  # fmt: skip
     weights = {
         f"vision_tower.{n}": t
@@ -132,9 +132,10 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     release.
     """
     kept = (
-        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-        "projection_dim", "layer_norm_eps", "image_size", "patch_size", "num_channels", "max_position_embeddings",
-        "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id",
+        "model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "hidden_act", "projection_dim", "layer_norm_eps", "image_size",
+        "patch_size", "num_channels", "max_position_embeddings", "vocab_size", "bos_token_id",
+        "eos_token_id", "pad_token_id",
     )  # fmt: skip
     assert config.get("max_position_embeddings", CLIP_LENGTH) == CLIP_LENGTH
     return {name: config[name] for name in kept if name in config}

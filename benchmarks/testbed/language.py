@@ -59,9 +59,10 @@ class Reader(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         config = LlamaConfig(
-            hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-            num_key_value_heads=HEADS, vocab_size=vocabulary, max_position_embeddings=4096, rms_norm_eps=1e-5,
-            tie_word_embeddings=False, attn_implementation="sdpa",
+            hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, num_key_value_heads=HEADS, vocab_size=vocabulary,
+            max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False,
+            attn_implementation="sdpa",
         )  # fmt: skip
         self.linear_1, self.linear_2 = nn.Linear(tower_width, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.llama = LlamaForCausalLM(config)
@@ -250,7 +251,7 @@ def next_words(reader: Reader, wording: Wording, visual: Tensor, texts: Sequence
 def accuracy(
     reader: Reader, wording: Wording, features: Tensor, scenes: Sequence[Scene], seed: int = 0
 ) -> dict[str, float]:
-    """Share of right answers per family on all tokens; answers compete with the whole vocabulary."""
+    """Share of right answers per family on all tokens; the whole vocabulary competes."""
     assert features.shape[1] == PATCHES
     result = {}
     for number, family in enumerate(FAMILIES):

@@ -1,7 +1,7 @@
 """The evaluation as a Markdown table and a plot; several of them, of models of other training
 seeds, as one table:
 
-python -m benchmarks.testbed.report accuracy.json accuracy-1.json accuracy-2.json > accuracy-seeds.md
+python -m benchmarks.testbed.report accuracy.json accuracy-1.json accuracy-2.json > seeds.md
 """
 
 from __future__ import annotations
@@ -30,15 +30,24 @@ def markdown(report: dict[str, Any]) -> str:
     )
     lines = [
         "# Accuracy on the testbed", "",
-        f"`{report['command']}`: {report['questions_per_family']:,} questions per family of the {report['split']} "
-        f"split, the same for every row; {report['seconds']} s.{_again(report)} Per cent right; *mean* is over the "
-        f"families {', '.join(families)}{excluded}, ± is its standard error over scenes, differences are paired, with "
-        "95 % intervals. *tuned*: the best of equally many tries per method on the validation split "
-        "([tuning.json](tuning.json)); what FSR's tries are drawn from was narrowed by hand on earlier models of this "
-        "testbed, which no rival had. Other rows are the published defaults. *K_F/K*: focus tokens wanted, before "
-        "clamping. The model is small, synthetic, of one training seed: rankings here say little about large models. "
-        "Things stand in 16 cells of 3 x 3 patches, and `uniform` at 16 tokens takes one patch of each: there it is "
-        "no fair rival. The oracle keeps what is asked about first: it cannot see a second thing to count.",
+        f"`{report['command']}`: {report['questions_per_family']:,} questions per family of the "
+        f"{report['split']} "
+        f"split, the same for every row; {report['seconds']} s.{_again(report)} Per cent right; "
+        "*mean* is over the "
+        f"families {', '.join(families)}{excluded}, ± is its standard error over scenes, "
+        "differences are paired, with "
+        "95 % intervals. *tuned*: the best of equally many tries per method on the validation "
+        "split "
+        "([tuning.json](tuning.json)); what FSR's tries are drawn from was narrowed by hand on "
+        "earlier models of this "
+        "testbed, which no rival had. Other rows are the published defaults. *K_F/K*: focus "
+        "tokens wanted, before "
+        "clamping. The model is small, synthetic, of one training seed: rankings here say little "
+        "about large models. "
+        "Things stand in 16 cells of 3 x 3 patches, and `uniform` at 16 tokens takes one patch "
+        "of each: there it is "
+        "no fair rival. The oracle keeps what is asked about first: it cannot see a second thing "
+        "to count.",
         "",
     ]  # fmt: skip
     head = ["tokens", "mean", *FAMILIES]
@@ -63,7 +72,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines += _table(head, [
             [
                 row["label"], f"{row['mean']:.1f} ± {row['standard_error']:.1f}",
-                *(f"{row['families'][family]:.1f}" if family in row["families"] else "" for family in FAMILIES),
+                *(f"{row['families'][f]:.1f}" if f in row["families"] else "" for f in FAMILIES),
                 *(_difference(row.get(key)) for key in against),
                 f"{row['focus_share']:.2f}" if row["method"] == "fsr" else "",
             ]
@@ -98,8 +107,10 @@ def seeds_markdown(reports: Sequence[dict[str, Any]], mine: str = "fsr (served)"
     full = [report["full"]["mean"] for report in reports]
     lines = [
         "# Accuracy on the testbed, by training seed", "",
-        f"The same questions to {len(reports)} models that were trained from different seeds; means over the admitted "
-        f"families of each ({'; '.join(', '.join(report['admitted']) for report in reports)}), per cent right. Tuned "
+        f"The same questions to {len(reports)} models that were trained from different seeds; "
+        "means over the admitted "
+        f"families of each ({'; '.join(', '.join(report['admitted']) for report in reports)}), "
+        "per cent right. Tuned "
         f"on the first model alone. *ahead*: {mine} minus the row, model by model. All tokens: "
         f"{', '.join(f'{value:.1f}' for value in full)}.",
     ]  # fmt: skip
@@ -117,7 +128,7 @@ def seeds_markdown(reports: Sequence[dict[str, Any]], mine: str = "fsr (served)"
         ]
         table = [
             [label, *(f"{value:.1f}" for value in values), f"{fmean(values):.1f}",
-             ", ".join(f"{own - value:+.1f}" for own, value in zip(found[mine], values, strict=True))]
+             ", ".join(f"{a - b:+.1f}" for a, b in zip(found[mine], values, strict=True))]
             for label, values in sorted(found.items(), key=lambda item: -fmean(item[1]))
         ]  # fmt: skip
         lines += ["", f"## {budget} of {PATCHES} tokens", "", *_table(head, table)]

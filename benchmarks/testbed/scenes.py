@@ -20,7 +20,8 @@ SIDE, PATCH, GRID, CELL = 96, 8, 12, 24
 PATCHES = GRID * GRID
 COLOURS = {
     "red": (222, 36, 36), "green": (30, 160, 50), "blue": (35, 70, 220), "yellow": (245, 220, 40),
-    "purple": (140, 45, 170), "cyan": (60, 215, 230), "orange": (245, 135, 25), "white": (246, 246, 246),
+    "purple": (140, 45, 170), "cyan": (60, 215, 230), "orange": (245, 135, 25), "white": (246, 246,
+    246),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "arrow")
 SIZES = {"small": 16, "big": 24}
@@ -29,7 +30,8 @@ SPLITS = ("train", "validation", "test")
 # Photographs with a name of their own, by file of scikit-image's wheel; the drawn textures follow.
 _PHOTOS = {
     "bricks": "brick.png", "grass": "grass.png", "gravel": "gravel.png", "coins": "coins.png",
-    "space": "hubble_deep_field.jpg", "garage": "motorcycle_left.png", "tissue": "ihc.png", "moon": "moon.png",
+    "space": "hubble_deep_field.jpg", "garage": "motorcycle_left.png", "tissue": "ihc.png", "moon":
+    "moon.png",
 }  # fmt: skip
 _TEXTURES = ("stripes", "checks", "dots", "waves")
 BACKGROUNDS = (*_PHOTOS, *_TEXTURES)

@@ -44,7 +44,7 @@ def standard_error(
 def compare(
     mine: Any, other: Any, families: np.ndarray, scene_of: np.ndarray, counted: Sequence[str]
 ) -> dict[str, Any]:
-    """The paired difference of two outcomes, in points, with its 95 % interval and standard error."""
+    """The paired difference of two outcomes in points, its 95 % interval and standard error."""
     paired = mine.right.astype(float) - other.right.astype(float)
     drawn = 100 * _resampled(paired, families, scene_of, counted)
     low, high = np.percentile(drawn, [2.5, 97.5])

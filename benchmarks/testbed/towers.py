@@ -58,13 +58,15 @@ def build(tokenizer: Tokenizer, seed: int) -> CLIPModel:
     torch.manual_seed(seed)
     bos, eos = (tokenizer.token_to_id(token) for token in (CLIP_BOS, CLIP_EOS))
     text = {
-        "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers": TEXT_LAYERS,
-        "num_attention_heads": HEADS, "max_position_embeddings": CLIP_LENGTH, "vocab_size": tokenizer.get_vocab_size(),
-        "bos_token_id": bos, "eos_token_id": eos, "pad_token_id": eos, "projection_dim": JOINT,
+        "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers":
+        TEXT_LAYERS, "num_attention_heads": HEADS, "max_position_embeddings": CLIP_LENGTH,
+        "vocab_size": tokenizer.get_vocab_size(), "bos_token_id": bos, "eos_token_id": eos,
+        "pad_token_id": eos, "projection_dim": JOINT,
     }  # fmt: skip
     vision = {
         "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH, "projection_dim": JOINT,
+        "num_attention_heads": HEADS, "image_size": SIDE, "patch_size": PATCH, "projection_dim":
+        JOINT,
     }  # fmt: skip
     model = CLIPModel(
         CLIPConfig(
@@ -95,7 +97,8 @@ def encode(model: CLIPModel, ids: Tensor) -> Tensor:
 
 def look(model: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Joint-space vectors of [CLS] (last layer), (B, J), and of patches (penultimate, last), (2, B,
-    N, J), not unit; and the penultimate patches themselves, (B, N, 128)."""
+    N, J), not unit; and the penultimate patches themselves, (B, N, 128).
+    """
     states = model.vision_model(pixel_values=images, output_hidden_states=True).hidden_states
     joint = [
         model.visual_projection(model.vision_model.post_layernorm(state)).float()

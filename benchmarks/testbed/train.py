@@ -1,5 +1,6 @@
-"""Train the testbed's model: `python -m benchmarks.testbed.train`; on a CPU or a GPU, resumable, from
-fixed seeds.
+"""Train the testbed's model: `python -m benchmarks.testbed.train`.
+
+It runs on a CPU or a GPU, from fixed seeds, and goes on where it was stopped.
 
 Scenes, then CLIP's two towers, then (tower frozen) projector and language model on all tokens; the
 result is a LLaVA-1.5 checkpoint with its CLIP beside it. What it measures is written into the
@@ -192,7 +193,7 @@ def _features(clip: Any, data: Pictures, file: Path | None, device: str) -> Tens
 
 
 def _check_same(recipe: Recipe, work: Path) -> None:
-    """A work folder belongs to one recipe: going on from another one's states would mix two runs."""
+    """A work folder belongs to one recipe: going on from another's states would mix two runs."""
     file, mine = work / "recipe.json", json.dumps(asdict(recipe), sort_keys=True)
     if file.exists() and file.read_text() != mine:
         raise ValueError(

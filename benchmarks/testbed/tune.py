@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.records import write_json
 from fsr_vllm.methods import get_method, list_methods
 
 from .bench import Bench, pool_of
@@ -35,23 +36,20 @@ BUDGETS = (16, 32)
 # Values worth trying, by method and option. What is not here has nothing to tune, or nothing on one
 # small grid.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "fsr": {
-        "alpha": (3.0, 5.0), "max_focus_share": (0.06, 0.12, 0.25, 0.5), "refine": ("phi", "off"),
-        "scan": ("farthest", "saliency", "relevance"), "scan_gamma": (0.25, 0.5, 1.0, 2.0),
-    },
-    "cdpruner": {"weighting": ("product", "exp"), "theta": tuple(round(0.05 * i, 2) for i in range(1, 20))},
-    "vispruner": {"ratio": (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0), "step": (4, 8, 16)},
-    "visionzip": {"contextual_share": tuple(round(0.04 * i, 2) for i in range(24))},
-    "holov": {"rule": ("paper", "code"), "crops": (4, 9, 16, 36), "gamma": (0.0, 0.05, 0.09, 0.3), "tau": (0.5, 1.0)},
-    "scope": {"alpha": tuple(round(0.2 * i, 1) for i in range(24))},
-    "zspaprune": {"core_share": tuple(round(i / 23, 3) for i in range(24))},
-    "hiprune": {"alpha": tuple(round(i / 23, 3) for i in range(24))},
-    "prumerge": {"variant": ("base", "plus"), "neighbours": (1, 2, 4, 8, 16, 24, 32, 48)},
-    "vscan": {"window": (2, 3, 4, 6, 12), "merge": (True, False)},
-    "vflowopt": {"threshold": (5.0, 15.0, 34.76, 60.0, 80.0, 95.0), "cell": (2.0, 4.0, 8.0, 15.58)},
-    "visiondrop": {"contextual_share": tuple(round(0.04 * i, 2) for i in range(24))},
-    "dart": {"image_pivots": (1, 2, 4, 8, 12), "text_pivots": (0, 1, 2, 4, 8)},
-    "ivc": {"seed_share": (0.0, 0.01, 0.05, 0.1), "position_share": (0.0, 0.05, 0.1, 0.2)},
+    "fsr": { "alpha": (3.0, 5.0), "max_focus_share": (0.06, 0.12, 0.25, 0.5), "refine": ("phi",
+    "off"), "scan": ("farthest", "saliency", "relevance"), "scan_gamma": (0.25, 0.5, 1.0, 2.0), },
+    "cdpruner": {"weighting": ("product", "exp"), "theta": tuple(round(0.05 * i, 2) for i in
+    range(1, 20))}, "vispruner": {"ratio": (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0), "step": (4,
+    8, 16)}, "visionzip": {"contextual_share": tuple(round(0.04 * i, 2) for i in range(24))},
+    "holov": {"rule": ("paper", "code"), "crops": (4, 9, 16, 36), "gamma": (0.0, 0.05, 0.09, 0.3),
+    "tau": (0.5, 1.0)}, "scope": {"alpha": tuple(round(0.2 * i, 1) for i in range(24))},
+    "zspaprune": {"core_share": tuple(round(i / 23, 3) for i in range(24))}, "hiprune": {"alpha":
+    tuple(round(i / 23, 3) for i in range(24))}, "prumerge": {"variant": ("base", "plus"),
+    "neighbours": (1, 2, 4, 8, 16, 24, 32, 48)}, "vscan": {"window": (2, 3, 4, 6, 12), "merge":
+    (True, False)}, "vflowopt": {"threshold": (5.0, 15.0, 34.76, 60.0, 80.0, 95.0), "cell": (2.0,
+    4.0, 8.0, 15.58)}, "visiondrop": {"contextual_share": tuple(round(0.04 * i, 2) for i in
+    range(24))}, "dart": {"image_pivots": (1, 2, 4, 8, 12), "text_pivots": (0, 1, 2, 4, 8)}, "ivc":
+    {"seed_share": (0.0, 0.01, 0.05, 0.1), "position_share": (0.0, 0.05, 0.1, 0.2)},
 }  # fmt: skip
 
 
@@ -161,10 +159,11 @@ def main(argv: list[str] | None = None) -> int:
             report["methods"][name] = run.result()
             best = report["methods"][name][0]
             print(
-                f"{name}: {100 * best['accuracy']:.1f} with {best['options'] or 'the published default'}",
+                f"{name}: {100 * best['accuracy']:.1f} with "
+                f"{best['options'] or 'the published default'}",
                 flush=True,
             )
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(args.output, report)
     return 0
 
 

@@ -32,7 +32,7 @@ A man takes a photograph on the grass. Two red motorcycles are parked in the gar
 There are many old coins in four rows. Far galaxies shine in the dark. Yes, there are three. No, there is nothing.
 The first image is brighter than the second one. Compare both images and say what is different between them.
 red green blue yellow orange black white grey brown left right above below near far big small one two three four five
-""".strip().splitlines()
+""".strip().splitlines()  # noqa: E501
 
 # LLaVA-1.5's conversation. BOS is written here, since vLLM adds none to a chat prompt; images stay
 # where they were put.

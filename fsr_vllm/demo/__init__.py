@@ -1,14 +1,22 @@
-"""The demo: the bundled model, its pictures, and the command that serves the one and asks about
-the others.
-"""
+"""The demo: the bundled model, its pictures, and the command that asks the one about the others."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from .command import ENVIRONMENT, MODEL_NAME, SERVE_OPTIONS, run, scenes, serve
+from .asked import Asked, photographs, scenes
+from .serving import ENVIRONMENT, MODEL_NAME, SERVE_OPTIONS, serve
 
-__all__ = ["ENVIRONMENT", "MODEL_NAME", "SERVE_OPTIONS", "demo_model", "run", "scenes", "serve"]
+__all__ = [
+    "ENVIRONMENT",
+    "MODEL_NAME",
+    "SERVE_OPTIONS",
+    "Asked",
+    "demo_model",
+    "photographs",
+    "scenes",
+    "serve",
+]
 
 
 def demo_model() -> Path:

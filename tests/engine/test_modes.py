@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.testbed import build_checkpoint
+from benchmarks.testbed import build_adapter, build_checkpoint
 
-from .adapter_files import build_adapter
 from .modes import ASKED, VISUAL
 from .quantised import quantise
 
@@ -264,7 +263,7 @@ def test_mode(files, plain, name):
 
 @pytest.mark.full
 def test_adapter_of_the_language_model(files, plain):
-    lora = build_adapter(files.folder / "adapter")
+    lora = build_adapter(files.folder / "adapter", files.model)
     result = files.run("lora", {"enable_lora": True, "max_lora_rank": 8}, lora=str(lora))
     check(result, plain)
     assert counts(result["adapter"]) == VISUAL

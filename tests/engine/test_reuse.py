@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.testbed import build_checkpoint
+from benchmarks.testbed import build_adapter, build_checkpoint
 
-from .adapter_files import build_adapter
 from .caching import IMAGES
 
 pytestmark = pytest.mark.engine
@@ -38,11 +37,8 @@ TIGHT = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reuse")
-    return (
-        build_checkpoint(folder / "model", image_size=112),
-        build_adapter(folder / "adapter"),
-        folder,
-    )
+    model = build_checkpoint(folder / "model", image_size=112)
+    return model, build_adapter(folder / "adapter", model), folder
 
 
 def run(files, name, llm, count, experiments=None):

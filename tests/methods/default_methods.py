@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from hypothesis import settings
 
+from benchmarks.inputs import near_square
 from fsr_vllm.methods import VisualTokens, get_method, list_methods
 from fsr_vllm.methods.base import Method
 
@@ -105,12 +106,6 @@ OPTION_NEEDS: dict[str, dict[str, dict[str, Any]]] = {
     "scope": {"heads": {"combine": "sum", "alpha": 0.1}},
     "hiprune": {"edges": {"alpha": 1.0}},
 }
-
-
-def near_square(n: int) -> tuple[int, int]:
-    """(h, w) with h * w = n, h the largest divisor not above the root."""
-    h = max(side for side in range(1, int(n**0.5) + 1) if n % side == 0)
-    return h, n // h
 
 
 def make_tokens(

@@ -44,7 +44,8 @@ def test_a_stand_in_is_a_distribution_pip_accepts(cpu_env):
     )
     assert cpu_env.installed("some-name") == "1.2.3+cpu"
     assert (site(cpu_env) / "some_file.py").read_text() == "x = 1\n"
-    code = "from importlib.metadata import distribution as d; o = d('some-name'); print(o.version, o.requires)"
+    code = "from importlib.metadata import distribution as d; o = d('some-name'); "
+    code += "print(o.version, o.requires)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=site(cpu_env), capture_output=True, text=True
     )
@@ -110,7 +111,8 @@ def run_with_fakes(folder: Path, code: str) -> str:
             import torch
             class Library:
                 def __init__(self, name, kind): self.name = name
-                def define(self, schema): torch.declared.append(f"{self.name}::{schema.split('(')[0]}")
+                def define(self, schema):
+                    torch.declared.append(f"{self.name}::{schema.split('(')[0]}")
             """,
         "torchvision": "import torch\nfrom torchvision import part\nfound = list(torch.declared)\n",
         "torchvision/part": "",
@@ -119,7 +121,10 @@ def run_with_fakes(folder: Path, code: str) -> str:
         path.parent.mkdir(exist_ok=True)
         path.write_text(textwrap.dedent(text))
     (folder / HOOK.name).write_text(HOOK.read_text())
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nimport {HOOK.stem}\n{textwrap.dedent(code)}"
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+        f"import {HOOK.stem}\n{textwrap.dedent(code)}"
+    )
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -134,7 +139,8 @@ def test_the_hook_does_nothing_until_torchvision_is_imported(tmp_path):
     code = """
         import json
         from importlib.util import find_spec
-        print(find_spec("torchvision") is not None, "torch" in sys.modules, find_spec("nothing_of_this_name"))
+        nothing = find_spec("nothing_of_this_name")
+        print(find_spec("torchvision") is not None, "torch" in sys.modules, nothing)
         """
     assert run_with_fakes(tmp_path, code) == "True False None"
 

@@ -180,7 +180,7 @@ print("PARSED", json.dumps([{key: one.get(key) for key in keys} for one in parse
 
 
 def test_vllm_with_the_plugin_understands_both_commands():
-    """vLLM's own parser, to which the installed plugin adds its options, reads both; unknown
+    """VLLM's own parser, to which the installed plugin adds its options, reads both; unknown
     options would stop it.
     """
     (service,) = COMPOSE["services"].values()

@@ -79,8 +79,10 @@ def test_the_version_has_one_source():
     version = Version(str(values[0]))
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
     # A second copy of the number is only where a tool cannot read ours: the names of the image.
-    for name in ("docker/compose.yaml", "deploy/kubernetes/deployment.yaml"):
-        assert f"image: fsr-vllm:{version}" in (ROOT / name).read_text(), name
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    for name in ("docker/Dockerfile", "docker/compose.yaml", "deploy/kubernetes/deployment.yaml"):
+        named = re.findall(r"fsr-vllm:(\d[\w.]*)", (ROOT / name).read_text())
+        assert set(named) == {str(version)}, name
     assert f'newTag: "{version}"' in (ROOT / "deploy/kubernetes/kustomization.yaml").read_text()
 
 

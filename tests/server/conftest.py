@@ -11,8 +11,8 @@ import httpx
 import pytest
 import torch
 from openai import OpenAI
-from safetensors.torch import save_file
 
+from benchmarks.testbed import build_adapter
 from fsr_vllm.demo import ENVIRONMENT, SERVE_OPTIONS, serve
 
 WITHOUT_PLUGIN = SERVE_OPTIONS[2:]
@@ -136,22 +136,4 @@ def main(start, checkpoint):
 @pytest.fixture(scope="session")
 def adapter(checkpoint, tmp_path_factory):
     """A LoRA adapter of the language model, with random weights."""
-    config = json.loads((checkpoint / "config.json").read_text())["text_config"]
-    folder = tmp_path_factory.mktemp("adapter")
-    layer = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
-    weights = {
-        f"{layer}.lora_A.weight": torch.randn(4, config["hidden_size"]),
-        f"{layer}.lora_B.weight": torch.randn(
-            config["num_attention_heads"] * config["head_dim"], 4
-        ),
-    }
-    save_file(weights, folder / "adapter_model.safetensors")
-    described = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj"],
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(described))
-    return folder
+    return build_adapter(tmp_path_factory.mktemp("adapter"), checkpoint, rank=4)

@@ -80,7 +80,8 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def test_same_seed_same_bytes_also_in_another_process(path, tmp_path):
-    code = "import sys; from benchmarks.testbed import build_checkpoint as b; b(sys.argv[1]); b(sys.argv[2], seed=1)"
+    code = "import sys; from benchmarks.testbed import build_checkpoint as b; "
+    code += "b(sys.argv[1]); b(sys.argv[2], seed=1)"
     folders = [tmp_path / "same", tmp_path / "other"]
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code, *map(str, folders)], check=True, cwd=root)
@@ -230,8 +231,8 @@ def test_chat_template(processor):
     ]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert (
-        text
-        == "<s>Be brief. USER: <image>\nOne?\n<image> ASSISTANT: Yes.</s>USER: <image>\nTwo? ASSISTANT:"
+        text == "<s>Be brief. USER: <image>\nOne?\n<image> ASSISTANT: Yes.</s>"
+        "USER: <image>\nTwo? ASSISTANT:"
     )
     ids = processor.tokenizer(text, add_special_tokens=False).input_ids
     assert (

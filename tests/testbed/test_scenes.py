@@ -132,7 +132,7 @@ def test_targets_show_what_is_asked_about():
             inside = {patch for box in (thing.box, thing.card) for patch in patches(box)}
             assert set(question.targets) == inside
             row, column = divmod(question.targets[0], SIDE // PATCH)
-            assert abs(row * PATCH - min(thing.box[0], thing.card[0])) <= PATCH and 0 <= column
+            assert abs(row * PATCH - min(thing.box[0], thing.card[0])) <= PATCH and column >= 0
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

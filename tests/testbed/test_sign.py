@@ -1,8 +1,8 @@
 """A real tower whose patch-text similarity is inverted, as OpenAI's CLIP has it: the sign it states
 sets that right.
 
-`inverted/` was made by `python -m benchmarks.testbed.train --plain`; [CLS] alone was trained, patches
-were left to themselves.
+`inverted/` was made by `python -m benchmarks.testbed.train --plain`; [CLS] alone was trained,
+patches were left to themselves.
 """
 
 import json

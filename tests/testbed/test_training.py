@@ -130,9 +130,18 @@ def test_stopped_and_resumed_equals_straight(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     module = torch.nn.Linear(2, 2)
+    optimizers = [adamw(list(module.parameters()), 0.1)]
+    state = tmp_path / "s.pt"
     with pytest.raises(RuntimeError, match="the loss is nan at step 0"):
-        fit(module, [adamw(list(module.parameters()), 0.1)], torch.tensor, lambda _: module.weight.sum() * torch.nan, 3,
-            tmp_path / "s.pt", "test")  # fmt: skip
+        fit(
+            module,
+            optimizers,
+            torch.tensor,
+            lambda _: module.weight.sum() * torch.nan,
+            3,
+            state,
+            "test",
+        )
 
 
 def test_packed_questions_are_as_if_alone(tmp_path):

@@ -5,7 +5,6 @@ through.
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -23,7 +22,7 @@ from benchmarks.testbed.export import load_clip, stated_sign
 from benchmarks.testbed.questions import good_english
 from benchmarks.testbed.stats import macro
 from benchmarks.testbed.train import GATES
-from fsr_vllm.demo import demo_model, scenes
+from fsr_vllm.demo import demo_model
 from fsr_vllm.methods import SERVED_DEFAULTS
 
 LEARNED = ("attribute", "object", "existence", "scene")
@@ -85,10 +84,7 @@ def test_pruned_accuracy(bench):
     assert mean(bench, bench.oracle(32)) > 0.9 * full
 
 
-def test_the_demo_asks_in_good_english_which_the_model_understands(bench):
-    asked = [one.question for one in scenes()]
-    assert len(asked) == 21 and any(" an orange " in text for text in asked)
-    assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]", text) for text in asked)
+def test_the_model_understands_good_english(bench):
     rows = [row for row, (_, question) in enumerate(bench.items) if " a orange" in question.text]
     trained, proper = bench.subset(np.array(rows)), bench.subset(np.array(rows))
     proper.items = [
