@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import shlex
 import shutil
@@ -29,8 +28,9 @@ from typing import Any
 
 from benchmarks.report import machine
 
-from .analysis import BASE, CONTROL, OFF, markdown, save
+from .analysis import markdown, save
 from .load import Answer, Pictures, at_once, body, figures, questions
+from .options import ARMS, QUESTION, arguments, data_file, opened
 from .servers import (
     NO_PLUGIN,
     PLUGIN,
@@ -41,21 +41,13 @@ from .servers import (
     gpu,
     memory,
     profiler,
+    reason,
     stop,
     write_model,
 )
 
-QUESTION = "Is there red left of two big cat?"  # six words, as new ones have
-# By arm: the server, the fields of a request, and whether each request has a question of its own.
-ARMS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    BASE: ("vanilla", {}, False),
-    CONTROL: ("again", {}, False),
-    OFF: ("plugin", {"fsr_budget": "off"}, False),
-    "64": ("plugin", {"fsr_budget": 64}, False),
-    "64, new question": ("plugin", {"fsr_budget": 64}, True),
-    "128": ("plugin", {"fsr_budget": 128}, False),
-}
 SPARE = 12.0  # seconds for stopping the servers
+CLOCK = 12.0  # for the workers' own clocks
 TRACE = 25.0  # and for the traces
 
 
@@ -92,11 +84,10 @@ class Run:
             options = [*SIZES[args.size], *shared, *args.server_options]
             options += ["--enforce-eager"] if args.eager else []
             options += PLUGIN if name == "plugin" else []
-            if args.trace:
-                options += ["--profiler-config", json.dumps(profiler(self.folder / name))]
+            traced = profiler(self.folder / name) if args.trace else []
             environment = {} if name == "plugin" else NO_PLUGIN
             log = (args.logs or self.folder) / f"server-{name}.log"
-            self.servers[name] = Server(model, options, environment, log, place)
+            self.servers[name] = Server(model, [*options, *traced], environment, log, place)
             self.data["servers"][name] = {"options": options, "cores": place, "seconds": None}
         self._wait()
         for name, server in self.servers.items():
@@ -150,7 +141,7 @@ class Run:
         """One block and its figures, or the error that it ended in."""
         server = self.server(arm)
         assert server
-        stats, cpu = server.stats() if "fsr_budget" in ARMS[arm][1] else {}, server.cpu()
+        cpu = server.cpu()
         try:
             count = max(self.args.requests, 2 * concurrency)
             answers, seconds = self.send(arm, concurrency, count)
@@ -159,7 +150,7 @@ class Run:
         found: dict[str, Any] = figures(answers, seconds)
         for name, spent, before in zip(("api", "engine"), server.cpu(), cpu, strict=True):
             found[f"{name}_cpu_ms"] = 1000 * (spent - before) / len(answers)
-        return found | (embedding(stats, server.stats()) if stats else {})
+        return found
 
     def round(self, concurrency: int, number: int) -> None:
         """A block of every arm whose server is up, in shuffled order."""
@@ -188,7 +179,7 @@ class Run:
         spent = dict.fromkeys(self.args.concurrency, 0.0)
         longest = dict.fromkeys(self.args.concurrency, 0.0)
         for number in range(self.args.rounds * len(spent)):
-            fitting = [c for c in spent if 1.2 * longest[c] < self.left]
+            fitting = [c for c in spent if 1.2 * longest[c] + CLOCK < self.left]
             if not fitting:
                 return
             concurrency = min(fitting, key=lambda c: spent[c])
@@ -198,6 +189,19 @@ class Run:
             spent[concurrency] += seconds
             longest[concurrency] = max(longest[concurrency], seconds)
             self.write()
+
+    def clock(self) -> None:
+        """The worker's own clock for each arm of the plugin, alone."""
+        for arm in [arm for arm in self.args.arms if ARMS[arm][0] == "plugin"]:
+            server = self.server(arm)
+            if server and self.left > 0:
+                readings = []
+                for count in (0, self.args.requests):
+                    self.send(arm, 1, count)
+                    time.sleep(1.1)  # the server gives readings that may be a second old
+                    readings.append(server.stats())
+                self.data["embedding"][arm] = embedding(*readings)
+        self.write()
 
     def trace(self) -> None:
         """One profile of each kind of server, under three requests of each of its arms, alone."""
@@ -216,7 +220,7 @@ class Run:
 
     def write(self) -> None:
         self.data["seconds"] = round(time.monotonic() - self.began, 1)
-        save(self.data, data_file(self.args))
+        save(self.data, data_file(self.args, self.data["machine"]))
 
     def all(self) -> int:
         """The whole run; its exit status."""
@@ -224,6 +228,7 @@ class Run:
             self.start()
             self.warm()
             self.measure()
+            self.clock()
             if self.args.trace and self.servers:
                 self.trace()
         finally:
@@ -233,68 +238,8 @@ class Run:
         return 3 if lost else int(any("error" in block for block in self.data["blocks"]))
 
 
-def reason(error: BaseException) -> str:
-    """An error in one line; of a group, its first."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]
-
-
-def data_file(args: argparse.Namespace) -> Path:
-    return Path(args.out) / f"paired-{'gpu' if gpu() else 'cpu'}.json"
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What has to be equal for two runs to be added up."""
-    names = ("size", "tokens", "requests", "server_options", "eager", "pin")
-    return {name: getattr(args, name) for name in names}
-
-
-def opened(args: argparse.Namespace, about: dict[str, Any], command: str) -> dict[str, Any]:
-    """The data of earlier runs with --resume, else of none."""
-    new = {"command": command, "settings": settings(args), "machine": about, "seconds": 0.0}
-    path, same = data_file(args), ("CPU", "GPU", "vLLM", "fsr_vllm commit")
-    if args.resume and path.exists():
-        old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if old["settings"] != new["settings"] or any(
-            old["machine"].get(key) != about.get(key) for key in same
-        ):
-            raise SystemExit(f"--resume: {path} has other settings or is of another machine")
-        return old | {"servers": {}}
-    return new | {"runs": 0, "servers": {}, "blocks": []}
-
-
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=tuple(SIZES), default="7b")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
-    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 64, 16, 4])
-    parser.add_argument(
-        "--requests", type=int, default=8, help="of a block, at least twice its concurrency"
-    )
-    parser.add_argument("--tokens", type=int, default=16, help="of each answer")
-    parser.add_argument("--rounds", type=int, default=50, help="per concurrency, at most")
-    parser.add_argument("--seconds", type=float, default=420, help="of the run, starts included")
-    parser.add_argument("--start-seconds", type=float, default=240, help="of the starts, at most")
-    parser.add_argument("--pictures", type=int, default=6000, help="made while the servers start")
-    parser.add_argument(
-        "--server-options", type=shlex.split, default=[], help="more options of vllm serve"
-    )
-    parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs")
-    parser.add_argument("--pin", action="store_true", help="give each server cores of its own")
-    parser.add_argument("--trace", type=Path, help="folder for one profile of each kind of server")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the servers' logs")
-    parser.add_argument("--commit", default="", help="of the plugin, for the report")
-    parser.add_argument("--note", default="", help="for the report")
-    parser.add_argument("--resume", action="store_true", help="add to the results in --out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = arguments(argv)
+    args = arguments(argv, __doc__ or "")
     about = machine("cpu") | {name: version(name.lower()) for name in ("vLLM", "transformers")}
     about |= {"GPU": card["name"], "GPU memory MiB": card["total"]} if (card := gpu()) else {}
     about |= {"fsr_vllm commit": args.commit} if args.commit else {}

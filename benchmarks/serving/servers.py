@@ -56,7 +56,7 @@ LOG = {
     "compilation": r"torch.compile (?:takes|took) (.+? in total|.+? s\b)",
     "graphs": r"(Graph capturing finished in .+?),",
     "runner": r"(Using V2 Model Runner)",
-    "plugin": r"fsr_vllm: (active .*)",
+    "plugin": r"fsr_vllm: (\S+ is active[^;]*)",
 }
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # they are on this machine
 
@@ -65,7 +65,11 @@ def write_model(size: str, path: Path) -> Path:
     """The model folder of a size: LLaVA-1.5-7B's sizes without weights, or small random weights."""
     if size == "7b":
         return llava_7b(path)
-    return build_checkpoint(path, **({"hidden_size": 768, "layers": 8} if size == "wide" else {}))
+    return (
+        build_checkpoint(path, hidden_size=768, layers=8)
+        if size == "wide"
+        else build_checkpoint(path)
+    )
 
 
 class Server:
@@ -216,11 +220,20 @@ def cores(servers: int) -> list[list[int]]:
     return [free[n * share : (n + 1) * share] for n in range(servers)]
 
 
-def profiler(folder: Path) -> dict[str, Any]:
-    return {
+def profiler(folder: Path) -> list[str]:
+    """Options for profiles of the engine, which start and stop by request."""
+    config = {
         "profiler": "torch",
         "torch_profiler_dir": str(folder.resolve()),
         "torch_profiler_with_stack": False,
         "torch_profiler_dump_cuda_time_total": False,
         "ignore_frontend": True,
     }
+    return ["--profiler-config", json.dumps(config)]
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line; of a group, its first."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:300]

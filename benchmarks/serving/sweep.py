@@ -1,17 +1,15 @@
-"""A real server with the sizes of LLaVA-1.5-7B, without the plugin and with it at several budgets
-and concurrencies.
+"""A server without the plugin and with it, one after the other, over budgets and concurrencies.
 
-    python -m benchmarks.serving                       # a GPU with 20 GiB or more; about five
-    minutes python -m benchmarks.serving --size tiny --server-options '--dtype float32'      # the
-    same path on a CPU
+    python -m benchmarks.serving                       # a GPU with 20 GiB or more; five minutes
+    python -m benchmarks.serving --size tiny           # the same path on any machine
 
-Weights are random (`--load-format dummy`): costs are the real model's, answers mean nothing. Every
-request brings a picture of its own, so no cache of images helps. Servers, in this order: vanilla
-(no plugin loaded), plugin (all budgets in one server), and plugin-max (`--fsr-max-budget` at the
-smallest budget: what vLLM then has left for its KV cache; one concurrency). Each is written to
-serving-gpu.json and .md (or -cpu) when it is done, so a later failure costs nothing;
+Weights of "7b" are random (`--load-format dummy`): costs are the real model's, answers mean
+nothing. Every request brings a picture of its own, so no cache of images helps. Servers, in this
+order: vanilla (no plugin loaded), plugin (all budgets in one server), and plugin-max
+(`--fsr-max-budget` at the smallest budget: what vLLM then has left for its KV cache; one
+concurrency). Each is written to serving-gpu.json and .md (or -cpu) when it is done, so a later failure costs nothing;
 --seconds-limit leaves out what no longer fits. --before and --after run a command around what is
-timed.
+timed. For differences of a few per cent use `benchmarks.serving.paired`.
 """
 
 from __future__ import annotations
@@ -19,198 +17,148 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import httpx
-import torch
+from benchmarks.report import machine
 
-from benchmarks.testbed import build_checkpoint
-from fsr_vllm.demo import ENVIRONMENT, MODEL_NAME, serve
-
-from .client import at_once, connect, pictures, row
-from .published import DTYPE, llava_7b
-from .report import machine
+from .analysis import table
+from .load import Pictures, at_once, body, figures
+from .servers import (
+    NO_PLUGIN,
+    PLUGIN,
+    SIZES,
+    VISUAL_TOKENS,
+    Server,
+    embedding,
+    gpu,
+    stop,
+    write_model,
+)
 
 SIDES = ("vanilla", "plugin", "plugin-max")
-COMMON = (
-    "--served-model-name",
-    MODEL_NAME,
-    "--max-model-len",
-    "2048",
-    "--limit-mm-per-prompt",
-    '{"image": 1}',
-)
-SIZES = {"7b": (*COMMON, "--dtype", DTYPE, "--load-format", "dummy"), "tiny": COMMON}
-# What a server says of its memory and of how it runs, by the name it gets in the report.
-LOG = {
-    "KV cache tokens": r"KV cache size: ([\d,]+) tokens",
-    "KV cache memory": r"Available KV cache memory: ([\d.]+ \w+)",
-    "concurrency": r"Maximum concurrency for (.+x)",
-    "weights": r"Model loading took (.+?) and",
-    "attention": r"[Uu]sing (\w+) attention backend",
-    "vision attention": r"[Uu]sing (?:backend )?(\S+) for (?:vit|MMEncoder)",
-    "plugin": r"fsr_vllm: (active .*)",
-}
+QUESTION = "What is this?"
+SHOWN = {
+    "requests": 0, "prompt_tokens": 0, "requests_per_second": 2, "ttft_ms": 0, "ttft_p95_ms": 0,
+    "whole_ms": 0, "tower_ms_per_image": 2, "select_ms_per_image": 2,
+}  # fmt: skip
+HEAD = (
+    "side", "at once", "requests", "prompt tokens", "requests/s", "TTFT p50 ms", "p95 ms",
+    "whole p50 ms", "tower ms/image", "select ms/image", "select share",
+)  # fmt: skip
 
 
-class Limit:
-    """The seconds that are left of the whole run."""
+class Sweep:
+    """All servers, one after the other, and the seconds that are left for them."""
 
-    def __init__(self, seconds: float) -> None:
-        self.started, self.seconds = time.monotonic(), seconds
-
-    @property
-    def used(self) -> float:
-        return time.monotonic() - self.started
+    def __init__(self, args: argparse.Namespace, data: dict[str, Any], folder: Path) -> None:
+        self.args, self.data, self.folder = args, data, folder
+        self.began, self.pictures = time.monotonic(), Pictures(0)
 
     @property
     def left(self) -> float:
-        return self.seconds - self.used
+        return float(self.args.seconds_limit - (time.monotonic() - self.began))
 
+    def all(self) -> int:
+        """The number of servers that failed."""
+        model = write_model(self.args.size, self.folder / "model")
+        for name in self.args.sides:
+            found: dict[str, Any] = {"options": self.own(name), "rows": []}
+            self.data["servers"][name] = found
+            log = (self.args.logs or self.folder) / f"server-{name}.log"
+            try:
+                self.side(name, model, log, found)
+            except Exception as error:  # what was measured stays, and the next server is tried
+                found["error"] = f"{type(error).__name__}: {error}"
+                print(name, found["error"][-4000:], flush=True)
+            self.data["seconds"] = round(time.monotonic() - self.began, 1)
+            write(self.data, self.args.out)
+        return sum("error" in found for found in self.data["servers"].values())
 
-def gpu() -> dict[str, Any]:
-    """Name, used and whole memory (MiB) of the first GPU; empty where there is none. Takes no
-    memory on it itself.
-    """
-    command = [
-        "nvidia-smi",
-        "--query-gpu=name,memory.used,memory.total",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        found = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.splitlines()[0]
-        name, used, total = found.split(", ")
-        return {"name": name, "used": int(used), "total": int(total)}
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return {}
+    def own(self, name: str) -> list[str]:
+        """The options that only this server has."""
+        if name == "vanilla":
+            return []
+        most = ["--fsr-max-budget", str(self.smallest())] if name == "plugin-max" else []
+        return [*PLUGIN, *most]
 
+    def smallest(self) -> int:
+        return min(budget for budget in self.args.budgets if isinstance(budget, int))
 
-def said(log: Path) -> dict[str, str]:
-    """What the server's log says about LOG, the last time it says so."""
-    text = log.read_text(errors="replace")
-    found = {name: re.findall(pattern, text) for name, pattern in LOG.items()}
-    return {name: values[-1] for name, values in found.items() if values}
-
-
-def counts(url: str) -> dict[str, float]:
-    """The worker's statistics of the plugin; empty where there is none."""
-    answer = httpx.get(f"{url}/fsr/stats", timeout=60, trust_env=False)
-    workers = answer.json().get("workers") if answer.status_code == 200 else None
-    return dict(workers[0]) if workers else {}
-
-
-def embedding(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """Milliseconds per image in the tower (projector included) and in selection, between two
-    readings.
-    """
-    images = after.get("images", 0) - before.get("images", 0)
-    if not images:
-        return {}
-    parts = {
-        part: after.get(f"seconds_{part}", 0) - before.get(f"seconds_{part}", 0)
-        for part in ("tower", "select")
-    }
-    found = {f"{part}_ms_per_image": 1000 * seconds / images for part, seconds in parts.items()}
-    return found | {"select_share": parts["select"] / max(1e-9, sum(parts.values()))}
-
-
-async def measure(
-    url: str, budgets: list[Any], args: argparse.Namespace, fresh: Iterator[str], limit: Limit
-) -> Any:
-    """Rows of one server, by concurrency and budget; yields each when it is there."""
-    client = connect(url)
-    fields: dict[Any, dict[str, Any]] = {b: {} if b is None else {"fsr_budget": b} for b in budgets}
-    for budget in budgets:  # one-time work: compilers, alone and in a batch
-        await at_once(client, [next(fresh) for _ in range(2)], fields[budget], 1, args.tokens)
-        many = min(16, max(args.concurrency))
-        await at_once(
-            client, [next(fresh) for _ in range(2 * many)], fields[budget], many, args.tokens
-        )
-    for concurrency in args.concurrency:
-        urls = [next(fresh) for _ in range(max(args.requests, 4 * concurrency) * len(budgets))]
-        hook(args.before)
+    def side(self, name: str, model: Path, log: Path, found: dict[str, Any]) -> None:
+        """One server: its start, and its rows as they come."""
+        args, before = self.args, gpu()
+        if self.left <= 0:
+            raise TimeoutError("no time left")
+        options = [*SIZES[args.size], *args.server_options, *found["options"]]
+        options += ["--enforce-eager"] if args.enforce_eager else []
+        server = Server(model, options, NO_PLUGIN if name == "vanilla" else {}, log)
         try:
-            for place, budget in enumerate(budgets):
-                before = counts(url)
-                async with asyncio.timeout(max(1.0, limit.left)):
-                    mine = urls[place :: len(budgets)]
-                    found: dict[str, Any] = await row(
-                        client, mine, fields[budget], concurrency, args.tokens
-                    )
-                yield {"budget": budget} | found | embedding(before, counts(url))
+            patience = min(args.start_seconds, self.left)
+            while not server.ready():
+                if time.monotonic() - server.started > patience:
+                    raise TimeoutError(f"not up after {patience:.0f} s:\n{server.tail()}")
+                time.sleep(0.5)
+            found |= {"start_seconds": server.seconds}
+            budgets: list[Any] = [None] if name == "vanilla" else args.budgets
+            budgets = [self.smallest()] if name == "plugin-max" else budgets
+            many = args.concurrency[:1] if name == "plugin-max" else args.concurrency
+            self.rows(name, server, budgets, many, found["rows"])
+            found["gpu_mib"] = gpu().get("used", 0) - before.get("used", 0)
         finally:
-            hook(args.after)
-    await client.close()
+            stop([server])
+            found["log"] = server.said()
+
+    def rows(
+        self, name: str, server: Server, budgets: list[Any], many: list[int], rows: list[Any]
+    ) -> None:
+        """A row for each concurrency and budget, after the one-time work of both."""
+        for budget in budgets:
+            self.row(server, budget, 1, 2)
+            self.row(server, budget, min(16, max(many)), 2 * min(16, max(many)))
+        for concurrency in many:
+            hook(self.args.before)
+            try:
+                for budget in budgets:
+                    count = max(self.args.requests, 4 * concurrency)
+                    time.sleep(1.1 if budget is not None else 0)  # readings may be a second old
+                    before = server.stats() if budget is not None else {}
+                    row = self.row(server, budget, concurrency, count)
+                    time.sleep(1.1 if before else 0)
+                    found = embedding(before, server.stats()) if before else {}
+                    rows.append({"budget": budget, "concurrency": concurrency} | row | found)
+                    shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+                    print(name, budget, concurrency, shown, flush=True)
+            finally:
+                hook(self.args.after)
+
+    def row(
+        self, server: Server, budget: str | int | None, concurrency: int, count: int
+    ) -> dict[str, Any]:
+        fields = {} if budget is None else {"fsr_budget": budget}
+        requests = [
+            body(picture, QUESTION, self.args.tokens, fields)
+            for picture in self.pictures.take(count)
+        ]
+        if self.left <= 0:
+            raise TimeoutError("no time left")
+        started = time.perf_counter()
+        answers = asyncio.run(
+            asyncio.wait_for(at_once(server.root, requests, concurrency), self.left)
+        )
+        return figures(answers, time.perf_counter() - started)
 
 
 def hook(command: str) -> None:
     if command:
         subprocess.run(shlex.split(command), check=False)
-
-
-async def side(
-    name: str, url: str, args: argparse.Namespace, fresh: Iterator[str], limit: Limit, rows: Any
-) -> None:
-    budgets: list[Any] = [None] if name == "vanilla" else args.budgets
-    if name == "plugin-max":
-        budgets, args = (
-            [smallest(args)],
-            argparse.Namespace(**{**vars(args), "concurrency": args.concurrency[:1]}),
-        )
-    async for found in measure(url, budgets, args, fresh, limit):
-        rows.append(found)
-        print(
-            name,
-            {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()},
-            flush=True,
-        )
-
-
-def smallest(args: argparse.Namespace) -> int:
-    return min(budget for budget in args.budgets if isinstance(budget, int))
-
-
-def run(args: argparse.Namespace, data: dict[str, Any], folder: Path) -> None:
-    """All servers, one after the other."""
-    limit, fresh = Limit(args.seconds_limit), pictures()
-    model = llava_7b(folder / "model") if args.size == "7b" else build_checkpoint(folder / "model")
-    options = [
-        *SIZES[args.size],
-        *args.server_options,
-        *(["--enforce-eager"] if args.enforce_eager else []),
-    ]
-    own = {"vanilla": [], "plugin": ["--plugin", "fsr"]}
-    own["plugin-max"] = [*own["plugin"], "--fsr-max-budget", str(smallest(args))]
-    for name in args.sides:
-        server: dict[str, Any] = {"options": own[name], "rows": []}
-        data["servers"][name] = server
-        log, began, before = (args.logs or folder) / f"server-{name}.log", time.monotonic(), gpu()
-        environment = {**ENVIRONMENT, **({"VLLM_PLUGINS": "none"} if name == "vanilla" else {})}
-        try:
-            if limit.left <= 0:
-                raise TimeoutError("no time left")
-            patience = min(args.start_seconds, limit.left)
-            with serve(str(model), log, [*options, *own[name]], environment, patience) as url:
-                server["start_seconds"] = round(time.monotonic() - began, 1)
-                asyncio.run(side(name, url, args, fresh, limit, server["rows"]))
-                server["gpu_mib"] = gpu().get("used", 0) - before.get("used", 0)
-        except Exception as error:  # what was measured stays, and the next server is tried
-            server["error"] = f"{type(error).__name__}: {error}"
-            print(name, server["error"][-4000:], flush=True)
-        server["log"] = said(log) if log.exists() else {}
-        data["seconds"] = round(limit.used, 1)
-        write(data, args.out)
 
 
 def write(data: dict[str, Any], folder: Path) -> None:
@@ -224,128 +172,75 @@ def write(data: dict[str, Any], folder: Path) -> None:
 def markdown(data: dict[str, Any]) -> str:
     """The same as tables."""
     about = "\n".join(f"- {name}: {value}" for name, value in data["machine"].items())
-    rows, servers = [], []
+    rows, servers, failed = [], [], []
     for name, server in data["servers"].items():
         for r in server["rows"]:
-            times = [
-                f"{r[key]:.2f}" if key in r else "-"
-                for key in ("tower_ms_per_image", "select_ms_per_image")
-            ]
-            share = f"{r['select_share']:.0%}" if "select_share" in r else "-"
             label = name if r["budget"] is None else f"{name}, budget {r['budget']}"
-            figures = (f"{r[key]:.0f}" for key in ("ttft_p50_ms", "ttft_p95_ms", "whole_p50_ms"))
-            cells = [label, r["concurrency"], r["requests"], f"{r['prompt_tokens']:.0f}"]
-            rows.append([*cells, f"{r['requests_per_second']:.2f}", *figures, *times, share])
+            cells = [f"{r[key]:.{digits}f}" if key in r else "-" for key, digits in SHOWN.items()]
+            select, tower = r.get("select_ms_per_image"), r.get("tower_ms_per_image", 0)
+            share = "-" if select is None else f"{select / max(1e-9, select + tower):.0%}"
+            rows.append([label, r["concurrency"], *cells, share])
         log = server.get("log", {})
-        told = [
-            log.get(key, "-")
-            for key in ("weights", "KV cache memory", "KV cache tokens", "concurrency")
-        ]
-        started = server.get("start_seconds", "-")
-        servers.append(
-            [name, " ".join(server["options"]), started, *told, server.get("gpu_mib") or "-"]
-        )
+        said = ("weights", "KV cache memory", "KV cache tokens", "concurrency")
+        told = [server.get("start_seconds", "-"), *(log.get(key, "-") for key in said)]
+        servers.append([name, " ".join(server["options"]), *told, server.get("gpu_mib") or "-"])
+        if "error" in server:
+            failed.append(f"- {name}: `{server['error'].splitlines()[0]}`")
     rows.sort(key=lambda cells: cells[1])
-    head = ("side", "at once", "requests", "prompt tokens", "requests/s", "TTFT p50 ms", "p95 ms", "whole p50 ms",
-            "tower ms/image", "select ms/image", "select share")  # fmt: skip
-    second = (
-        "server",
-        "options",
-        "start s",
-        "weights",
-        "KV memory",
-        "KV tokens",
-        "maximum concurrency",
-        "GPU MiB",
-    )
-    failed = [
-        f"- {name}: `{s['error'].splitlines()[0]}`"
-        for name, s in data["servers"].items()
-        if "error" in s
+    second = ("server", "options", "start s", "weights", "KV memory", "KV tokens")
+    parts = [
+        f"# Serving: {data['size']}, {'GPU' if 'GPU' in data['machine'] else 'CPU'}",
+        f"`{data['command']}`, {data['seconds']:.0f} s.",
+        about,
+        f"{data['note']} Distinct pictures of {VISUAL_TOKENS} visual tokens, {data['tokens']}"
+        " tokens per answer. Tower and selection are the\nworker's own clock (CUDA events on a GPU), the"
+        " projector counted with the tower; share is selection of both.",
+        table(HEAD, rows),
+        table([*second, "maximum concurrency", "GPU MiB"], servers),
+        *(["Not finished:", "\n".join(failed)] if failed else []),
     ]
-    return f"""\
-# Serving: {data["size"]}, {"GPU" if "GPU" in data["machine"] else "CPU"}
-
-`{data["command"]}`, {data["seconds"]:.0f} s.
-
-{about}
-
-{data["note"]} Distinct pictures of 576 visual tokens, {data["tokens"]} tokens per answer. Tower and selection are the
-worker's own clock (CUDA events on a GPU), the projector counted with the tower; share is selection of both.
-
-{_table(head, rows)}
-
-{_table(second, servers)}
-""" + "\n".join(["", "Not finished:", "", *failed, ""] if failed else [])
+    return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Any, rows: Any) -> str:
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def _budget(text: str) -> Any:
+def _budget(text: str) -> str | int:
     return text if text == "off" else int(text)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=tuple(SIZES), default="7b")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--budgets", nargs="+", type=_budget, default=["off", 192, 128, 64])
-    parser.add_argument(
-        "--concurrency", nargs="+", type=int, default=[16, 1, 64, 4], help="most important first"
-    )
-    parser.add_argument(
-        "--requests", type=int, default=16, help="per row, at least four times its concurrency"
-    )
-    parser.add_argument("--tokens", type=int, default=16, help="of each answer")
-    parser.add_argument("--seconds-limit", type=float, default=1800, help="of the whole run")
-    parser.add_argument(
-        "--start-seconds", type=float, default=300, help="of one server's start, at most"
-    )
-    parser.add_argument(
-        "--enforce-eager",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="no torch.compile",
-    )
-    parser.add_argument(
-        "--server-options", type=shlex.split, default=[], help="more options of vllm serve"
-    )
-    parser.add_argument("--before", default="", help="command to run before rows are timed")
-    parser.add_argument("--after", default="", help="command to run after them")
-    parser.add_argument("--note", default="", help="for the report")
-    parser.add_argument("--logs", type=Path, help="folder that keeps the servers' logs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    add = parser.add_argument
+    add("--size", choices=tuple(SIZES), default="7b")
+    add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    add("--budgets", nargs="+", type=_budget, default=["off", 192, 128, 64])
+    add("--concurrency", nargs="+", type=int, default=[16, 1, 64, 4], help="important ones first")
+    add("--requests", type=int, default=16, help="per row, at least four times its concurrency")
+    add("--tokens", type=int, default=16, help="of each answer")
+    add("--seconds-limit", type=float, default=1800, help="of the whole run")
+    add("--start-seconds", type=float, default=300, help="of one server's start, at most")
+    add("--enforce-eager", action=argparse.BooleanOptionalAction, default=True)
+    add("--server-options", type=shlex.split, default=[], help="more options of vllm serve")
+    add("--before", default="", help="command to run before rows are timed")
+    add("--after", default="", help="command to run after them")
+    add("--note", default="", help="for the report")
+    add("--logs", type=Path, help="folder that keeps the servers' logs")
+    add("--out", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args(argv)
-    about = machine("cpu") | {"vLLM": version("vllm"), "transformers": version("transformers")}
-    if found := gpu():
-        about |= {
-            "GPU": found["name"],
-            "GPU memory MiB": found["total"],
-            "CUDA": torch.version.cuda,
-        }
+    about = machine("cpu") | {name: version(name.lower()) for name in ("vLLM", "transformers")}
+    about |= {"GPU": card["name"], "GPU memory MiB": card["total"]} if (card := gpu()) else {}
     given = sys.argv[1:] if argv is None else argv
     data: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.serving", *given]),
-        "machine": about,
-    }
-    data |= {
-        "note": args.note,
-        "size": args.size,
-        "tokens": args.tokens,
-        "seconds": 0.0,
-        "servers": {},
-    }
+        "machine": about, "note": args.note, "size": args.size, "tokens": args.tokens,
+        "seconds": 0.0, "servers": {},
+    }  # fmt: skip
     if args.logs:
         args.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fsr-serving-") as folder:
-        run(args, data, Path(folder))
+        failed = Sweep(args, data, Path(folder)).all()
     print(markdown(data))
-    return int(any("error" in server for server in data["servers"].values()))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
