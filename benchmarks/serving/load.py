@@ -120,7 +120,7 @@ async def ask(session: aiohttp.ClientSession, root: str, request: bytes) -> Answ
 
 
 async def at_once(root: str, requests: Sequence[bytes], concurrency: int) -> list[Answer]:
-    """All answers, with `concurrency` requests on their way at any time; raises the first error."""
+    """All answers, with `concurrency` requests on their way at any time; errors come as a group."""
     waiting = iter(requests)
     limits = aiohttp.ClientTimeout(total=180)
     connector = aiohttp.TCPConnector(limit=0)

@@ -7,9 +7,9 @@ Weights of "7b" are random (`--load-format dummy`): costs are the real model's, 
 nothing. Every request brings a picture of its own, so no cache of images helps. Servers, in this
 order: vanilla (no plugin loaded), plugin (all budgets in one server), and plugin-max
 (`--fsr-max-budget` at the smallest budget: what vLLM then has left for its KV cache; one
-concurrency). Each is written to serving-gpu.json and .md (or -cpu) when it is done, so a later failure costs nothing;
---seconds-limit leaves out what no longer fits. --before and --after run a command around what is
-timed. For differences of a few per cent use `benchmarks.serving.paired`.
+concurrency). Each is written to serving-gpu.json and .md (or -cpu) when it is done, so a later
+failure costs nothing; --seconds-limit leaves out what no longer fits. --before and --after run a
+command around what is timed. For differences of a few per cent use `benchmarks.serving.paired`.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def markdown(data: dict[str, Any]) -> str:
         f"`{data['command']}`, {data['seconds']:.0f} s.",
         about,
         f"{data['note']} Distinct pictures of {VISUAL_TOKENS} visual tokens, {data['tokens']}"
-        " tokens per answer. Tower and selection are the\nworker's own clock (CUDA events on a GPU), the"
-        " projector counted with the tower; share is selection of both.",
+        " tokens per answer. Tower and selection are the\nworker's own clock (CUDA events on a GPU),"
+        " the projector counted with the tower; share is selection of both.",
         table(HEAD, rows),
         table([*second, "maximum concurrency", "GPU MiB"], servers),
         *(["Not finished:", "\n".join(failed)] if failed else []),
