@@ -22,7 +22,18 @@ from typing import Any
 import torch
 
 from .load import Pictures, at_once, body
-from .servers import PLUGIN, SIZES, VISUAL_TOKENS, Server, gpu, memory, reason, stop, write_model
+from .servers import (
+    PLUGIN,
+    SIZES,
+    VISUAL_TOKENS,
+    Server,
+    cache,
+    gpu,
+    memory,
+    reason,
+    stop,
+    write_model,
+)
 
 BUDGET = 64
 
@@ -79,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = write_model(args.size, Path(folder) / "model")
         options = [*SIZES[args.size], *memory(args.size, 0, 1)[0], *PLUGIN]
         options += ["--enforce-eager"] if args.eager else []
-        server = Server(model, options, {}, args.out / "server-check.log")
+        server = Server(model, options, cache("plugin"), args.out / "server-check.log")
         try:
             while not server.ready():
                 if time.monotonic() - server.started > args.start_seconds:

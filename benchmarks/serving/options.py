@@ -62,7 +62,7 @@ def arguments(argv: Sequence[str] | None, about: str) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=50, help="per concurrency, at most")
     parser.add_argument("--seconds", type=float, default=420, help="of the run, starts included")
     parser.add_argument("--start-seconds", type=float, default=240, help="of the starts, at most")
-    parser.add_argument("--pictures", type=int, default=6000, help="made while the servers start")
+    parser.add_argument("--pictures", type=int, default=10_000, help="made while the servers start")
     parser.add_argument(
         "--server-options", type=shlex.split, default=[], help="more options of vllm serve"
     )

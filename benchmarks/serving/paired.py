@@ -36,6 +36,7 @@ from .servers import (
     PLUGIN,
     SIZES,
     Server,
+    cache,
     cores,
     embedding,
     gpu,
@@ -85,7 +86,7 @@ class Run:
             options += ["--enforce-eager"] if args.eager else []
             options += PLUGIN if name == "plugin" else []
             traced = profiler(self.folder / name) if args.trace else []
-            environment = {} if name == "plugin" else NO_PLUGIN
+            environment = cache(name) | ({} if name == "plugin" else NO_PLUGIN)
             log = (args.logs or self.folder) / f"server-{name}.log"
             self.servers[name] = Server(model, [*options, *traced], environment, log, place)
             self.data["servers"][name] = {"options": options, "cores": place, "seconds": None}

@@ -72,6 +72,11 @@ def write_model(size: str, path: Path) -> Path:
     )
 
 
+def cache(name: str) -> dict[str, str]:
+    """A cache of compiled code for each server: two that start at once must not write to one."""
+    return {"VLLM_CACHE_ROOT": str(Path.home() / ".cache" / "vllm-bench" / name)}
+
+
 class Server:
     """One `vllm serve` of its own process session; up once `ready` has said so."""
 

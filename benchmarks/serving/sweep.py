@@ -39,6 +39,7 @@ from .servers import (
     Server,
     embedding,
     gpu,
+    memory,
     stop,
     write_model,
 )
@@ -97,7 +98,8 @@ class Sweep:
         args, before = self.args, gpu()
         if self.left <= 0:
             raise TimeoutError("no time left")
-        options = [*SIZES[args.size], *args.server_options, *found["options"]]
+        small = memory(args.size, 0, 1)[0] if args.size != "7b" else []  # a 7B server takes all
+        options = [*SIZES[args.size], *small, *args.server_options, *found["options"]]
         options += ["--enforce-eager"] if args.enforce_eager else []
         server = Server(model, options, NO_PLUGIN if name == "vanilla" else {}, log)
         try:
@@ -193,8 +195,8 @@ def markdown(data: dict[str, Any]) -> str:
         f"`{data['command']}`, {data['seconds']:.0f} s.",
         about,
         f"{data['note']} Distinct pictures of {VISUAL_TOKENS} visual tokens, {data['tokens']}"
-        " tokens per answer. Tower and selection are the\nworker's own clock (CUDA events on a GPU),"
-        " the projector counted with the tower; share is selection of both.",
+        " tokens per answer. Tower and selection are the\nworker's own clock (CUDA events on a"
+        " GPU), the projector counted with the tower; share is selection of both.",
         table(HEAD, rows),
         table([*second, "maximum concurrency", "GPU MiB"], servers),
         *(["Not finished:", "\n".join(failed)] if failed else []),
