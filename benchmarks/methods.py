@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 
 from .cells import KERNELS, Bench
 from .inputs import Cell
@@ -56,7 +56,7 @@ def measured(device: str, args: argparse.Namespace) -> Run:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
         args.dtype
     ]
-    wanted = tuple(args.methods or (*methods(), *KERNELS))
+    wanted = tuple(args.methods or (*list_methods(), *KERNELS))
     bench = Bench(device, dtype, wanted, args.repeats, args.cell_seconds)
     about, started = machine(device), time.perf_counter()
     plan = cells(args)
@@ -76,7 +76,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.methods", description=(__doc__ or "").partition("\n")[0]
     )
-    names = (*methods(), *KERNELS)
+    names = (*list_methods(), *KERNELS)
     parser.add_argument("--device", choices=("all", "cpu", "cuda"), default="all")
     parser.add_argument(
         "--threads", type=int, help="of torch on the CPU (default: torch's own choice)"

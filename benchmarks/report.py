@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fsr_vllm
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 
 from .cells import (
     COSINES,
@@ -188,7 +188,7 @@ def _place(row: Result) -> int:
     """Baselines first, then methods as they are registered: they were measured in another order in
     each cell.
     """
-    return -1 if row.kind == "baseline" else list(methods()).index(row.name.partition(",")[0])
+    return -1 if row.kind == "baseline" else list(list_methods()).index(row.name.partition(",")[0])
 
 
 def _row(row: Result) -> tuple[str, str, str, str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fsr_vllm.methods import get_method, methods
+from fsr_vllm.methods import get_method, list_methods
 from fsr_vllm.methods.options import beyond_serving
 from fsr_vllm.params import SERVED_DEFAULTS
 from fsr_vllm.signals.saliency import attention_map, cls_attention, received_attention
@@ -78,7 +78,7 @@ class Case:
 
 def cases(n: int) -> Iterator[Case]:
     """Every method as requests get it without options, and with each option at its ends."""
-    for name in methods():
+    for name in list_methods():
         yield Case(name, {})
         for item in fields(get_method(name)):
             default = SERVED_DEFAULTS.get(name, {}).get(item.name, item.default)
@@ -152,7 +152,7 @@ def signals(n: int) -> dict[str, float]:
 
 def verdict(case: Case, sizes: list[int], limit: float) -> str:
     """Whether requests may ask for it, and if so whether that is right."""
-    if not methods()[case.method].servable:
+    if not list_methods()[case.method].servable:
         return "not served: inputs"
     if beyond_serving(case.made, sizes[-1]) is not None:
         return "refused to requests"
@@ -237,7 +237,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.worstcase", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2880, 9000])
-    parser.add_argument("--methods", nargs="+", default=list(methods()), choices=list(methods()))
+    parser.add_argument(
+        "--methods", nargs="+", default=list(list_methods()), choices=list(list_methods())
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--seconds", type=float, default=15.0, help="of one case at one size, after which it rests"

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .methods import MethodInfo, PrunedTokens, VisualTokens, get_method, methods, prune
+    from .methods import MethodInfo, PrunedTokens, VisualTokens, get_method, list_methods, prune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "VisualTokens",
     "__version__",
     "get_method",
-    "methods",
+    "list_methods",
     "prune",
     "stats",
     "visual_tokens",
@@ -28,7 +28,7 @@ __all__ = [
 
 def stats(llm: Any) -> dict[str, Any]:
     """Counts of pruned images and kept tokens of a running `vllm.LLM`."""
-    from .engine.worker import stats as worker_stats
+    from .engine.stats import stats as worker_stats
 
     return worker_stats(llm)
 
@@ -46,8 +46,7 @@ def visual_tokens(output: Any) -> tuple[int, int] | None:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    package = import_module(f"{__name__}.methods")
-    return package if name == "methods" else getattr(package, name)
+    return getattr(import_module(f"{__name__}.methods"), name)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,6 @@ own but for the hooks that drop requests' fsr fields.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import Any
 
@@ -19,7 +18,7 @@ from fsr_vllm.compat.plugins import PLUGIN, named_plugins
 from fsr_vllm.compat.registry import leave_aside, take_up
 from fsr_vllm.compat.resets import wrap_mm_cache_reset
 from fsr_vllm.compat.version import native_field, outside_window, why_inactive
-from fsr_vllm.engine.models import FAMILIES
+from fsr_vllm.engine.families import FAMILIES, family_of
 
 logger = logging.getLogger("vllm.fsr_vllm")
 
@@ -167,16 +166,18 @@ def finish_settings(engine_args: Any, model_config: Any) -> None:
             reason,
         )
         return
-    from fsr_vllm.engine import text_tower
+    from fsr_vllm.engine import text_encoder
 
-    encoder, sign = text_tower.find_encoder(
+    encoder, sign = text_encoder.find_encoder(
         model_config, settings.text_encoder, settings.relevance_sign
     )
-    name, family = _family(model_config)
+    family = family_of(model_config.architectures)
+    assert family is not None
+    name = family.architecture
     found = {
         "text_encoder": encoder,
         "relevance_sign": sign,
-        "tokens_per_image": family.most_tokens(model_config),
+        "tokens_per_image": family.most_tokens(model_config.hf_config),
     }
     settings = settings.model_copy(update=found)
     for option, budget in _defaults(settings):
@@ -247,17 +248,9 @@ def in_force(architecture: str, settings: Any) -> str:
     return "; ".join(parts)
 
 
-def _family(model_config: Any) -> tuple[str, Any]:
-    """The architecture that has a family of ours, and its module; ("", None) if there is none."""
-    for architecture in model_config.architectures:
-        if architecture in FAMILIES:
-            return architecture, importlib.import_module(FAMILIES[architecture].partition(":")[0])
-    return "", None
-
-
 def unsupported(model_config: Any) -> str | None:
     """Why this model's images cannot be pruned, or None."""
-    _, family = _family(model_config)
+    family = family_of(model_config.architectures)
     if family is not None:
         return family.unsupported(model_config.hf_config)
     names = ", ".join(model_config.architectures)

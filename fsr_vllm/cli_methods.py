@@ -27,10 +27,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what is asked for; 2 and a message for a name that is no method's."""
-    from fsr_vllm.methods import methods
+    from fsr_vllm.methods import list_methods
     from fsr_vllm.params import did_you_mean
 
-    known = methods()
+    known = list_methods()
     if args.name is not None and args.name not in known:
         hint = did_you_mean(args.name, known) or f"; there are {', '.join(known)}"
         print(f"fsr-vllm methods: unknown method {args.name!r}{hint}", file=sys.stderr)
@@ -100,7 +100,7 @@ def _print_one(info: MethodInfo) -> None:
     needs = ", ".join(info.needs) or "nothing but features"
     for key, value in [
         ("paper", info.paper or "none"),
-        ("licence of its code", info.licence),
+        ("license of its code", info.license),
         ("fidelity", info.fidelity),
         ("needs", needs),
         ("uses, where given", ", ".join(info.uses) or "nothing else"),

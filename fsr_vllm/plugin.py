@@ -15,7 +15,7 @@ from fsr_vllm.compat.plugins import PLUGIN, named_plugins
 from fsr_vllm.compat.registry import inherited_ignoring, put_models
 from fsr_vllm.compat.scheduler import wrap_scheduler
 from fsr_vllm.compat.version import outside_window
-from fsr_vllm.engine.models import FAMILIES
+from fsr_vllm.engine.families import FAMILIES
 
 logger = logging.getLogger("vllm.fsr_vllm")
 

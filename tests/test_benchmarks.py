@@ -16,7 +16,7 @@ from benchmarks.cells import FSR, FSR_RANDOM, GEMM, LITERAL, STEPS, Bench, Resul
 from benchmarks.inputs import Cell, Images
 from benchmarks.targets import judged
 from benchmarks.timing import Timing, measure
-from fsr_vllm.methods import get_method, methods
+from fsr_vllm.methods import get_method, list_methods
 from fsr_vllm.methods.ops import cosine_similarity
 
 TINY = [
@@ -71,7 +71,7 @@ def test_quick_mode_writes_its_report(tmp_path, capsys):
     }
     of_one = [row for row in rows if row["cell"] == {"n": 48, "k": 8, "d": 16, "batch": 2}]
     names = {row["name"] for row in of_one}
-    assert {GEMM, LITERAL, STEPS, FSR, FSR_RANDOM} | (set(methods()) - {"fsr"}) <= names
+    assert {GEMM, LITERAL, STEPS, FSR, FSR_RANDOM} | (set(list_methods()) - {"fsr"}) <= names
     assert {"farthest, reference", "dpp, masked", "coverage, CPU"} <= names
     assert all(row["timing"]["median"] > 0 and row["timing"]["runs"] >= 3 for row in rows)
     assert next(row["note"] for row in of_one if row["name"] == FSR) == "K_F 2, 6 scanned"
@@ -220,7 +220,7 @@ def test_worst_cases_cover_every_option_and_judge_it(tmp_path, capsys):
     assert all(set(row["at"]) == {"40", "160"} for row in rows.values())
     for name in ("fsr", "vispruner", "fastv", "random"):
         assert (name, "no options") in rows
-        for item in methods()[name].options:
+        for item in list_methods()[name].options:
             assert any(item + "=" in options for method, options in rows if method == name), (
                 name,
                 item,

@@ -287,11 +287,11 @@ def test_the_engine_refuses_what_the_command_line_would(tmp_path):
 
 
 def test_methods_that_cannot_be_served_are_no_choices(refused):
-    unserved = {name for name, info in fsr_vllm.methods().items() if not info.servable}
+    unserved = {name for name, info in fsr_vllm.list_methods().items() if not info.servable}
     choices = (
         refused("--plugin", "fsr", "--fsr-method", "zzz")
         .partition("one of ")[2]
         .partition(";")[0]
         .split(", ")
     )
-    assert unserved and set(choices) == set(fsr_vllm.methods()) - unserved
+    assert unserved and set(choices) == set(fsr_vllm.list_methods()) - unserved

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fsr_vllm.cli import main
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 
 
 def test_the_table_fits_a_hundred_columns_one_line_a_method(capsys):
@@ -27,9 +27,9 @@ def test_the_table_fits_a_hundred_columns_one_line_a_method(capsys):
     rows = {
         line.split()[0]: line.split()
         for line in lines
-        if line.split()[:1] and line.split()[0] in methods()
+        if line.split()[:1] and line.split()[0] in list_methods()
     }
-    assert list(rows) == list(methods())
+    assert list(rows) == list(list_methods())
     assert rows["fsr"][1:5] == ["yes", "yes", "exact", "2602.05809"] and rows["fastv"][1:4] == [
         "no",
         "yes",
@@ -43,8 +43,8 @@ def test_the_table_fits_a_hundred_columns_one_line_a_method(capsys):
 def test_one_method_with_everything_about_it(capsys):
     assert main(["methods", "vispruner"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    info = methods()["vispruner"]
-    assert info.paper in told and info.licence in told and "saliency" in told and "metric" in told
+    info = list_methods()["vispruner"]
+    assert info.paper in told and info.license in told and "saliency" in told and "metric" in told
     assert (
         "at least N / 72" in told
         and "share of K chosen by saliency" in told
@@ -54,7 +54,7 @@ def test_one_method_with_everything_about_it(capsys):
     assert "No options." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", list_methods())
 def test_every_method_can_be_told(name, capsys):
     assert main(["methods", name]) == 0
     assert all(len(line) <= 100 for line in capsys.readouterr().out.splitlines())
@@ -63,7 +63,7 @@ def test_every_method_can_be_told(name, capsys):
 def test_json_is_what_python_says(capsys):
     assert main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [one["name"] for one in listed] == list(methods())
+    assert [one["name"] for one in listed] == list(list_methods())
     assert main(["methods", "scope", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
     assert one == next(entry for entry in listed if entry["name"] == "scope")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsr_vllm.engine.processor import TAP_SIGNALS
-from fsr_vllm.methods import methods, prune
+from fsr_vllm.methods import list_methods, prune
 from fsr_vllm.params import FieldError, RequestFields, ServerSettings, resolve
 
 
@@ -56,8 +56,8 @@ def test_without_a_step_there_are_at_most_as_many_rounds_as_published(n, step):
 
 def test_servable_is_what_some_server_can_form():
     formed = {*TAP_SIGNALS, "relevance", "prototypes"}
-    assert {name: info.servable for name, info in methods().items()} == {
-        name: set(info.needs) <= formed for name, info in methods().items()
+    assert {name: info.servable for name, info in list_methods().items()} == {
+        name: set(info.needs) <= formed for name, info in list_methods().items()
     }
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 from fsr_vllm.params import SERVED_DEFAULTS
 
 from .bench import GENERIC, Bench, Outcome, pool_of
@@ -55,7 +55,7 @@ def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
     """All lines: what is published, tuned and served, the oracle and the controls; `only` names
     methods.
     """
-    found = [Row(name, name) for name in methods()]
+    found = [Row(name, name) for name in list_methods()]
     for name, results in tuning.items():
         best = results[0]["options"]
         if best:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fsr_vllm.methods import get_method, methods
+from fsr_vllm.methods import get_method, list_methods
 
 from .bench import Bench, pool_of
 from .export import SHIPPED
@@ -62,7 +62,7 @@ def tries(method: str, count: int = TRIES) -> list[dict[str, Any]]:
     space: dict[str, tuple[Any, ...]] = SPACE[method]
     found: list[dict[str, Any]] = [{}]
     known = {_key(method, {})}
-    random = np.random.default_rng([13, list(methods()).index(method)])
+    random = np.random.default_rng([13, list(list_methods()).index(method)])
     for _ in range(1000):
         if len(found) == count:
             break

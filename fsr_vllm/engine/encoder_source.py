@@ -5,7 +5,8 @@ start.
 from __future__ import annotations
 
 import os
-from typing import Any
+
+from fsr_vllm.compat.types import HfConfig
 
 
 def split_revision(encoder: str) -> tuple[str, str | None]:
@@ -18,7 +19,7 @@ def split_revision(encoder: str) -> tuple[str, str | None]:
     return (name, revision) if at else (encoder, None)
 
 
-def read_config(encoder: str) -> Any:
+def read_config(encoder: str) -> HfConfig:
     """The encoder's CLIPConfig. Errors: as transformers has them, ValueError for a revision behind
     a folder.
     """

@@ -8,12 +8,23 @@ it up here.
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
-from fsr_vllm.engine.worker import FsrWorkerExtension
-
-OURS = "fsr_vllm.engine.worker.FsrWorkerExtension"
+OURS = f"{__name__}.FsrWorkerExtension"
 COMBINED = f"{__name__}.With_"
+
+
+class FsrWorkerExtension:
+    """Mixed into vLLM's worker class; names are prefixed because they share its namespace."""
+
+    def fsr_stats(self) -> dict[str, float]:
+        """Counts and seconds since the start: images, kept rows, FSR's stages, tower and selection.
+
+        `tower_images` went through the vision tower; feature_* tell of the cache that spares it and
+        are absent when it is off. Empty where the model does not prune.
+        """
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        pruner = getattr(model, "fsr", None)
+        return {} if pruner is None else pruner.stats()
 
 
 def with_ours(given: str) -> str:
@@ -25,7 +36,7 @@ def with_ours(given: str) -> str:
     return given if given.startswith(COMBINED) else COMBINED + given.encode().hex()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type:
     """`With_<hex of a dotted name>`: that class, combined with ours unless it inherits ours
     already.
     """

@@ -36,11 +36,13 @@ from fsr_vllm.compat.processing import (
     wrap_dummy_inputs,
 )
 from fsr_vllm.compat.version import why_inactive
-from fsr_vllm.engine.caches import PixelCache, image_key, pack_plan
 from fsr_vllm.engine.conversation import DERIVED_KEY, Derived, completed
 from fsr_vllm.engine.embeddings import plan_embeddings
+from fsr_vllm.engine.families.base import Family
+from fsr_vllm.engine.pixel_cache import PixelCache
 from fsr_vllm.engine.planning import PlannedInputs, prototype_file, read_settings
-from fsr_vllm.methods import methods
+from fsr_vllm.engine.wire import PLAN_FIELD, image_key, pack_plan
+from fsr_vllm.methods import list_methods
 from fsr_vllm.params import (
     HOW_TO_ACTIVATE,
     PREFIX,
@@ -52,14 +54,6 @@ from fsr_vllm.params import (
     shown,
 )
 from fsr_vllm.params.misplaced import misspelt
-
-PLAN_FIELD = "fsr_plan"  # one byte tensor per image, beside pixel_values
-# What the adapter can give a method for a tower with [CLS] on one grid; relevance depends on the
-# text encoder.
-TAP_SIGNALS = frozenset(
-    "saliency shallow_saliency received shallow_received attention keys last_query last_key metric".split()
-    + "cls_row grid text".split()
-)
 
 
 class FsrProcessorMixin(BaseMultiModalProcessor):
@@ -88,7 +82,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         capacity = self.fsr_settings.pixel_cache_bytes if self.fsr_settings is not None else 0
         self.fsr_pixels = PixelCache(capacity) if capacity else None
         self._fsr_lock = threading.Lock()
-        self._fsr_given = set(self.fsr_signals)
+        self._fsr_given = set(self.fsr_family.signals)
         if self.fsr_settings is not None and self.fsr_settings.text_encoder != "none":
             self._fsr_given.add("relevance")
         self._fsr_codebook = ""
@@ -108,7 +102,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         settings = self.fsr_settings
         if settings is None or self.fsr_unsupported:
             return
-        total = self.fsr_total(None, 0)
+        total = self.fsr_family.most_tokens(self.info.get_hf_config())
         for budget in (
             settings.default_budget,
             *settings.detail_budgets.values(),
@@ -120,21 +114,6 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
                 raise ValueError(
                     f"plugin fsr: requests that rely on the server's defaults would fail: {error}"
                 ) from None
-
-    # What a family may have to override
-    # --------------------------------------------------------------------------
-
-    def fsr_total(self, items: Any, index: int) -> int:
-        """Visual tokens of an image without pruning; must not need pixels, which a cached image
-        comes without.
-
-        At start `items` is None: the largest number any image can have.
-        """
-        raise NotImplementedError
-
-    def fsr_shorten(self, placeholder: Any, plan: ImagePlan) -> Any:
-        """The placeholder sequence of a pruned image, cut from the stock one."""
-        return placeholder[: plan.keep]
 
     # Steps of vLLM's processor, in order
     # -------------------------------------------------------------------------
@@ -293,7 +272,9 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         assert settings is not None
         items = inputs.mm_data_items
         count = items.get_count("image", strict=False)
-        totals = [self.fsr_total(items["image"], index) for index in range(count)]
+        totals = [
+            self.fsr_family.total(self.info, items["image"], index, {}) for index in range(count)
+        ]
         # Now rather than on arrival: what waits to be prepared is part of the load.
         fields = RequestFields.parse(values, settings)
         fields, by_load = completed(settings, fields, derived or Derived(), totals)
@@ -320,7 +301,9 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         def replacement(index: int) -> Any:
             placeholder = stock(index) if callable(stock) else stock
             return (
-                self.fsr_shorten(placeholder, plans[index]) if plans[index].pruned else placeholder
+                self.fsr_family.shorten(placeholder, plans[index])
+                if plans[index].pruned
+                else placeholder
             )
 
         return dataclasses.replace(update, replacement=replacement)
@@ -338,7 +321,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         """The methods a request may name here: those that can be served, and have their inputs in
         this model.
         """
-        known = methods()
+        known = list_methods()
         return [name for name in served_methods() if self._fsr_given.issuperset(known[name].needs)]
 
     def _count(self, plans: Sequence[ImagePlan]) -> tuple[int, int]:
@@ -351,17 +334,16 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return kept, total
 
 
-def processor_factory(
-    stock: Callable[..., Any], mixin: type, unsupported: Callable[[Any], str | None]
-) -> Any:
-    """A factory for vLLM's registry: the stock processor of this checkpoint with the family's mixin
-    before it.
-    """
+def processor_factory(stock: Callable[..., Any], family: Family) -> Any:
+    """A factory for vLLM's registry: the stock processor of this checkpoint with our mixin before it."""
 
     def build(info: Any, dummy_inputs: Any, **more: Any) -> Any:  # until 0.30 also `cache`
         kind = type(stock(info, dummy_inputs, **more))
-        built = type(f"Fsr{kind.__name__}", (mixin, kind), {})(info, dummy_inputs, **more)
-        built.fsr_unsupported = unsupported(info.get_hf_config())
+        body = {"fsr_family": family}
+        built = type(f"Fsr{kind.__name__}", (FsrProcessorMixin, kind), body)(
+            info, dummy_inputs, **more
+        )
+        built.fsr_unsupported = family.unsupported(info.get_hf_config())
         built.fsr_check_defaults()
         return built
 

@@ -1,21 +1,17 @@
-"""Which tokens: the registry of pruning methods. Calling the package, `fsr_vllm.methods()`, lists
-them.
-"""
+"""Which tokens: the registry of pruning methods."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from .base import Fidelity, Method, PrunedTokens, VisualTokens
 
-__all__ = ["MethodInfo", "PrunedTokens", "VisualTokens", "get_method", "methods", "prune"]
+__all__ = ["MethodInfo", "PrunedTokens", "VisualTokens", "get_method", "list_methods", "prune"]
 
 # name -> "module.Class" inside this package, imported when first asked for. One line per method;
 # this order is shown.
@@ -61,7 +57,7 @@ class MethodInfo:
         int  # block of a 24-block tower, from 0, that shallow_* signals are read at; 0: not needed
     )
     paper: str
-    licence: str  # of the authors' published code; ours is written from the paper
+    license: str  # of the authors' published code; ours is written from the paper
     fidelity: Fidelity
     summary: str
     options: Mapping[str, Any]  # hyper-parameter -> default
@@ -90,7 +86,7 @@ def get_method(name: str, /, **options: Any) -> Method:
     return cls(**options)
 
 
-def methods() -> dict[str, MethodInfo]:
+def list_methods() -> dict[str, MethodInfo]:
     """All methods in registration order."""
     found = {}
     for name in _REGISTRY:
@@ -103,7 +99,7 @@ def methods() -> dict[str, MethodInfo]:
             servable=cls.servable,
             shallow_layer=cls.shallow_layer,
             paper=cls.paper,
-            licence=cls.licence,
+            license=cls.license,
             fidelity=cls.fidelity,
             summary=(cls.__doc__ or "").partition("\n")[0],
             options={item.name: item.default for item in fields(cls)},
@@ -149,15 +145,3 @@ def prune(
     given = dict(locals())
     tokens = VisualTokens(**{item.name: given[item.name] for item in fields(VisualTokens)})
     return get_method(method, **hyper_parameters).prune(tokens, budget)
-
-
-class _CallablePackage(ModuleType):
-    """Importing this package puts it over the name `fsr_vllm.methods`, which is public as a
-    function: so it is both.
-    """
-
-    def __call__(self) -> dict[str, MethodInfo]:
-        return methods()
-
-
-sys.modules[__name__].__class__ = _CallablePackage

@@ -22,7 +22,7 @@ class AvgPool(Method):
 
     name: ClassVar[str] = "avgpool"
     uses: ClassVar[tuple[str, ...]] = ("grid", "saliency")
-    licence: ClassVar[str] = "none needed"
+    license: ClassVar[str] = "none needed"
     fidelity: ClassVar[Fidelity] = "control"
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:

@@ -125,7 +125,7 @@ class Method:
     servable: ClassVar[bool] = True  # whether a server can form what it needs, for some model
     query_aware: ClassVar[bool] = False  # whether the result can depend on the question
     paper: ClassVar[str] = ""
-    licence: ClassVar[str] = ""  # of the authors' published code
+    license: ClassVar[str] = ""  # of the authors' published code
     fidelity: ClassVar[Fidelity] = "exact"
 
     def __post_init__(self) -> None:

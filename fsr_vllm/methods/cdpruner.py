@@ -42,7 +42,7 @@ class CDPruner(Method):
     paper: ClassVar[str] = (
         "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs (arXiv 2506.10967)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
 
     weighting: str = option(
         "product", choices=("product", "exp"), doc="w: relevance (code) or its exponential (paper)"

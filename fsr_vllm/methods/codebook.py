@@ -26,7 +26,7 @@ class Codebook(ScoreMethod):
     paper: ClassVar[str] = (
         "Beyond Intermediate States: Explaining Visual Redundancy through Language (arXiv 2503.20540)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         # One product per image, so that a batch equals its images to the bit.

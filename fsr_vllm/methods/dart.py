@@ -54,7 +54,7 @@ class DART(Method):
     paper: ClassVar[str] = (
         "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More (arXiv 2502.11494)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
     fidelity: ClassVar[Fidelity] = "input-probe"
 
     image_pivots: int = option(4, low=1, doc="visual tokens that serve as pivots")

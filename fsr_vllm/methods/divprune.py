@@ -28,7 +28,7 @@ class DivPrune(Method):
     paper: ClassVar[str] = (
         "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models (arXiv 2503.02175)"
     )
-    licence: ClassVar[str] = "CC BY-NC 4.0 (ours is written from the description alone)"
+    license: ClassVar[str] = "CC BY-NC 4.0 (ours is written from the description alone)"
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
         similarity = cosine_similarity(tokens.features)

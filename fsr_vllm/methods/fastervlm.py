@@ -19,7 +19,7 @@ class FasterVLM(ScoreMethod):
     name: ClassVar[str] = "fastervlm"
     needs: ClassVar[tuple[str, ...]] = ("saliency",)
     paper: ClassVar[str] = "arXiv 2412.01818"
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return tokens.require("saliency")

@@ -31,7 +31,7 @@ class FastV(ScoreMethod):
         "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language"
         " Models (arXiv 2403.06764)"
     )
-    licence: ClassVar[str] = "unclear"
+    license: ClassVar[str] = "unclear"
     fidelity: ClassVar[Fidelity] = "input-probe"
 
     def score(self, tokens: VisualTokens) -> Tensor:

@@ -180,7 +180,7 @@ class FSR(Method):
     uses: ClassVar[tuple[str, ...]] = ("relevance", "metric", "group")
     query_aware: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2602.05809"
-    licence: ClassVar[str] = "none published"
+    license: ClassVar[str] = "none published"
 
     alpha: float = option(3.0, low=0, doc="exponent of relevance in phi; 0 leaves the question out")
     beta: float = option(1.0, low=0, doc="exponent of saliency in phi")

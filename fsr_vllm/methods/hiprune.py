@@ -40,7 +40,7 @@ class HiPrune(Method):
         "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models"
         " (arXiv 2508.00553)"
     )
-    licence: ClassVar[str] = "MIT"
+    license: ClassVar[str] = "MIT"
 
     alpha: float = option(0.1, low=0, high=1, doc="share of K for anchors and their neighbours")
     edges: str = option(

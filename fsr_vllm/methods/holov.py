@@ -40,7 +40,7 @@ class HoloV(Method):
         'Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention'
         " (arXiv 2510.02912)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
 
     rule: str = option(
         "code",

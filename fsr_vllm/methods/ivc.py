@@ -52,7 +52,7 @@ class IVC(Method):
     paper: ClassVar[str] = (
         "IVC-Prune: Revealing the Implicit Visual Coordinates in LVLMs for Vision Token Pruning (arXiv 2602.03060)"
     )
-    licence: ClassVar[str] = "unclear"
+    license: ClassVar[str] = "unclear"
     fidelity: ClassVar[Fidelity] = "input-probe"
 
     seed_share: float = option(0.01, low=0, high=1, doc="share of N that joins the text as queries")

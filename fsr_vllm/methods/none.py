@@ -15,7 +15,7 @@ class NoSelection(Method):
     """Truncation: keeps the first K tokens of the raster, whatever they show (a control, no paper)."""
 
     name: ClassVar[str] = "none"
-    licence: ClassVar[str] = "none needed"
+    license: ClassVar[str] = "none needed"
     fidelity: ClassVar[Fidelity] = "control"
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:

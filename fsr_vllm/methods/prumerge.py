@@ -50,7 +50,7 @@ class PruMerge(Method):
     paper: ClassVar[str] = (
         "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models (arXiv 2403.15388)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
 
     variant: str = option(
         "plus", choices=("plus", "base"), doc="PruMerge+, with evenly spread centres, or PruMerge"

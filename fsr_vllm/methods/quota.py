@@ -37,7 +37,7 @@ class Quota(Method):
     paper: ClassVar[str] = (
         "QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension (arXiv 2503.08689)"
     )
-    licence: ClassVar[str] = "unclear"
+    license: ClassVar[str] = "unclear"
     fidelity: ClassVar[Fidelity] = "stage-1"
 
     power: float = option(1.0, low=0, high=4, doc="exponent of frame_weights")

@@ -19,7 +19,7 @@ class Random(Method):
     """
 
     name: ClassVar[str] = "random"
-    licence: ClassVar[str] = "none needed"
+    license: ClassVar[str] = "none needed"
     fidelity: ClassVar[Fidelity] = "control"
 
     seed: int = option(0, low=0, high=2**63 - 1, doc="another seed, another draw")

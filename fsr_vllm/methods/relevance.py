@@ -19,7 +19,7 @@ class Relevance(ScoreMethod):
     name: ClassVar[str] = "relevance"
     needs: ClassVar[tuple[str, ...]] = ("relevance",)
     query_aware: ClassVar[bool] = True
-    licence: ClassVar[str] = "none needed"
+    license: ClassVar[str] = "none needed"
     fidelity: ClassVar[Fidelity] = "control"
 
     def score(self, tokens: VisualTokens) -> Tensor:

@@ -34,7 +34,7 @@ class Scope(Method):
     paper: ClassVar[str] = (
         "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs (arXiv 2510.24214)"
     )
-    licence: ClassVar[str] = "none published"
+    license: ClassVar[str] = "none published"
 
     alpha: float = option(1.0, low=0, doc="exponent of saliency; 0 leaves coverage alone")
     combine: str = option(

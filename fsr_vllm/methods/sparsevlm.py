@@ -38,7 +38,7 @@ class SparseVLM(ScoreMethod):
     paper: ClassVar[str] = (
         "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference (arXiv 2410.04417)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
     fidelity: ClassVar[Fidelity] = "input-probe"
 
     def score(self, tokens: VisualTokens) -> Tensor:

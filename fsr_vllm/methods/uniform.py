@@ -17,7 +17,7 @@ class Uniform(Method):
 
     name: ClassVar[str] = "uniform"
     uses: ClassVar[tuple[str, ...]] = ("grid",)
-    licence: ClassVar[str] = "none needed"
+    license: ClassVar[str] = "none needed"
     fidelity: ClassVar[Fidelity] = "control"
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:

@@ -55,7 +55,7 @@ class VFlowOpt(Method):
         "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization"
         " (arXiv 2508.05211)"
     )
-    licence: ClassVar[str] = "CC BY-NC 4.0"
+    license: ClassVar[str] = "CC BY-NC 4.0"
     fidelity: ClassVar[Fidelity] = "stage-1"
 
     threshold: float = option(

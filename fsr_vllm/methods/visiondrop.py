@@ -26,7 +26,7 @@ class VisionDrop(VisionZip):
     paper: ClassVar[str] = (
         "Rethinking Visual Token Reduction in LVLMs under Cross-modal Misalignment (arXiv 2506.22283)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
     fidelity: ClassVar[Fidelity] = "stage-1"
 
     contextual_share: float = option(

@@ -47,7 +47,7 @@ class VisionZip(Method):
     paper: ClassVar[str] = (
         "VisionZip: Longer is Better but Not Necessary in Vision Language Models (arXiv 2412.04467)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
 
     contextual_share: float = option(
         10 / 64, low=0, high=1, doc="share of K for contextual (merged) rows"

@@ -40,7 +40,7 @@ class VisPruner(Method):
     paper: ClassVar[str] = (
         "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs (arXiv 2412.01818)"
     )
-    licence: ClassVar[str] = "Apache-2.0"
+    license: ClassVar[str] = "Apache-2.0"
 
     ratio: float = option(
         0.5, low=0, high=1, doc="share of K chosen by saliency, the others by diversity"

@@ -49,7 +49,7 @@ class VScan(Method):
     paper: ClassVar[str] = (
         "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models (arXiv 2505.22654)"
     )
-    licence: ClassVar[str] = "MIT"
+    license: ClassVar[str] = "MIT"
     fidelity: ClassVar[Fidelity] = "stage-1"
 
     window: int = option(6, low=1, doc="side of a window, in tokens")

@@ -34,7 +34,7 @@ class ZSPAPrune(Method):
     paper: ClassVar[str] = (
         "ZSPAPrune: Zero-Shot Prompt-Aware Token Pruning for Vision-Language Models (arXiv 2510.17197)"
     )
-    licence: ClassVar[str] = "none published"
+    license: ClassVar[str] = "none published"
     fidelity: ClassVar[Fidelity] = "unchecked"
 
     core_share: float = option(

@@ -18,18 +18,18 @@ SERVED_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def served_methods() -> list[str]:
     """The methods that a server can run; others are for the Python API alone."""
-    from fsr_vllm.methods import methods
+    from fsr_vllm.methods import list_methods
 
-    return [name for name, info in methods().items() if info.servable]
+    return [name for name, info in list_methods().items() if info.servable]
 
 
 def known_method(name: str, field: str) -> str:
     """The name itself; FieldError, with the methods that can be served and the nearest of them, if
     it is none.
     """
-    from fsr_vllm.methods import methods
+    from fsr_vllm.methods import list_methods
 
-    if name not in methods():
+    if name not in list_methods():
         known = served_methods()
         near = did_you_mean(name, known)
         raise FieldError(

@@ -31,10 +31,15 @@ class RequestFields(BaseModel):
     fsr_options: dict[str, Any] | None = None
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], settings: ServerSettings) -> RequestFields:
+    def parse(
+        cls, values: Mapping[str, Any], settings: ServerSettings, images: int = 0
+    ) -> RequestFields:
         """Validate fields against the registry and the server's bounds; null means absent;
         FieldError otherwise.
+
+        `images`: how many a prompt may hold, where known (see `check_lengths`).
         """
+        check_lengths(values, images)
         unknown = sorted(set(values) - set(REQUEST_FIELDS))
         if unknown:
             name = cut(unknown[0])
@@ -98,3 +103,16 @@ class RequestFields(BaseModel):
         if self.fsr_budget is None:
             return None
         return self.fsr_budget if isinstance(self.fsr_budget, list) else [self.fsr_budget]
+
+
+def check_lengths(values: Mapping[str, Any], images: int) -> None:
+    """FieldError for a list with more entries than a prompt may hold images, before any entry is
+    looked at.
+    """
+    most = images or MAX_IMAGES  # embeddings are let in beyond a limit of 0
+    for name in ("fsr_budget", "fsr_question"):
+        value = values.get(name)
+        if isinstance(value, (list, tuple)) and len(value) > most:
+            raise FieldError(
+                name, f"{name} has {len(value)} entries; a prompt may hold {most} images"
+            )

@@ -27,7 +27,7 @@ CACHE_BYTES = (
 SETTINGS_KEY = "fsr_settings"  # of the model config: how settings reach processors and workers
 HOW_TO_ACTIVATE = 'start the server with --plugin fsr (offline: additional_config={"fsr": {}}, or VLLM_PLUGINS=fsr)'
 DETAILS = ("low", "high", "auto", "original")  # every `image_url.detail` that OpenAI's API has
-_FOUND = ("tokens_per_image",)  # what start-up finds, which is no option
+_FOUND = ("tokens_per_image", "unsupported", "signals")  # what start-up finds, which is no option
 
 
 class ServerSettings(BaseModel):
@@ -92,7 +92,10 @@ class ServerSettings(BaseModel):
         description="Roll back: serve as vLLM alone does. All other --fsr-* options are unused, and requests' fsr "
         "fields, headers and @fsr suffixes are dropped unread.",
     )
+    # What start-up finds:
     tokens_per_image: int | None = None  # the most visual tokens that an image can have
+    unsupported: str | None = None  # why this model's images cannot be pruned
+    signals: tuple[str, ...] = ()  # what the model's family can give a method
 
     @classmethod
     @functools.lru_cache(maxsize=16)
@@ -352,3 +355,19 @@ def ignoring(given: Mapping[str, Any] | None) -> bool:
     if not isinstance(value, bool):
         raise FieldError("fsr.ignore", f"fsr.ignore must be true or false; got {shown(value)}")
     return value
+
+
+def read_settings(hf_config: Any) -> ServerSettings | None:
+    """The server's settings as put into the model config at start; None while the plugin is not
+    active.
+    """
+    text = getattr(hf_config, SETTINGS_KEY, None)
+    return None if text is None else ServerSettings.from_json(text)
+
+
+def refusal(hf_config: Any) -> str | None:
+    """Why no request of this server can have fields of ours; None if it can."""
+    settings = read_settings(hf_config)
+    if settings is None:
+        return f"plugin fsr is not active; {HOW_TO_ACTIVATE}"
+    return settings.unsupported

@@ -27,11 +27,11 @@ async def list_methods() -> dict[str, Any]:
     """All registered methods with what they need, whether the question matters to them, and where
     they come from.
     """
-    from fsr_vllm.methods import methods
+    from fsr_vllm import methods
 
     return {
         "object": "list",
-        "data": [{"id": name, **asdict(info)} for name, info in methods().items()],
+        "data": [{"id": name, **asdict(info)} for name, info in methods.list_methods().items()],
     }
 
 

@@ -11,7 +11,7 @@ from fsr_vllm import activation, plugin
 from fsr_vllm.compat.platform import device_memory
 from fsr_vllm.compat.registry import IGNORING, put_stock_models, take_up
 from fsr_vllm.engine.inputs import IGNORED_KEY
-from fsr_vllm.engine.models import FAMILIES
+from fsr_vllm.engine.families import FAMILIES
 from fsr_vllm.params import SETTINGS_KEY, ServerSettings
 
 ARCHITECTURE = "LlavaForConditionalGeneration"

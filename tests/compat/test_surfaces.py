@@ -17,7 +17,7 @@ from fsr_vllm.compat.errors import request_error
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.http import FOREIGN_HANDLERS, MODEL_CHECKS, owner, wrap_model_check
 from fsr_vllm.engine.extension import OURS, with_ours
-from fsr_vllm.engine.worker import FsrWorkerExtension
+from fsr_vllm.engine.extension import FsrWorkerExtension
 
 
 def parameters(function):

@@ -51,8 +51,8 @@ PROBE = {
     "worker_extension_cls": "tests.engine.probe.ProbeExtension"
 }  # a user's own: combined with ours
 # Every method that this model can give its inputs to, by changing one word.
-REFUSED = [name for name, info in fsr_vllm.methods().items() if not info.servable]
-SERVED = [name for name, info in fsr_vllm.methods().items() if info.servable]
+REFUSED = [name for name, info in fsr_vllm.list_methods().items() if not info.servable]
+SERVED = [name for name, info in fsr_vllm.list_methods().items() if info.servable]
 BAD = [
     {"fsr_budget": 0},
     {"fsr_budget": [64, 64]},

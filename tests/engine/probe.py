@@ -6,7 +6,9 @@ from base64 import b64decode
 
 import torch
 
-from fsr_vllm.engine.caches import unpack_plan
+from fsr_vllm.engine.types import ImageInput
+from fsr_vllm.engine.wire import unpack_plan
+from fsr_vllm.params import ImagePlan
 
 
 class ProbeExtension:
@@ -20,12 +22,11 @@ class ProbeExtension:
             1, 3, 336, 336
         )
         names = ("saliency", "received", "shallow_received@8")
-        model.fsr_tap.wanted = frozenset(names)
-        features, projected = model.fsr_project(model.fsr_tower(values))
-        model.fsr_tap.wanted = frozenset()
-        relevance = model.fsr_text.relevance(features, projected, [question])
-        signals = model.fsr_tap.take()
-        return {name: signals[name][0].tolist() for name in names} | {
+        worker, plan = model.fsr.worker, ImagePlan(576, 576)
+        image = ImageInput({"pixel_values": values[0]}, plan)
+        encoded = worker.rows(worker.features([image], frozenset(names)), frozenset())[0]
+        relevance = model.fsr_text.relevance(encoded.tower[None], encoded.rows[None], [question])
+        return {name: encoded.signals[name].tolist() for name in names} | {
             "relevance": relevance[0].tolist()
         }
 

@@ -7,7 +7,9 @@ import random
 import pytest
 import torch
 
-from fsr_vllm.engine.caches import FeatureCache, PixelCache, image_key, pack_plan, unpack_plan
+from fsr_vllm.engine.feature_cache import FeatureCache
+from fsr_vllm.engine.pixel_cache import PixelCache
+from fsr_vllm.engine.wire import image_key, pack_plan, unpack_plan
 from fsr_vllm.params import FieldError, ImagePlan, ServerSettings
 
 

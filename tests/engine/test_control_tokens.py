@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from benchmarks.testbed.export import SHIPPED
-from fsr_vllm.engine.text_tower import ClipText, LlmText, plain_ids
+from fsr_vllm.engine.text_encoder import ClipText, LlmText, plain_ids
 
 CLIP = SHIPPED / "text_encoder"
 QUESTION = "what colour is the circle ?"

@@ -25,7 +25,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from fsr_vllm.compat.model import weight_source
 from fsr_vllm.engine.encoder_source import split_revision
-from fsr_vllm.engine.text_tower import ClipText, find_encoder
+from fsr_vllm.engine.text_encoder import ClipText, find_encoder
 
 model, asked = sys.argv[1], sys.argv[2:]
 served = SimpleNamespace(model=model, hf_config=LlavaConfig.from_pretrained(model))

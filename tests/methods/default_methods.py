@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hypothesis import settings
 
-from fsr_vllm.methods import VisualTokens, get_method, methods
+from fsr_vllm.methods import VisualTokens, get_method, list_methods
 from fsr_vllm.methods.base import Method
 
 # Same examples in every run: a failure is a change of the code, and CI does not find old bugs on
@@ -88,7 +88,8 @@ _LISTED = [
     Case("uniform"),
     Case("avgpool", plain=False),
 ]
-CASES = _LISTED + [Case(name) for name in methods() if name not in {case.name for case in _LISTED}]
+_NAMED = {case.name for case in _LISTED}
+CASES = _LISTED + [Case(name) for name in list_methods() if name not in _NAMED]
 
 # Options that change nothing beside the other defaults: what else must be set for them to matter.
 OPTION_NEEDS: dict[str, dict[str, dict[str, Any]]] = {

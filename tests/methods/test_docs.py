@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 
@@ -33,12 +33,12 @@ def names(text: str) -> list[str]:
 
 
 def test_every_method_has_one_row_in_order():
-    assert [row["name"] for row in METHOD_ROWS] == [f"`{name}`" for name in methods()]
+    assert [row["name"] for row in METHOD_ROWS] == [f"`{name}`" for name in list_methods()]
 
 
 @pytest.mark.parametrize("row", METHOD_ROWS, ids=[row["name"].strip("`") for row in METHOD_ROWS])
 def test_a_row_says_what_the_registry_says(row):
-    info = methods()[row["name"].strip("`")]
+    info = list_methods()[row["name"].strip("`")]
     needs, _, uses = row["needs"].partition("(")
     assert (names(needs), names(uses.rstrip(")"))) == (list(info.needs), list(info.uses))
     assert row["query-aware"] == ("yes" if info.query_aware else "no")
@@ -52,4 +52,4 @@ def test_the_options_of_fsr():
         row["option"].strip("`"): json.loads(row["default"].strip("`"))
         for row in table("option", "default")
     }
-    assert rows == dict(methods()["fsr"].options)
+    assert rows == dict(list_methods()["fsr"].options)

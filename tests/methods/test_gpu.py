@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.inputs import Cell, Images
-from fsr_vllm.methods import VisualTokens, get_method, methods
+from fsr_vllm.methods import VisualTokens, get_method, list_methods
 
 CELL = Cell(576, 64, 128, 3)
 DEVICE = "cuda"
@@ -30,7 +30,7 @@ def moved(tokens: VisualTokens, device: str) -> VisualTokens:
     )
 
 
-@pytest.mark.parametrize("name", [*methods(), "fsr, by relevance"])
+@pytest.mark.parametrize("name", [*list_methods(), "fsr, by relevance"])
 def test_a_gpu_keeps_the_same(name):
     name, _, scan = name.partition(", ")
     method = get_method(name, **(BY_RELEVANCE if scan else {}))

@@ -11,26 +11,26 @@ import pytest
 import torch
 
 import fsr_vllm
-from fsr_vllm.methods import get_method, methods, prune
+from fsr_vllm.methods import get_method, list_methods, prune
 from fsr_vllm.methods.base import Method, ScoreMethod, VisualTokens, option
 from fsr_vllm.methods.options import allowed
 
 from .default_methods import CASES, OPTION_NEEDS, make_tokens
 
 FIELDS = [item.name for item in fields(VisualTokens)]
-OPTIONS = [(name, item) for name in methods() for item in fields(get_method(name))]
+OPTIONS = [(name, item) for name in list_methods() for item in fields(get_method(name))]
 each_option = pytest.mark.parametrize(
     "name, item", OPTIONS, ids=[f"{name}-{item.name}" for name, item in OPTIONS]
 )
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", list_methods())
 def test_what_is_said_of_a_method(name):
-    info, method = methods()[name], get_method(name)
+    info, method = list_methods()[name], get_method(name)
     assert info.name == name == method.name
     assert set(info.needs) | set(info.uses) <= set(FIELDS) - {"features"}
     assert info.fidelity in ("exact", "unchecked", "stage-1", "input-probe", "control")
-    assert info.summary and info.licence and (info.paper or info.fidelity == "control")
+    assert info.summary and info.license and (info.paper or info.fidelity == "control")
     assert info.options == asdict(method) and all(info.option_docs.values())
     json.dumps(info.options)  # they go into the cache identity as JSON
     assert not set(info.options) & {
@@ -45,8 +45,8 @@ def test_what_is_said_of_a_method(name):
 
 
 def test_every_method_is_tested():
-    assert {case.name for case in CASES} == set(methods())
-    assert next(iter(methods())) == "fsr"
+    assert {case.name for case in CASES} == set(list_methods())
+    assert next(iter(list_methods())) == "fsr"
 
 
 def test_unknown_names_list_the_known_ones():
@@ -139,12 +139,11 @@ def test_prune_passes_every_field():
 
 
 def test_public_names():
-    assert callable(fsr_vllm.methods) and list(fsr_vllm.methods()) == list(methods())
-    assert fsr_vllm.methods.get_method is get_method  # the package is still one
+    assert fsr_vllm.list_methods is list_methods and not callable(fsr_vllm.methods)
     public = {
         "prune",
         "get_method",
-        "methods",
+        "list_methods",
         "VisualTokens",
         "PrunedTokens",
         "stats",
@@ -159,10 +158,10 @@ def test_public_names():
     "code",
     [
         "import fsr_vllm, sys; assert 'torch' not in sys.modules",
-        "import fsr_vllm; assert fsr_vllm.methods()['fsr'].query_aware",
-        "from fsr_vllm import methods, prune; assert 'fsr' in methods()",
-        "import fsr_vllm.methods.fsr, fsr_vllm; fsr_vllm.methods()",
-        "import fsr_vllm, sys; fsr_vllm.methods(); assert not {'vllm', 'transformers'} & set(sys.modules)",
+        "import fsr_vllm; assert fsr_vllm.list_methods()['fsr'].query_aware",
+        "from fsr_vllm import list_methods, prune; assert 'fsr' in list_methods()",
+        "import fsr_vllm.methods.fsr, fsr_vllm; fsr_vllm.list_methods()",
+        "import fsr_vllm, sys; fsr_vllm.list_methods(); assert not {'vllm', 'transformers'} & set(sys.modules)",
     ],
 )
 def test_imports_in_a_fresh_process(code):

@@ -1,8 +1,8 @@
-"""From a tower's hidden states to the tokens kept: the real tap and each method against references
+"""From a tower's hidden states to the tokens kept: the real hook and each method against references
 of both together.
 
 A method's inputs are part of it. The references start from what transformers' CLIP reports with
-eager attention; the code under test starts from queries and keys, as `AttentionTap` sees them in
+eager attention; the code under test starts from queries and keys, as `AttentionHook` sees them in
 the server.
 """
 
@@ -16,8 +16,15 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fsr_vllm.engine.tap import SHALLOW, AttentionTap, shallow_key, shallow_keys, tapped
-from fsr_vllm.methods import VisualTokens, get_method, methods
+from fsr_vllm.engine.attention_hook import (
+    SHALLOW,
+    AttentionHook,
+    AttentionLayout,
+    shallow_key,
+    shallow_keys,
+    tapped,
+)
+from fsr_vllm.methods import VisualTokens, get_method, list_methods
 
 from . import reference, reference_tower
 from .reference_tower import Tower
@@ -29,7 +36,7 @@ MANY = 12  # images in all, for what not every image shows
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    """The group of one rank that the tap reduces over, as a worker has it."""
+    """The group of one rank that the hook reduces over, as a worker has it."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
@@ -74,29 +81,19 @@ def encoded():
     ops = [
         _Op() for _ in range(DEPTH - 1)
     ]  # vLLM does not build the block after the layer that is read
-    tap = AttentionTap(ops, DEPTH, frozenset().union(*map(shallow_keys, methods().values())))
+    shallow = frozenset().union(*map(shallow_keys, list_methods().values()))
+    hook = AttentionHook(AttentionLayout(ops, DEPTH), shallow)
     with torch.no_grad():
         out = model(
             torch.randn(MANY, 3, 14 * SIDE, 14 * SIDE),
             output_attentions=True,
             output_hidden_states=True,
         )
-        tap.wanted = tapped(set(VisualTokens.__dataclass_fields__)) | {
-            key for info in methods().values() for key in shallow_keys(info)
-        }
-        for op, block, state in zip(ops, blocks, out.hidden_states, strict=False):
-            normed = block.layer_norm1(state)
-            op(
-                *(
-                    project(normed)
-                    for project in (
-                        block.self_attn.q_proj,
-                        block.self_attn.k_proj,
-                        block.self_attn.v_proj,
-                    )
-                )
-            )
-        signals = tap.take()
+        wanted = tapped(set(VisualTokens.__dataclass_fields__)) | shallow
+        with hook.reading(wanted) as signals:
+            for op, block, state in zip(ops, blocks, out.hidden_states, strict=False):
+                normed, own = block.layer_norm1(state), block.self_attn
+                op(own.q_proj(normed), own.k_proj(normed), own.v_proj(normed))
         signals |= {
             "metric": out.hidden_states[-2][:, 1:],
             "features": projector(out.hidden_states[-2][:, 1:]),
@@ -133,7 +130,7 @@ def encoded():
 
 
 def kept(encoded, name, k, image, **options):
-    """What the method makes of one image with the tap's signals, as the adapter names them."""
+    """What the method makes of one image with the hook's signals, as the adapter names them."""
     method, (_, signals) = get_method(name, **options), encoded
     given = {}
     for field in (*method.required(), *method.uses):

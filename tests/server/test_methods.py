@@ -3,13 +3,13 @@
 import openai
 import pytest
 
-from fsr_vllm.methods import methods
+from fsr_vllm.methods import list_methods
 
 
 def test_the_list_says_what_may_be_named(main):
     listed = {entry["id"]: entry for entry in main.get("/v1/fsr/methods")["data"]}
     assert {name: entry["servable"] for name, entry in listed.items()} == {
-        name: info.servable for name, info in methods().items()
+        name: info.servable for name, info in list_methods().items()
     }
     assert (
         listed["vispruner"]["option_bounds"] == {"step": "at least N / 72"}

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.testbed import stats, tune
 from benchmarks.testbed.evaluate import merged, rows
 from benchmarks.testbed.report import markdown, plot, seeds_markdown
-from fsr_vllm.methods import get_method, methods
+from fsr_vllm.methods import get_method, list_methods
 
 
 def outcome(right):
@@ -72,7 +72,7 @@ def test_every_method_gets_the_same_number_of_tries(method):
 def test_every_registered_method_has_a_row():
     lines = rows({"fsr": [{"options": {"alpha": 1.0}}], "scope": [{"options": {}}]})
     labels = [line.label for line in lines]
-    assert set(methods()) <= set(labels) and len(set(labels)) == len(labels)
+    assert set(list_methods()) <= set(labels) and len(set(labels)) == len(labels)
     assert "fsr (tuned)" in labels and "scope (tuned)" not in labels
     assert {
         "oracle",

@@ -19,7 +19,7 @@ from benchmarks.testbed.data import Pictures, pixels
 from benchmarks.testbed.export import TEXT_ENCODER, load_clip, stated_sign
 from benchmarks.testbed.questions import ask
 from benchmarks.testbed.scenes import patches
-from fsr_vllm.engine.text_tower import find_encoder
+from fsr_vllm.engine.text_encoder import find_encoder
 from fsr_vllm.methods import get_method
 from fsr_vllm.methods.base import VisualTokens
 from fsr_vllm.params import SERVED_DEFAULTS

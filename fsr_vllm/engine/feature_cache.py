@@ -1,91 +1,19 @@
-"""Byte-bounded caches keyed by the image alone: vision features in a worker, preprocessed pixels in
-a front end.
+"""A byte-bounded cache of vision features in a worker, keyed by the image alone.
 
-Budgets, methods and questions are not part of the key, so that a new one on a known image costs
-neither the image processor nor the vision tower. Both drop what was used longest ago.
+Budgets, methods and questions are not part of the key, so that a new one on a known image costs no
+run of the vision tower. What was used longest ago is dropped.
 """
 
 from __future__ import annotations
 
 import bisect
-import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from fsr_vllm.params import ImagePlan
-
-KEY_BYTES = 16
 _ALIGNMENT = 256  # bytes; any dtype may start there, and copies run at full speed
-
-
-def image_key(identity: str) -> bytes:
-    """The key of an image from vLLM's own identity of it, made of its content (or `uuid`) and
-    processor options.
-    """
-    return hashlib.sha256(identity.encode()).digest()[:KEY_BYTES]
-
-
-def pack_plan(key: bytes | None, plan: ImagePlan) -> torch.Tensor:
-    """An image's key and plan as the one byte tensor that travels to the model; no key: never
-    cached.
-    """
-    return torch.frombuffer(bytearray((key or bytes(KEY_BYTES)) + plan.encode()), dtype=torch.uint8)
-
-
-def unpack_plan(packed: torch.Tensor) -> tuple[bytes | None, ImagePlan]:
-    data = packed.cpu().numpy().tobytes()
-    key = data[:KEY_BYTES]
-    return key if any(key) else None, ImagePlan.decode(data[KEY_BYTES:])
-
-
-class PixelCache:
-    """Preprocessed images by key, at most `capacity` bytes; several threads may use it."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
-        self._bytes = self._hits = self._misses = 0
-
-    def get(self, key: bytes) -> Any | None:
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                self._misses += 1
-                return None
-            self._hits += 1
-            self._entries.move_to_end(key)
-            return entry[0]
-
-    def put(self, key: bytes, value: Any, size: int) -> None:
-        with self._lock:
-            if size > self.capacity:
-                return
-            if key in self._entries:
-                self._bytes -= self._entries.pop(key)[1]
-            while self._bytes + size > self.capacity:
-                self._bytes -= self._entries.popitem(last=False)[1][1]
-            self._entries[key] = (value, size)
-            self._bytes += size
-
-    def clear(self) -> None:
-        with self._lock:
-            self._entries.clear()
-            self._bytes = 0
-
-    def stats(self) -> dict[str, int]:
-        with self._lock:
-            return {
-                "pixel_hits": self._hits,
-                "pixel_misses": self._misses,
-                "pixel_entries": len(self._entries),
-                "pixel_bytes": self._bytes,
-            }
 
 
 @dataclass

@@ -5,14 +5,14 @@ embeddings.
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import nn
 
 from fsr_vllm.compat.model import embed_text_ids, load_parameter
+from fsr_vllm.compat.types import Anything, ModelConfig, Tokenizer
 from fsr_vllm.engine.encoder_source import read_config, resolved, split_revision
 from fsr_vllm.signals.relevance import (
     clip_relevance,
@@ -37,7 +37,7 @@ _WAYS_OUT = (
 )
 
 
-def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str, int]:
+def find_encoder(model_config: ModelConfig, setting: str, sign: str | int) -> tuple[str, int]:
     """The text encoder to load (a path or NAME@COMMIT, "llm" or "none") and the sign of its
     patch-text cosine.
 
@@ -72,7 +72,7 @@ def find_encoder(model_config: Any, setting: str, sign: str | int) -> tuple[str,
     return resolved(path), relevance_sign(sign, name, getattr(config, "fsr_relevance_sign", None))
 
 
-def plain_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def plain_ids(tokenizer: Tokenizer, text: str, **options: Anything) -> list[int]:
     """Token ids of a user's text without specials: a control token that the user wrote out is left
     out.
 
@@ -91,23 +91,16 @@ def plain_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
     return [number for number in ids if number not in specials]
 
 
-class _QuestionCache:
-    """Least-recently-used text embeddings of one worker, by question."""
+class _QuestionCache(LRUCache[str, torch.Tensor]):
+    """Text embeddings of one worker by question; what was asked longest ago is dropped."""
 
     def __init__(self, encode: Callable[[str], torch.Tensor]) -> None:
+        super().__init__(CACHED_QUESTIONS)
         self._encode = encode
-        self._entries: OrderedDict[str, torch.Tensor] = OrderedDict()
 
-    def get(self, text: str) -> torch.Tensor:
-        if text not in self._entries:
-            self._entries[text] = self._encode(text)
-            if len(self._entries) > CACHED_QUESTIONS:
-                self._entries.popitem(last=False)
-        self._entries.move_to_end(text)
-        return self._entries[text]
-
-    def clear(self) -> None:
-        self._entries.clear()
+    def __missing__(self, text: str) -> torch.Tensor:
+        self[text] = self._encode(text)
+        return self[text]
 
 
 class ClipText(nn.Module):
@@ -116,6 +109,8 @@ class ClipText(nn.Module):
 
     The modules carry the names of a published CLIP checkpoint, so its tensors load as they are.
     """
+
+    per_patch = True  # relevance speaks of patches of the tower
 
     def __init__(self, path: str, sign: int, dummy: bool = False) -> None:
         super().__init__()
@@ -134,9 +129,8 @@ class ClipText(nn.Module):
         self.requires_grad_(False)
         self._tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         self._wanted = {name for name, _ in self.named_parameters()}
-        self._filled = (
-            set(self._wanted) if dummy else set()
-        )  # --load-format dummy fills all parameters itself
+        # --load-format dummy fills all parameters itself.
+        self._filled = set(self._wanted) if dummy else set()
         self._max_length = config.text_config.max_position_embeddings
         self._cache = _QuestionCache(self._encode)
 
@@ -193,18 +187,22 @@ class ClipText(nn.Module):
         """(B, N) float32, higher = more relevant, from the tower's features (B, N, Dv); "" gives a
         constant map.
         """
-        texts = torch.stack([self._cache.get(question) for question in questions])
+        texts = torch.stack([self._cache[question] for question in questions])
         return clip_relevance(
             features, texts, self.post_layernorm, self.visual_projection, self.sign
         )
 
 
 class LlmText:
-    """The language model's input embeddings of a question: relevance without a text tower, and
-    `text` for methods.
+    """The language model's embeddings of a question: relevance without a text tower, `text` for
+    methods.
     """
 
-    def __init__(self, language_model: nn.Module, tokenizer: Callable[[], Any], sign: int) -> None:
+    per_patch = False  # relevance speaks of the rows that the language model would get
+
+    def __init__(
+        self, language_model: nn.Module, tokenizer: Callable[[], Tokenizer], sign: int
+    ) -> None:
         # Not an nn.Module: it borrows the language model, which must not be registered twice.
         self._language_model, self._tokenizer, self.sign = language_model, tokenizer, sign
         self._cache = _QuestionCache(self._encode)
@@ -227,5 +225,5 @@ class LlmText:
         self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]
     ) -> torch.Tensor:
         """(B, N) float32 cosine of projected patches (B, N, D) and each image's question."""
-        texts = torch.stack([self._cache.get(question) for question in questions])
+        texts = torch.stack([self._cache[question] for question in questions])
         return embedding_relevance(projected, texts, self.sign)

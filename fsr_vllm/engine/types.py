@@ -1,0 +1,56 @@
+"""The objects that travel between the engine's rooms, on their way from pixels to the rows vLLM
+gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fsr_vllm.params import ImagePlan
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInput:
+    """One image as it reaches the model."""
+
+    pixels: Mapping[str, Any]  # this image's part of what `embed_multimodal` was given, by its name
+    plan: ImagePlan
+    key: bytes | None = None  # of the feature cache; None: never cached
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """What depends on an image alone, and so is worth keeping for the next question about it.
+
+    Each family chooses what it keeps (the tower's output, or final rows), with the signals that
+    were read while the tower ran.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image's N rows as methods see them, with all that is known about each.
+
+    Rows that are no candidates (newlines between the rows of a grid) belong to no group.
+    """
+
+    rows: Tensor  # (N, D), what vLLM would get unpruned
+    signals: Mapping[str, Tensor] = field(default_factory=dict)  # (N, ...) each, by name
+    # What a method is told about a group as a whole, by name: one entry per group, in any shape.
+    group_signals: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    groups: tuple[Tensor, ...] = ()  # rows of each tile, ascending int64; (): one group of all rows
+    grids: tuple[tuple[int, int] | None, ...] = (None,)  # (h, w) of each group whose rows form one
+    tower: Tensor | None = None  # (P, Dv) per patch: where the text encoder measures relevance
+    carried: Tensor | None = None  # (N, C), goes along with the kept rows by index, never merged
+    patches: Tensor | None = None  # (N, 2) int64: tile and patch of each row, -1 for a newline
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each group."""
+        return tuple(len(group) for group in self.groups) or (self.rows.shape[0],)
