@@ -134,7 +134,7 @@ def _leave_aside(engine_args: EngineArgs) -> None:
 
 
 def _forget_pixels(processor: Processor) -> None:
-    """vLLM's multimodal cache was reset in this front end: so is ours."""
+    """VLLM's multimodal cache was reset in this front end: so is ours."""
     if getattr(processor, "fsr_pixels", None) is not None:
         processor.fsr_pixels.clear()
 

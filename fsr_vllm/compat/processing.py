@@ -121,7 +121,7 @@ def processed_data_of(result: Processed) -> Processed:
 
 
 def image_hashes(inputs: Inputs, info: ProcessingInfo) -> tuple[dict[str, list[str]], list[str]]:
-    """vLLM's identities of all media of a request, and the images' own, which say the same image
+    """VLLM's identities of all media of a request, and the images' own, which say the same image
     alike.
     """
     from dataclasses import replace

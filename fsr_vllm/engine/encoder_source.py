@@ -33,7 +33,8 @@ def read_config(encoder: str) -> HfConfig:
 
 def resolved(encoder: str) -> str:
     """NAME@COMMIT for an encoder by name whose configuration was read, so that every worker loads
-    the same; a folder as it is."""
+    the same; a folder as it is.
+    """
     from transformers.utils import cached_file, extract_commit_hash
 
     name, revision = split_revision(encoder)

@@ -77,7 +77,7 @@ class PlannedInputs(ProcessorInputs):
 
     @classmethod
     def of(cls, inputs: ProcessorInputs, plans: Plans) -> PlannedInputs:
-        """vLLM's inputs with plans; items are planned too where they carry pixels."""
+        """VLLM's inputs with plans; items are planned too where they carry pixels."""
         values = {field.name: getattr(inputs, field.name) for field in fields(ProcessorInputs)}
         return cls(**values, fsr=plans)
 

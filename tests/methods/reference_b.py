@@ -226,5 +226,5 @@ def ivc(
     ] = []  # seeds whatever happens, then positions, then the best: as far as K reaches
     for group in (seeds, placed - {*seeds}, {*range(n)} - placed - {*seeds}):
         wanted = k - len(kept)
-        kept += ranked(score, sorted(group), margin, wanted)[:wanted] if 0 < wanted else []
+        kept += ranked(score, sorted(group), margin, wanted)[:wanted] if wanted > 0 else []
     return sorted(kept)

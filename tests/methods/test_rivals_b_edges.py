@@ -11,7 +11,18 @@ from fsr_vllm.methods import get_method, prune
 
 from .default_methods import each_field, make_tokens
 
-NAMES = "vispruner visionzip visiondrop prumerge vflowopt quota fastv sparsevlm dart ivc".split()
+NAMES = [
+    "vispruner",
+    "visionzip",
+    "visiondrop",
+    "prumerge",
+    "vflowopt",
+    "quota",
+    "fastv",
+    "sparsevlm",
+    "dart",
+    "ivc",
+]
 
 
 def test_published_counts():

@@ -41,7 +41,7 @@ class Family(ABC):
 
     @abstractmethod
     def stock_class(self) -> type:
-        """vLLM's model class, imported when it is needed."""
+        """VLLM's model class, imported when it is needed."""
 
     @abstractmethod
     def worker_half(self) -> type[WorkerHalf]:

@@ -24,8 +24,20 @@ class Llava(Family):
 
     architecture = "LlavaForConditionalGeneration"
     signals = frozenset(
-        "saliency shallow_saliency received shallow_received attention keys last_query last_key "
-        "metric cls_row grid text".split()
+        [
+            "saliency",
+            "shallow_saliency",
+            "received",
+            "shallow_received",
+            "attention",
+            "keys",
+            "last_query",
+            "last_key",
+            "metric",
+            "cls_row",
+            "grid",
+            "text",
+        ]
     )
 
     def stock_class(self) -> type:
