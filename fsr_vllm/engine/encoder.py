@@ -1,4 +1,4 @@
-"""From images to rows with signals: the vision tower runs once for each image that is not cached."""
+"""From images to rows with signals; the vision tower runs only for images that are not cached."""
 
 from __future__ import annotations
 

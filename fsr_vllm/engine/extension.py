@@ -47,7 +47,8 @@ def __getattr__(name: str) -> type:
     module, _, attribute = dotted.rpartition(".")
     if not module:
         raise ValueError(
-            f"--worker-extension-cls must be a dotted name such as package.module.Class; got {dotted!r}"
+            "--worker-extension-cls must be a dotted name such as package.module.Class; "
+            f"got {dotted!r}"
         )
     theirs = getattr(importlib.import_module(module), attribute)
     if not issubclass(theirs, FsrWorkerExtension):

@@ -65,8 +65,8 @@ def find_encoder(model_config: ModelConfig, setting: str, sign: str | int) -> tu
     width = model_config.hf_config.vision_config.hidden_size
     if config.vision_config.hidden_size != width:
         raise ValueError(
-            f"text encoder {path!r} belongs to a vision tower of width {config.vision_config.hidden_size}, "
-            f"this model's has {width}: {_WAYS_OUT}"
+            f"text encoder {path!r} belongs to a vision tower of width "
+            f"{config.vision_config.hidden_size}, this model's has {width}: {_WAYS_OUT}"
         )
     name, _ = split_revision(path)
     return resolved(path), relevance_sign(sign, name, getattr(config, "fsr_relevance_sign", None))

@@ -166,7 +166,8 @@ def test_sparsevlm(grid, k, t):
         return reference.sparsevlm(x["features"], x["text"][:t], x["probe"], k, margin)
 
     if t == 5:
-        return compare("sparsevlm", rule, ("text", "probe"), grid, k, probe=slice(5))
+        compare("sparsevlm", rule, ("text", "probe"), grid, k, probe=slice(5))
+        return
     given = {key: torch.from_numpy(value) for key, value in inputs(grid, 0).items()}
     few = {"text": given["text"][:t], "probe": given["probe"][:, :t]}
     exact = {key: value.double().numpy() for key, value in {**given, **few}.items()}

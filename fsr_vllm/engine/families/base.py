@@ -106,7 +106,7 @@ class WorkerHalf(ABC):
 
     @abstractmethod
     def features(self, images: Sequence[ImageInput], wanted: frozenset[str]) -> list[ImageFeatures]:
-        """Run the vision tower over distinct images, reading the `wanted` signals with `self.hook`."""
+        """Run the tower over distinct images; `self.hook` reads the `wanted` signals."""
 
     @abstractmethod
     def rows(self, features: Sequence[ImageFeatures], wanted: frozenset[str]) -> list[EncodedImage]:
@@ -117,7 +117,7 @@ class WorkerHalf(ABC):
         """
 
     def place(self, image: EncodedImage, per_patch: Tensor) -> Tensor:
-        """Values per patch (P,) as values per row (N,), by the same merge as the rows themselves."""
+        """Values per patch (P,) as values per row (N,), by the same merge as the rows."""
         return per_patch
 
     def finish(self, image: EncodedImage, pruned: PrunedTokens | None) -> Tensor:

@@ -79,7 +79,8 @@ def made(active=True, at_once=1000, **settings):
 def given(*plans, keys=None):
     generator = torch.Generator().manual_seed(0)
     tiles = [torch.randn(1, 6, 6, generator=generator) for _ in plans]
-    packed = [pack_plan(key, each) for key, each in zip(keys or [None] * len(plans), plans)]
+    keys = keys or [None] * len(plans)
+    packed = [pack_plan(key, each) for key, each in zip(keys, plans, strict=True)]
     return {"tiles": tiles, "grids": [SHAPE[1]] * len(plans), PLAN_FIELD: packed}
 
 
