@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
@@ -68,7 +69,7 @@ POOLING_RESULT = Patch(
     f"{_POOLING}:PoolingBaseServing._preprocessing",
     "Where the processed inputs of a pooling request are seen, for the answer's header.",
     _DECLARED,
-    signature="async (self, io_processor, ctx)",
+    signature="either (self, io_processor, ctx)",  # not yet a coroutine in 0.26
     missing="releases without this class",
 )
 _FOREIGN = (
@@ -210,12 +211,17 @@ def wrap_pooling(prepare: Before, report: After) -> None:
         return _init_ctx
 
     def preprocessing(stock: Function) -> Function:
-        async def _preprocessing(self: Anything, io_processor: Anything, ctx: Anything) -> Anything:
-            result = await stock(self, io_processor, ctx)
+        def told(result: Anything, ctx: Anything) -> Anything:
             report([entry["prompts"] for entry in ctx.engine_inputs or ()])
             return result
 
-        return _preprocessing
+        async def asynchronous(self: Anything, io_processor: Anything, ctx: Anything) -> Anything:
+            return told(await stock(self, io_processor, ctx), ctx)
+
+        def sync(self: Anything, io_processor: Anything, ctx: Anything) -> Anything:
+            return told(stock(self, io_processor, ctx), ctx)
+
+        return asynchronous if inspect.iscoroutinefunction(stock) else sync
 
     POOLING_CONTEXT.apply(context)
     POOLING_RESULT.apply(preprocessing)

@@ -29,7 +29,8 @@ class Entry:
     target: str  # "module:Class.attribute"
     why: str
     until: str  # what would have to change in vLLM for the entry to go
-    # How it is called: leading parameters by name and place, those after * by name alone.
+    # How it is called: leading parameters by name and place, those after * by name alone; "async"
+    # before them means a coroutine function, "either" one that is none in some releases.
     signature: str = ""
     read: str = "0.26-0.33"
     run: str = "0.32"
@@ -62,14 +63,15 @@ class Entry:
             return None
         function = inspect.unwrap(getattr(function, "__func__", function))
         found = inspect.signature(function).parameters
-        leading, _, named = self.signature.removeprefix("async ").strip("()").partition("*")
+        kind, _, parameters = self.signature.rpartition("(")
+        leading, _, named = parameters.strip("()").partition("*")
         places = [name.strip() for name in leading.split(",") if name.strip()]
         names = {name.strip() for name in named.split(",") if name.strip()}
-        asynchronous = self.signature.startswith("async ")
+        asynchronous = inspect.iscoroutinefunction(function)
         alike = list(found)[: len(places)] == places and names <= set(found)
-        if alike and inspect.iscoroutinefunction(function) == asynchronous:
+        if alike and kind.strip() in ("either", "async" if asynchronous else ""):
             return None
-        is_now = "async " * inspect.iscoroutinefunction(function) + f"({', '.join(found)})"
+        is_now = "async " * asynchronous + f"({', '.join(found)})"
         return f"is {is_now}, expected was {self.signature}"
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -111,7 +111,7 @@ class Selector:
         for kind, parts in kinds.items():
             pruned = self._prune(kind, parts, images, plans)
             for place, part in enumerate(parts):
-                chosen[part.image][part.group] = _of(pruned, place)
+                chosen[part.image][part.group] = pruned.of(place)
         self._counts.add(
             images=len(plans),
             pruned_images=sum(plan.pruned for plan in plans),
@@ -210,8 +210,3 @@ class Selector:
 
 def _needs(method: Method) -> tuple[str, ...]:
     return (*method.needs, *method.uses)
-
-
-def _of(pruned: PrunedTokens, place: int) -> PrunedTokens:
-    """One image of a batch."""
-    return PrunedTokens(**{each.name: getattr(pruned, each.name)[place] for each in fields(pruned)})
