@@ -5,6 +5,7 @@ private.
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -107,6 +108,34 @@ def test_the_versions_of_the_set_up_are_inside_the_window():
     assert vllm_window().specifier.contains(version)
     (extras,) = re.findall(r'^EXTRAS = "(.+)"$', source, re.M)
     assert set(extras.split(",")) == set(PROJECT["optional-dependencies"])
+
+
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "yaml": "pyyaml",
+}
+
+
+def imported(folder: str) -> set[str]:
+    """The distributions that the folder's modules import, wherever in a module."""
+    found: set[str] = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module))
+    names = {name.partition(".")[0] for name in found} - {"fsr_vllm", "benchmarks"}
+    return {DISTRIBUTIONS.get(name, name) for name in names - sys.stdlib_module_names}
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    declared = {Requirement(text).name for text in PROJECT["dependencies"]}
+    assert imported("fsr_vllm") - {"triton"} == declared  # torch brings Triton where there is a GPU
+    extra = {Requirement(text).name for text in PROJECT["optional-dependencies"]["bench"]}
+    assert imported("benchmarks") - declared <= extra
 
 
 def test_licence_and_types_are_shipped():
