@@ -132,3 +132,12 @@ def test_releasing_names_the_command():
         for step in read(".github/workflows/release.yml")["jobs"]["build"]["steps"]
     ]
     assert 'python .ci/check_version.py "$GITHUB_REF_NAME"' in commands and ".ci/run" in commands
+
+
+def test_the_named_mutants_are_of_code_that_is_there():
+    """One whose text is gone, or stands twice, would let its fault return unnoticed."""
+    texts = [path.read_text() for path in (ROOT / "fsr_vllm").rglob("*.py")]
+    mutants = tomllib.loads((ROOT / ".ci" / "mutants.toml").read_text())["mutant"]
+    found = {each["name"]: sum(text.count(each["old"]) for text in texts) for each in mutants}
+    assert len(found) == len(mutants) >= 9
+    assert set(found.values()) == {1}, found
