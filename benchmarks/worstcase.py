@@ -32,16 +32,11 @@ from fsr_vllm.signals.saliency import attention_map, cls_attention, received_att
 from .inputs import Cell, Images
 from .records import write_json
 from .report import machine
+from .worstcase_report import HEADS, LIMIT, WIDTH, markdown
 
-LIMIT = 4.0
-BUDGETS = ("64", "N / 2", "N - 1")
 _LARGE = 1e6  # for an end that an option leaves open
-_HEADS, _WIDTH = 16, 1024  # of the tower whose attention is formed again
+BUDGETS = ("64", "N / 2", "N - 1")
 _REFERENCE = "fsr"
-_LAYERS = {
-    "hiprune": {"received": 2},
-    "vflowopt": {"attention": 1},
-}  # signals that cost more than one row of queries
 # Options that do nothing beside the defaults: what goes with them.
 _BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("fsr", "coverage_weight"): {"scan": "coverage"},
@@ -131,12 +126,12 @@ def run(found: list[Case], n: int, first: int, repeats: int, seconds: float) -> 
 def signals(n: int) -> dict[str, float]:
     """Seconds to form a signal from one layer's queries and keys."""
     g = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, n + 1, _WIDTH, generator=g) for _ in range(2))
-    scale = (_WIDTH / _HEADS) ** -0.5
+    query, key = (torch.randn(1, n + 1, WIDTH, generator=g) for _ in range(2))
+    scale = (WIDTH / HEADS) ** -0.5
     forms: dict[str, Any] = {
-        "saliency": lambda: cls_attention(query, key, _HEADS, scale),
-        "received": lambda: received_attention(query, key, _HEADS, scale, 1, prefix_gives=True),
-        "attention": lambda: attention_map(query, key, _HEADS, scale),
+        "saliency": lambda: cls_attention(query, key, HEADS, scale),
+        "received": lambda: received_attention(query, key, HEADS, scale, 1, prefix_gives=True),
+        "attention": lambda: attention_map(query, key, HEADS, scale),
     }
     taken = {}
     for name, form in forms.items():
@@ -156,83 +151,6 @@ def verdict(case: Case, sizes: list[int], limit: float) -> str:
     if beyond_serving(case.made, sizes[-1]) is not None:
         return "refused to requests"
     return "served" if case.worst(sizes[-1])[1] <= limit else "SERVED, AND TOO DEAR"
-
-
-def worst_of_reference(report: dict[str, Any]) -> float:
-    """Seconds of FSR as served at the largest size."""
-    return report["rows"][0]["at"][str(report["sizes"][-1])]["seconds"]
-
-
-def markdown(report: dict[str, Any]) -> str:
-    sizes = report["sizes"]
-    lines = ["# Worst cases of methods and options", ""]
-    lines += [
-        f"`{report['command']}`, {report['seconds']} s; D = 1024, one image, float32, one "
-        "thread. Medians of CPU"
-    ]
-    lines += ["time, run in turns."]
-    lines += [
-        "Budgets are those that take longest of 64, N / 2 and N - 1 tokens kept; *x FSR* is the "
-        "multiple of the"
-    ]
-    lines += [
-        "worst case of FSR as served at the same size, in the same run. Served up to x "
-        f"{LIMIT:g} at {sizes[-1]:,}."
-    ]
-    lines += ["", ", ".join(f"{key}: {value}" for key, value in report["machine"].items()), ""]
-    head = [
-        "method",
-        "options",
-        *(f"{n:,}: K, s" for n in sizes),
-        *(f"{n:,}: x FSR" for n in sizes),
-        "requests",
-    ]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in report["rows"]:
-        about = "~" if row["estimated"] else ""
-        times = [
-            f"{at['budget']}, {about if n == str(sizes[-1]) else ''}{at['seconds']:.3g}"
-            for n, at in row["at"].items()
-        ]
-        shares = [
-            f"{about if n == str(sizes[-1]) else ''}{at['share']:.2g}"
-            for n, at in row["at"].items()
-        ]
-        lines.append(
-            "| "
-            + " | ".join([f"`{row['method']}`", row["options"], *times, *shares, row["requests"]])
-            + " |"
-        )
-    lines += ["", "`~`: not run, from the smaller size by the cube of N.", "", "## Signals", ""]
-    lines += [
-        f"Seconds for one layer of {_HEADS} heads. They are formed once per image, beside a "
-        "tower that computes the"
-    ]
-    lines += ["same attention in every layer."]
-    last, worst = str(sizes[-1]), {row["method"]: 0.0 for row in report["rows"]}
-    for row in report["rows"]:
-        worst[row["method"]] = max(worst[row["method"]], row["at"][last]["seconds"])
-    for name, layers in _LAYERS.items():
-        if name in worst:
-            total = worst[name] + sum(
-                number * report["signals"][last][signal] for signal, number in layers.items()
-            )
-            lines += [
-                f"With what it needs, `{name}` costs x {total / worst_of_reference(report):.2g} "
-                f"at {sizes[-1]:,}."
-            ]
-    lines += [""]
-    lines += [
-        "| signal | " + " | ".join(f"{n:,}" for n in sizes) + " |",
-        "|" + "---|" * (1 + len(sizes)),
-    ]
-    for name in report["signals"][str(sizes[0])]:
-        lines.append(
-            f"| `{name}` | "
-            + " | ".join(f"{report['signals'][str(n)][name]:.3g}" for n in sizes)
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 import fsr_vllm
 from fsr_vllm import cli_args
-from fsr_vllm.params import FieldError, ServerSettings
+from fsr_vllm.params import ServerSettings
 
 
 @pytest.fixture(scope="module")
@@ -288,23 +288,6 @@ def test_a_namespace_of_another_parser_is_judged_too(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "fsr")
     with pytest.raises(SystemExit, match="--fsr-min-budget 65 must not exceed"):
         cli_args.merge_cli_args(argparse.Namespace(fsr_min_budget=65, fsr_max_budget=64))
-
-
-def test_the_engine_refuses_what_the_command_line_would(tmp_path):
-    from vllm.engine.arg_utils import EngineArgs
-
-    from fsr_vllm import activation
-
-    def start(**arguments):
-        activation.put_settings(EngineArgs(str(tmp_path), **arguments))
-
-    with pytest.raises(FieldError, match="fsr.min_budget 65 must not exceed"):
-        start(additional_config={"fsr": {"min_budget": 65, "max_budget": 64}})
-    with pytest.raises(ValueError, match="fsr.pixel_cache_bytes is .* more than"):
-        start(additional_config={"fsr": {"pixel_cache_bytes": 1 << 40}})
-    for active in ({}, {"additional_config": {"fsr": {}}}):
-        with pytest.raises(ValueError, match="additional_config=.*budget"):
-            start(mm_processor_kwargs={"fsr_budget": 32}, **active)
 
 
 def test_methods_that_cannot_be_served_are_no_choices(refused):

@@ -171,3 +171,20 @@ def test_settings_as_given():
     assert ignoring({"ignore": True, "budget": "nonsense"})
     with pytest.raises(FieldError, match="fsr.ignore must be true or false"):
         ignoring({"ignore": 1})
+
+
+def test_the_engine_refuses_what_the_command_line_would(tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    from fsr_vllm import activation
+
+    def start(**arguments):
+        activation.put_settings(EngineArgs(str(tmp_path), **arguments))
+
+    with pytest.raises(FieldError, match="fsr.min_budget 65 must not exceed"):
+        start(additional_config={"fsr": {"min_budget": 65, "max_budget": 64}})
+    with pytest.raises(ValueError, match="fsr.pixel_cache_bytes is .* more than"):
+        start(additional_config={"fsr": {"pixel_cache_bytes": 1 << 40}})
+    for active in ({}, {"additional_config": {"fsr": {}}}):
+        with pytest.raises(ValueError, match="additional_config=.*budget"):
+            start(mm_processor_kwargs={"fsr_budget": 32}, **active)

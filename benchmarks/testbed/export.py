@@ -15,10 +15,11 @@ from transformers import CLIPModel
 from fsr_vllm.demo import demo_model
 
 from . import language, towers
-from .checkpoint import Weights, image_processor, save_checkpoint
+from .checkpoint import image_processor
 from .language import Reader, Wording
 from .questions import vocabulary
 from .scenes import PATCH, PATCHES, SIDE
+from .tensors import Weights, save_checkpoint
 from .wording import (
     CLIP_LENGTH,
     IMAGE,

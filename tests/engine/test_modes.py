@@ -9,16 +9,14 @@ where they can. See docs/modes.md.
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.testbed import build_adapter, build_checkpoint
+from benchmarks.testbed import build_adapter
 
+from .mode_files import Files, check, counts, same
 from .modes import ASKED, VISUAL
 from .quantised import quantise
 
@@ -126,31 +124,6 @@ REFUSED = {
 }
 
 
-class Files:
-    def __init__(self, folder):
-        self.folder = folder
-        self.model = build_checkpoint(folder / "model", image_size=112)
-
-    def start(self, name, llm, environment=None, **spec):
-        """Run modes.py; its result, or None if it did not end well, and all it printed."""
-        given, out = self.folder / f"{name}.json", self.folder / f"{name}.out.json"
-        given.write_text(json.dumps({"llm": {"model": str(self.model), **llm}, **spec}))
-        done = subprocess.run(
-            [sys.executable, Path(__file__).with_name("modes.py"), given, out],
-            env={**os.environ, **(environment or {}), "PYTHONPATH": str(Path(__file__).parents[2])},
-            capture_output=True,
-            text=True,
-            timeout=550,
-        )
-        result = json.loads(out.read_text()) if done.returncode == 0 else None
-        return result, done.stdout + done.stderr
-
-    def run(self, *args, **kwargs):
-        result, log = self.start(*args, **kwargs)
-        assert result is not None, log[-4000:]
-        return result
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return Files(tmp_path_factory.mktemp("modes"))
@@ -159,28 +132,6 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(files):
     return files.run("plain", {}, requests=True)
-
-
-def counts(answers):
-    return [answer["placeholders"] for answer in answers]
-
-
-def same(left, right):
-    """Whether two rounds are equal, up to what another order of float32 sums can change."""
-    assert counts(left) == counts(right) == VISUAL
-    for one, other in zip(left, right, strict=True):
-        assert one["tokens"] == other["tokens"] and one["prompt"] == other["prompt"]
-        for ours, theirs in zip(one["logprobs"], other["logprobs"], strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-def check(result, plain):
-    for round_ in ("together", "alone", "after"):
-        same(result[round_], plain["together"])
-
-
-# What a request can ask for
-# ---------------------------------------------------------------------------------------
 
 
 def test_plain(plain):

@@ -2,9 +2,7 @@
 answer alike in both.
 """
 
-import base64
 import hashlib
-import io
 import json
 import subprocess
 import sys
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -246,23 +243,6 @@ def test_chat_template(processor):
         )
         == "naïve 画像?"
     )
-
-
-def test_photos_and_data_urls():
-    pictures = photos()
-    assert {"astronaut", "camera", "chelsea", "coffee", "rocket"} <= set(pictures)
-    assert all(image.mode == "RGB" and min(image.size) >= 300 for image in pictures.values())
-
-    def decode(url):
-        head, _, body = url.partition(",")
-        return head, Image.open(io.BytesIO(base64.b64decode(body)))
-
-    cat = pictures["chelsea"]
-    head, image = decode(data_url(cat, "PNG"))
-    assert head == "data:image/png;base64" and image.tobytes() == cat.tobytes()
-    head, image = decode(data_url(cat, size=100))
-    assert head == "data:image/jpeg;base64" and image.size == (100, 67)
-    assert decode(data_url(cat, size=(64, 32)))[1].size == (64, 32)
 
 
 @pytest.mark.engine

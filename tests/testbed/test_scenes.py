@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.testbed import questions, scenes
+from benchmarks.testbed import backgrounds, questions, scenes
 from benchmarks.testbed.questions import FAMILIES, ask, balanced
 from benchmarks.testbed.scenes import DIGITS, PATCH, PATCHES, SIDE, SPLITS, patches, render, scene
 
@@ -45,15 +45,11 @@ def test_no_digit_image_is_in_two_splits():
 
 
 def test_no_part_of_a_photograph_is_in_two_splits():
-    strips = [scenes._STRIPS[split] for split in SPLITS]
+    strips = [backgrounds.STRIPS[split] for split in SPLITS]
     assert all(left[1] < right[0] for left, right in zip(strips, strips[1:], strict=False))
-    assert not set(scenes._UNSEEN) & set(scenes._PHOTOS.values())
-    backgrounds = {
-        split: [scene(split, index).background for index in range(100)] for split in SPLITS
-    }
-    assert (
-        None in backgrounds["test"] and None not in backgrounds["train"] + backgrounds["validation"]
-    )
+    assert not set(backgrounds.UNSEEN) & set(backgrounds.PHOTOS.values())
+    found = {split: [scene(split, index).background for index in range(100)] for split in SPLITS}
+    assert None in found["test"] and None not in found["train"] + found["validation"]
 
 
 @settings(max_examples=60, deadline=None)
