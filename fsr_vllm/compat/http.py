@@ -255,13 +255,15 @@ def wrap_foreign_bodies(note: Callable[[ModelConfig, Anything], None]) -> None:
 
 def wrap_refusals(judge: Callable[[ModelConfig, HttpRequest | Mapping[str, object]], None]) -> None:
     """Call judge(model_config, parsed request or body) once on each surface, before anything of a
-    request is read: all that an inactive plugin does here.
+    request but its model is read: all that an inactive plugin does here.
     """
 
     def checked(stock: Function) -> Function:
         async def _check_model(self: Anything, request: HttpRequest) -> Anything:
-            judge(self.model_config, request)
-            return await stock(self, request)
+            error = await stock(self, request)
+            if error is None:
+                judge(self.model_config, request)
+            return error
 
         return _check_model
 
@@ -272,6 +274,7 @@ def wrap_refusals(judge: Callable[[ModelConfig, HttpRequest | Mapping[str, objec
             request: HttpRequest,
             raw_request: HttpRequest = None,
         ) -> Anything:
+            # Before vLLM's check of mm_processor_kwargs, which knows nothing of ours.
             judge(self.model_config, await _body(request, raw_request))
             return await stock(self, io_processor, request, raw_request)
 
