@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 from fsr_vllm.compat.patching import Entry
+from fsr_vllm.compat.types import Anything
 
 VALIDATION_ERROR = Entry(
     "vllm.exceptions:VLLMValidationError",
@@ -36,3 +39,12 @@ def request_error(message: str, field: str) -> Exception:
     """
     message, field = message.replace(field, field[:80]), field[:80]
     return request_error_class()(message, parameter=field)  # type: ignore[call-arg]
+
+
+@contextlib.contextmanager
+def as_request_errors(kind: Anything) -> Iterator[None]:
+    """Turn an error of this class, which says which `field` is wrong, into a client error."""
+    try:
+        yield
+    except kind as error:
+        raise request_error(str(error), error.field) from None

@@ -4,11 +4,10 @@ refused where they cannot be honoured, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from fsr_vllm.compat.attributes import IGNORED_KEY
-from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.errors import as_request_errors, request_error
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.prompts import wrap_offline_parameters, wrap_prompts
 from fsr_vllm.compat.types import ModelConfig
@@ -28,15 +27,6 @@ def install() -> None:
     """Hook the places where all inputs pass, once per process."""
     wrap_prompts(judged)
     wrap_offline_parameters(refuse_extra_args)
-
-
-@contextmanager
-def as_request_errors() -> Iterator[None]:
-    """Turn a FieldError into the error that vLLM shows a client."""
-    try:
-        yield
-    except FieldError as error:
-        raise request_error(str(error), error.field) from None
 
 
 def requested(model_config: ModelConfig, given: Mapping[str, object] | None) -> FsrRequest | None:
@@ -83,7 +73,7 @@ def judged(
         return given
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return without_fields(given)
-    with as_request_errors():
+    with as_request_errors(FieldError):
         if has_media:
             parsed = request_of(given) is not None
             return given if parsed or _servable(model_config, given) else without_fields(given)

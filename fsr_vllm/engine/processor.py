@@ -15,6 +15,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
 from fsr_vllm.compat.attributes import RESULT_KEY
+from fsr_vllm.compat.errors import as_request_errors
 from fsr_vllm.compat.processing import (
     hf_kwargs_of,
     join_images,
@@ -35,7 +36,7 @@ from fsr_vllm.compat.types import (
     ProcessingInfo,
     Processor,
 )
-from fsr_vllm.engine.inputs import as_request_errors, requested
+from fsr_vllm.engine.inputs import requested
 from fsr_vllm.engine.pixel_cache import PixelCache
 from fsr_vllm.engine.planned import (
     IMAGE,
@@ -51,6 +52,7 @@ from fsr_vllm.engine.wire import pack_plan
 from fsr_vllm.methods import list_methods
 from fsr_vllm.params import (
     Budget,
+    FieldError,
     FsrRequest,
     ImagePlan,
     RequestFields,
@@ -103,7 +105,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
     def apply(self, inputs: Inputs, *args: Anything, **kwargs: Anything) -> Anything:
         """Process one prompt; the result says what was kept of its images."""
         if not isinstance(inputs, PlannedInputs):
-            with as_request_errors():
+            with as_request_errors(FieldError):
                 request = requested(self.info.ctx.model_config, inputs.hf_processor_mm_kwargs)
                 if self.fsr_planner is not None:
                     inputs = plan_request(self.fsr_planner, inputs, request)
