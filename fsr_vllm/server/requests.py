@@ -93,6 +93,7 @@ def before(renderer: Renderer, request: HttpRequest) -> None:
     report = current_report.get() or RequestReport()
     with as_request_errors(FieldError):
         asked = _asked(renderer.model_config, request, report)
+    report.count()  # where vLLM checked the model in a way that `accept` did not see
     if asked is None and misplaced.has_conversation(request):
         asked = NOTHING if refusal(renderer.model_config.hf_config) is None else None
     # mm_processor_kwargs is not a field of every request model; one that neither has it nor takes
