@@ -134,7 +134,7 @@ def _leave_aside(engine_args: EngineArgs) -> None:
 
 
 def _forget_pixels(processor: Processor) -> None:
-    """VLLM's multimodal cache was reset in this front end: so is ours."""
+    """Clear our cache of preprocessed images: vLLM has just cleared its own of this front end."""
     if getattr(processor, "fsr_pixels", None) is not None:
         processor.fsr_pixels.clear()
 
