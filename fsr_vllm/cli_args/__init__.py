@@ -85,13 +85,13 @@ def _reader(name: str) -> Callable[[str], Anything]:
         if value is None:
             value = text
         try:
-            read: Any = getattr(ServerSettings.parse({name: value}), name)
+            found: Any = getattr(ServerSettings.parse({name: value}), name)
         except FieldError as error:
-            read = Unfit(text, str(error).removeprefix(f"fsr.{name} "))
-        if text.strip().lower() == "off" and (read is None or isinstance(read, Unfit)):
+            found = Unfit(text, str(error).removeprefix(f"fsr.{name} "))
+        if text.strip().lower() == "off" and (found is None or isinstance(found, Unfit)):
             off = _off(name)  # None would count as not given
-            return read if isinstance(off, Unfit) else off
-        return read
+            return found if isinstance(off, Unfit) else off
+        return found
 
     read.__name__ = name
     return read

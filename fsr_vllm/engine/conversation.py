@@ -74,8 +74,9 @@ def settled(
         if wrong is not None:
             raise FieldError(wrong.field, f"{wrong.field}: {reason}") if reason else wrong
     settings = read_settings(model_config.hf_config)
-    nothing_asked = request is None or request is NOTHING
-    if settings is None or reason or (nothing_asked and not settings.prunes_by_default):
+    if settings is None or reason:
+        return unchanged
+    if request in (None, NOTHING) and not settings.prunes_by_default:
         return unchanged
     return [_settle_one(settings, messages, given, request, most) for messages in conversations]
 
