@@ -19,9 +19,7 @@ VALIDATION_ERROR = Entry(
 
 @functools.cache
 def request_error_class() -> type[Exception]:
-    """The class of `request_error`: made when first needed, since importing vllm here would cost
-    every process.
-    """
+    """The class of `request_error`, made when first needed, since importing vllm is slow."""
     from vllm.exceptions import VLLMValidationError
 
     return type("FsrRequestError", (VLLMValidationError, ValueError), {"__module__": __name__})
@@ -34,9 +32,7 @@ def __getattr__(name: str) -> type[Exception]:
 
 
 def request_error(message: str, field: str) -> Exception:
-    """A client error: HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline; a long
-    name is cut.
-    """
+    """HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline; a long name is cut."""
     message, field = message.replace(field, field[:80]), field[:80]
     return request_error_class()(message, parameter=field)  # type: ignore[call-arg]
 

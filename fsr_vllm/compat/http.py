@@ -181,9 +181,7 @@ async def _body(request: HttpRequest, raw_request: HttpRequest) -> dict[str, Any
 
 
 def wrap_pooling(prepare: Before, report: After) -> None:
-    """Read a pooling request's fields as the renderer hook reads a chat request's, and report what
-    was kept.
-    """
+    """Read a pooling request's fields as a chat request's, and report what was kept."""
 
     def context(stock: Function) -> Function:
         async def _init_ctx(
@@ -229,9 +227,7 @@ def wrap_pooling(prepare: Before, report: After) -> None:
 
 
 def wrap_foreign_bodies(note: Callable[[ModelConfig, Anything], None]) -> None:
-    """Call note(model_config, body) with the parsed JSON body before these handlers, and answer our
-    errors as theirs.
-    """
+    """Call note(model_config, body) before these handlers, and answer our errors as theirs."""
 
     def make(stock: Function) -> Function:
         async def handler(

@@ -164,9 +164,7 @@ def join_images(items: Sequence[KwargsItem]) -> dict[str, Anything]:
 
 
 def owned(item: KwargsItem) -> tuple[KwargsItem, int] | None:
-    """An image's item with tensors of its own, not views of a batch, and its bytes; None if it
-    cannot be kept.
-    """
+    """An image's item without views of a batch, and its bytes; None if it cannot be kept."""
     from dataclasses import replace
 
     kept, size = {}, 0

@@ -55,9 +55,7 @@ ADD_REQUEST = Patch(
 
 
 def wrap_prompts(judge: Callable[[ModelConfig, Mapping[str, Anything], bool], Anything]) -> None:
-    """Let judge(model_config, mm_processor_kwargs, has_media) say what each prompt is processed
-    with; call it often.
-    """
+    """Let judge(model_config, mm_processor_kwargs, has_media) say what a prompt is given."""
 
     def judged(renderer: Renderer, prompt: Anything) -> Anything:
         parts = [prompt[name] for name in _PARTS if isinstance(prompt.get(name), dict)] or [prompt]

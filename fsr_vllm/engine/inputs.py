@@ -46,9 +46,7 @@ def requested(model_config: ModelConfig, given: Mapping[str, object] | None) -> 
 
 
 def _servable(model_config: ModelConfig, given: Mapping[str, object]) -> dict[str, object]:
-    """Our fields as a client wrote them; FieldError if this server can have none, or one is spelt
-    in another way.
-    """
+    """Our fields as written; FieldError if none can be honoured, or one is misspelt."""
     fields = {key: value for key, value in given.items() if is_ours(key) and value is not None}
     if not fields:
         return fields
@@ -82,9 +80,7 @@ def judged(
 
 
 def refuse_extra_args(model_config: ModelConfig, extra: Mapping[str, object]) -> None:
-    """Refuse fields in SamplingParams.extra_args, which nobody reads offline; where the plugin is
-    left aside they may stay.
-    """
+    """Refuse fields in SamplingParams.extra_args, which nobody reads offline."""
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return
     name = min(

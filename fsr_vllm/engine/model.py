@@ -155,9 +155,7 @@ class Pruner:
 
 
 def _prototypes(model_config: ModelConfig) -> Tensor | None:
-    """The codebook beside the model, if it has one. Errors: ValueError if its rows are of another
-    width.
-    """
+    """The codebook beside the model, if any; ValueError if its rows are of another width."""
     codebook = prototype_file(model_config.model)
     if codebook is None:
         return None

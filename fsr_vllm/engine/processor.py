@@ -84,9 +84,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         wrap_dummy_inputs(self, self._profiled)
 
     def _hf_processor_applies_updates(self, *args: Anything, **kwargs: Anything) -> bool:
-        """Asked until 0.28: Hugging Face's processor would write the unpruned number of
-        placeholders.
-        """
+        """Asked until 0.28: Hugging Face's processor would write the unpruned placeholders."""
         stock = self.fsr_planner is None
         return stock and super()._hf_processor_applies_updates(*args, **kwargs)
 
@@ -141,9 +139,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
     def _preprocess(
         self, items: PlannedItems, args: tuple[Anything, ...], kwargs: dict[str, Anything]
     ) -> Processed:
-        """The stock step for images whose pixels are not in the cache, and all images in their
-        order as its result.
-        """
+        """The stock step for images whose pixels are not cached; its result is of all images."""
         stock, cache = super()._apply_hf_processor_main, self.fsr_pixels
         counted = 0 if items.fsr.dummy else sum(map(len, items.fsr.plans.values()))
         keys = [key for key in items.fsr.keys.get(IMAGE, ()) if key is not None]
@@ -199,16 +195,12 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return dataclasses.replace(update, replacement=replacement)
 
     def fsr_stats(self) -> dict[str, int]:
-        """What this front end was asked for and what it preprocessed, with the pixel cache's
-        pixel_*.
-        """
+        """What this front end was asked for and preprocessed, with the pixel cache's pixel_*."""
         pixels = {} if self.fsr_pixels is None else self.fsr_pixels.stats()
         return self._fsr_counts.all() | pixels
 
     def fsr_methods(self) -> list[str]:
-        """The methods a request may name here: those that can be served, and have their inputs in
-        this model.
-        """
+        """The methods a request may name: servable ones whose inputs this model can give."""
         if self.fsr_planner is None:
             return []
         given, known = self.fsr_planner.signals, list_methods()

@@ -100,9 +100,7 @@ class WorkerHalf(ABC):
 
     @abstractmethod
     def inputs(self, kwargs: Mapping[str, Any], plans: Sequence[Tensor]) -> list[ImageInput]:
-        """One ImageInput per image of what `embed_multimodal` was given; `plans` as `pack_plan`
-        made them.
-        """
+        """One ImageInput per image of `embed_multimodal`'s input, with what `pack_plan` made."""
 
     @abstractmethod
     def features(self, images: Sequence[ImageInput], wanted: frozenset[str]) -> list[ImageFeatures]:
