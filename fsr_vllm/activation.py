@@ -251,8 +251,8 @@ def in_force(architecture: str, settings: ServerSettings) -> str:
 
     total = settings.tokens_per_image or 0
 
-    def tokens(budget: Budget | None) -> str:
-        if budget is None or budget == "off":
+    def tokens(budget: Budget) -> str:
+        if budget == "off":
             return f"all {total}"
         return f"{params.resolve_budget(budget, total)} of {total}"
 
