@@ -1,12 +1,19 @@
-"""LLaVA-1.5's front half against transformers' own image processor and config."""
+"""LLaVA-1.5: the front half against transformers' image processor and config; the worker half."""
+
+import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from fsr_vllm.engine.families import FAMILIES, family_of
-from fsr_vllm.engine.families.llava import LLAVA
+from fsr_vllm.engine.families.llava import LLAVA, LlavaWorker
+from fsr_vllm.engine.types import ImageInput
+from fsr_vllm.engine.wire import pack_plan
+from fsr_vllm.params import ImagePlan
 
 SIDE, PATCH = 6, 14
 
@@ -78,3 +85,109 @@ def test_the_table_of_families():
     assert issubclass(kind, LLAVA.stock_class()) and kind.__qualname__ == built
     with pytest.raises(AttributeError):
         _ = families.FsrNothing
+
+
+# --- the worker half ----------------------------------------------------------------------
+
+
+class Hook:
+    """Stands where AttentionHook does: signals of a batch, for the run inside."""
+
+    def __init__(self, signals):
+        self.signals, self.asked = signals, []
+
+    @contextlib.contextmanager
+    def reading(self, wanted):
+        self.asked.append(wanted)
+        yield {name: self.signals[name] for name in wanted}
+
+
+class Model:
+    """What the worker half reads of vLLM's model."""
+
+    def __init__(self):
+        self.config = config()
+        self.runs = []
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(4, 3, generator=generator)
+
+    def vision_tower(self, pixels, feature_select_strategy):
+        assert feature_select_strategy == "full"
+        self.runs.append(len(pixels))
+        scale = torch.arange(1, SIDE * SIDE + 2).view(1, -1, 1)
+        return pixels.mean((1, 2, 3)).view(-1, 1, 1) * scale * torch.tensor([1.0, -1.0, 2.0, 0.5])
+
+    def multi_modal_projector(self, values):
+        return values @ self.weight
+
+
+def worker(count):
+    n = SIDE * SIDE
+    signals = {
+        "saliency": torch.rand(count, n),
+        "last_query": torch.rand(count, 8),
+        "last_key": torch.rand(count, n + 1, 8),
+        "attention": torch.rand(count, n, n),
+    }
+    half = LlavaWorker(Model())
+    half.hook = Hook(signals)
+    return half, signals
+
+
+def test_images_are_taken_apart_with_their_keys_and_plans():
+    half, _ = worker(2)
+    plans = [ImagePlan(36, 4, "fsr"), ImagePlan(36, 36)]
+    packed = [pack_plan(b"k" * 16, plans[0]), pack_plan(None, plans[1])]
+    pixels = torch.rand(2, 3, 8, 8)
+    images = half.inputs({"pixel_values": pixels}, packed)
+    assert [image.plan for image in images] == plans
+    assert [image.key for image in images] == [b"k" * 16, None]
+    assert all(
+        torch.equal(image.pixels["pixel_values"], own)
+        for image, own in zip(images, pixels, strict=True)
+    )
+
+
+def test_rows_are_the_stock_models_and_every_signal_is_its_own_images():
+    half, signals = worker(2)
+    model, pixels = half.model, torch.rand(2, 3, 8, 8)
+    images = [ImageInput({"pixel_values": each}, ImagePlan(36, 36)) for each in pixels]
+    wanted = frozenset(signals)
+    features = half.features(images, wanted)
+    assert model.runs == [2]
+    assert half.hook.asked == [wanted]
+    tower = model.vision_tower(pixels, "full")
+    for place, image in enumerate(half.rows(features, frozenset())):
+        patches = tower[place, 1:]
+        assert torch.equal(image.rows, model.multi_modal_projector(tower[:, 1:])[place])
+        assert torch.equal(image.tower, patches)
+        assert torch.equal(image.signals["metric"], patches)
+        assert set(image.signals) == {"metric", "saliency"}
+        assert torch.equal(image.signals["saliency"], signals["saliency"][place])
+        assert set(image.group_signals) == {"last_query", "last_key", "attention"}
+        for name, (value,) in image.group_signals.items():
+            assert torch.equal(value, signals[name][place])
+        assert image.grids == ((SIDE, SIDE),)
+        assert image.groups == ()
+        assert image.sizes == (SIDE * SIDE,)
+
+
+def test_the_row_of_cls_is_projected_where_a_method_reads_it():
+    half, _ = worker(1)
+    image = ImageInput({"pixel_values": torch.rand(3, 8, 8)}, ImagePlan(36, 36))
+    features = half.features([image], frozenset())
+    (encoded,) = half.rows(features, frozenset({"cls_row"}))
+    cls = features[0].tensors["tower"][0]
+    assert torch.equal(encoded.group_signals["cls_row"][0], half.model.multi_modal_projector(cls))
+    assert "cls_row" not in half.rows(features, frozenset({"saliency"}))[0].group_signals
+
+
+def test_the_hook_is_told_the_towers_blocks_and_full_depth():
+    half, _ = worker(1)
+    ops = [torch.nn.Identity() for _ in range(3)]
+    layers = [SimpleNamespace(self_attn=SimpleNamespace(attn=op)) for op in ops]
+    encoder = SimpleNamespace(encoder=SimpleNamespace(layers=layers))
+    half.model.vision_tower = SimpleNamespace(vision_model=encoder)
+    layout = half.attention_layout()
+    assert layout.layers == ops
+    assert (layout.depth, layout.prefix) == (config().vision_config.num_hidden_layers, 1)
