@@ -32,9 +32,7 @@ logger = logging.getLogger("vllm.fsr_vllm")
 
 
 def put_settings(engine_args: EngineArgs) -> None:
-    """Before the model config is made: validated settings into hf_overrides, and our worker
-    extension.
-    """
+    """Before the model config is made: settings into hf_overrides, and our worker extension."""
     from fsr_vllm import params
 
     given = params.given_settings(engine_args.additional_config, PLUGIN in named_plugins())
@@ -134,7 +132,7 @@ def _leave_aside(engine_args: EngineArgs) -> None:
 
 
 def _forget_pixels(processor: Processor) -> None:
-    """VLLM's multimodal cache was reset in this front end: so is ours."""
+    """Clear our cache of preprocessed images: vLLM has just cleared its own of this front end."""
     if getattr(processor, "fsr_pixels", None) is not None:
         processor.fsr_pixels.clear()
 
@@ -157,9 +155,7 @@ def _follow_load(engine_args: EngineArgs, settings: ServerSettings) -> None:
 
 
 def finish_settings(engine_args: EngineArgs, model_config: ModelConfig) -> None:
-    """After the model config is made: find what start-up can know, refuse what cannot work, say
-    what is in force.
-    """
+    """After the model config is made: add what start-up knows, refuse what cannot work."""
     from fsr_vllm import params
 
     given = params.given_settings(engine_args.additional_config, named=False)
@@ -230,9 +226,7 @@ def _found(model_config: ModelConfig, settings: ServerSettings) -> dict[str, Any
 
 
 def limits_encoder(vllm_config: VllmConfig) -> bool:
-    """Whether a step's encoder work is counted in unpruned tokens; asked in the engine core, for
-    every new prompt.
-    """
+    """Whether a step's encoder work is counted in unpruned tokens; asked for every prompt."""
     from fsr_vllm import params
 
     settings = params.read_settings(vllm_config.model_config.hf_config)
@@ -244,9 +238,7 @@ def limits_encoder(vllm_config: VllmConfig) -> bool:
 
 
 def _defaults(settings: ServerSettings) -> list[tuple[str, Budget]]:
-    """What requests that do not say may get, by option: shares can be judged once an image's tokens
-    are known.
-    """
+    """Budgets of requests that do not say, by option; shares are judged by the total."""
     options = [("budget", settings.budget)]
     options += [("detail_budgets", budget) for budget in settings.detail_budgets.values()]
     return [(name, budget) for name, budget in options if budget is not None]
@@ -259,8 +251,8 @@ def in_force(architecture: str, settings: ServerSettings) -> str:
 
     total = settings.tokens_per_image or 0
 
-    def tokens(budget: Budget | None) -> str:
-        if budget is None or budget == "off":
+    def tokens(budget: Budget) -> str:
+        if budget == "off":
             return f"all {total}"
         return f"{params.resolve_budget(budget, total)} of {total}"
 

@@ -85,22 +85,20 @@ def _reader(name: str) -> Callable[[str], Anything]:
         if value is None:
             value = text
         try:
-            read: Any = getattr(ServerSettings.parse({name: value}), name)
+            found: Any = getattr(ServerSettings.parse({name: value}), name)
         except FieldError as error:
-            read = Unfit(text, str(error).removeprefix(f"fsr.{name} "))
-        if text.strip().lower() == "off" and (read is None or isinstance(read, Unfit)):
+            found = Unfit(text, str(error).removeprefix(f"fsr.{name} "))
+        if text.strip().lower() == "off" and (found is None or isinstance(found, Unfit)):
             off = _off(name)  # None would count as not given
-            return read if isinstance(off, Unfit) else off
-        return read
+            return found if isinstance(off, Unfit) else off
+        return found
 
     read.__name__ = name
     return read
 
 
 def add_cli_args(parser: Parser) -> None:
-    """Add `--plugin` and the `--fsr-*` options; another package may already have brought
-    `--plugin`.
-    """
+    """Add `--plugin` and the `--fsr-*` options; another package may have brought `--plugin`."""
     from fsr_vllm.params import ServerSettings
 
     group = parser.add_argument_group("Plugins", "Options of installed vLLM plugins (fsr-vllm).")
@@ -170,9 +168,7 @@ def _off(name: str) -> bool | Unfit:
 
 
 def merge_cli_args(args: Namespace) -> None:
-    """Move `--fsr-*` values into additional_config, vLLM's own channel, which child processes get
-    with their args.
-    """
+    """Move `--fsr-*` values into additional_config, which child processes get."""
     reason = conflict(args)  # again: a namespace need not come from our parser
     if reason:
         raise SystemExit(f"vllm: error: {reason}")

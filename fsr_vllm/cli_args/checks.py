@@ -29,9 +29,7 @@ def option(name: str) -> str:
 
 
 def misspelt(rest: Iterable[str]) -> str | None:
-    """The first unknown option that begins like ours, with the nearest that exists; None if there
-    is none.
-    """
+    """What is wrong with the first unknown option that begins like ours; None if none does."""
     from fsr_vllm.params import ServerSettings, cut, did_you_mean
 
     for word in rest:
@@ -53,9 +51,7 @@ def given_options(args: Namespace) -> dict[str, Any]:
 
 
 def is_ignoring(args: Namespace) -> bool:
-    """Whether these parsed options leave the plugin aside. Errors: FieldError if they are no
-    settings at all.
-    """
+    """Whether these options leave the plugin aside; FieldError if they are no settings at all."""
     from fsr_vllm.params import given_settings, ignoring
 
     in_config = given_settings(getattr(args, "additional_config", None), named=False)
@@ -109,9 +105,7 @@ def in_options(message: str, given: Iterable[str]) -> str:
 
 
 def misplaced_fields(mm_processor_kwargs: object) -> str | None:
-    """Why start-time processor options must not hold fields of ours, by the option that is meant;
-    None if none does.
-    """
+    """Why these start-time processor options are refused: a field of ours is among them."""
     if not isinstance(mm_processor_kwargs, Mapping):
         return None
     from fsr_vllm.params import ServerSettings, cut

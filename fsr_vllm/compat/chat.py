@@ -39,9 +39,7 @@ RENDER_CHAT_ASYNC = Patch(
 def wrap_chat_rendering(
     settle: Callable[[ModelConfig, Conversations, Extras], Sequence[Extras]],
 ) -> None:
-    """Let settle(model_config, conversations, mm_processor_kwargs) say what each conversation's
-    processor is given.
-    """
+    """Let settle(model_config, conversations, mm_processor_kwargs) give each its own kwargs."""
 
     def each(renderer: Renderer, conversations: Conversations, extras: Extras) -> list[Extras]:
         given: Anything = (extras or {}).get("mm_processor_kwargs")

@@ -108,9 +108,7 @@ def judge_parsed(parser: Parser, reason: Callable[[Namespace, list[str]], str | 
 
 
 class ComposedOverride:
-    """A callable `hf_overrides` of the user, followed by our keys; a class so that it can be
-    pickled.
-    """
+    """A callable `hf_overrides` of the user, followed by our keys; a class can be pickled."""
 
     def __init__(self, user: Callable[[HfConfig], HfConfig], keys: dict[str, str]) -> None:
         """`keys` are set after `user` has had the configuration."""
@@ -124,9 +122,7 @@ class ComposedOverride:
 
 
 def with_overrides(hf_overrides: HfOverrides, keys: dict[str, str]) -> HfOverrides:
-    """`hf_overrides` with our keys added: the way settings reach processors, which see only the
-    model config.
-    """
+    """`hf_overrides` with our keys: processors see settings in the model config alone."""
     if isinstance(hf_overrides, ComposedOverride):
         hf_overrides = hf_overrides.user
     if callable(hf_overrides):
@@ -135,9 +131,7 @@ def with_overrides(hf_overrides: HfOverrides, keys: dict[str, str]) -> HfOverrid
 
 
 def is_online(engine_args: EngineArgs) -> bool:
-    """Whether these arguments belong to an API server (also run-batch and Ray) rather than to
-    `LLM()`.
-    """
+    """Whether these arguments are an API server's (or run-batch's, or Ray's), not `LLM()`'s."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     return isinstance(engine_args, AsyncEngineArgs)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 from fsr_vllm.compat.patching import Entry
+from fsr_vllm.compat.types import Anything
 
 VALIDATION_ERROR = Entry(
     "vllm.exceptions:VLLMValidationError",
@@ -16,9 +19,7 @@ VALIDATION_ERROR = Entry(
 
 @functools.cache
 def request_error_class() -> type[Exception]:
-    """The class of `request_error`: made when first needed, since importing vllm here would cost
-    every process.
-    """
+    """The class of `request_error`, made when first needed, since importing vllm is slow."""
     from vllm.exceptions import VLLMValidationError
 
     return type("FsrRequestError", (VLLMValidationError, ValueError), {"__module__": __name__})
@@ -31,8 +32,15 @@ def __getattr__(name: str) -> type[Exception]:
 
 
 def request_error(message: str, field: str) -> Exception:
-    """A client error: HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline; a long
-    name is cut.
-    """
+    """HTTP 400 in vLLM's OpenAI shape with `param`, a ValueError offline; a long name is cut."""
     message, field = message.replace(field, field[:80]), field[:80]
     return request_error_class()(message, parameter=field)  # type: ignore[call-arg]
+
+
+@contextlib.contextmanager
+def as_request_errors(kind: Anything) -> Iterator[None]:
+    """Turn an error of this class, which says which `field` is wrong, into a client error."""
+    try:
+        yield
+    except kind as error:
+        raise request_error(str(error), error.field) from None

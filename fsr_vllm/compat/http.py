@@ -181,9 +181,7 @@ async def _body(request: HttpRequest, raw_request: HttpRequest) -> dict[str, Any
 
 
 def wrap_pooling(prepare: Before, report: After) -> None:
-    """Read a pooling request's fields as the renderer hook reads a chat request's, and report what
-    was kept.
-    """
+    """Read a pooling request's fields as a chat request's, and report what was kept."""
 
     def context(stock: Function) -> Function:
         async def _init_ctx(
@@ -229,9 +227,7 @@ def wrap_pooling(prepare: Before, report: After) -> None:
 
 
 def wrap_foreign_bodies(note: Callable[[ModelConfig, Anything], None]) -> None:
-    """Call note(model_config, body) with the parsed JSON body before these handlers, and answer our
-    errors as theirs.
-    """
+    """Call note(model_config, body) before these handlers, and answer our errors as theirs."""
 
     def make(stock: Function) -> Function:
         async def handler(
@@ -255,13 +251,15 @@ def wrap_foreign_bodies(note: Callable[[ModelConfig, Anything], None]) -> None:
 
 def wrap_refusals(judge: Callable[[ModelConfig, HttpRequest | Mapping[str, object]], None]) -> None:
     """Call judge(model_config, parsed request or body) once on each surface, before anything of a
-    request is read: all that an inactive plugin does here.
+    request but its model is read: all that an inactive plugin does here.
     """
 
     def checked(stock: Function) -> Function:
         async def _check_model(self: Anything, request: HttpRequest) -> Anything:
-            judge(self.model_config, request)
-            return await stock(self, request)
+            error = await stock(self, request)
+            if error is None:
+                judge(self.model_config, request)
+            return error
 
         return _check_model
 
@@ -272,6 +270,7 @@ def wrap_refusals(judge: Callable[[ModelConfig, HttpRequest | Mapping[str, objec
             request: HttpRequest,
             raw_request: HttpRequest = None,
         ) -> Anything:
+            # Before vLLM's check of mm_processor_kwargs, which knows nothing of ours.
             judge(self.model_config, await _body(request, raw_request))
             return await stock(self, io_processor, request, raw_request)
 

@@ -18,9 +18,7 @@ RECORD = Patch(
 
 
 def watch_load(read: Callable[[int, int, int, float], None]) -> None:
-    """Call `read(engine, running, waiting, kv_usage)` with what each engine reports after its
-    steps; last call counts.
-    """
+    """Call read(engine, running, waiting, kv_usage) after each step of an engine."""
 
     def make(stock: Function) -> Function:
         def record(self: Anything, *args: Anything, **kwargs: Anything) -> None:

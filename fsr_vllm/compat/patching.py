@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -84,7 +85,8 @@ class _Applied:
     function: Function  # what is called instead
 
 
-_applied: dict[tuple[int, str], _Applied] = {}
+# What stands in an attribute's place keeps its entry: an object takes its own along when it goes.
+_applied: weakref.WeakValueDictionary[tuple[int, str], _Applied] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def reverted() -> Iterator[None]:
 
 
 def _undo_but(keep: Collection[tuple[int, str]]) -> None:
-    for key in [key for key in reversed(_applied) if key not in keep]:
+    for key in [key for key in reversed(list(_applied)) if key not in keep]:
         done = _applied.pop(key)
         if done.before is None:
             delattr(done.owner, done.name)

@@ -30,9 +30,7 @@ def device_memory() -> int | None:
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that this machine, or the container around this process, has; None where
-    nothing says so.
-    """
+    """Bytes of memory of this machine or its container; None where nothing says so."""
     found = []
     with contextlib.suppress(OSError, ValueError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -121,8 +121,8 @@ def processed_data_of(result: Processed) -> Processed:
 
 
 def image_hashes(inputs: Inputs, info: ProcessingInfo) -> tuple[dict[str, list[str]], list[str]]:
-    """VLLM's identities of all media of a request, and the images' own, which say the same image
-    alike.
+    """The identities that vLLM gives all media of a request, and the images' own, by which the
+    same image is known again: its uuid or its content, never the name of a request.
     """
     from dataclasses import replace
 
@@ -164,9 +164,7 @@ def join_images(items: Sequence[KwargsItem]) -> dict[str, Anything]:
 
 
 def owned(item: KwargsItem) -> tuple[KwargsItem, int] | None:
-    """An image's item with tensors of its own, not views of a batch, and its bytes; None if it
-    cannot be kept.
-    """
+    """An image's item without views of a batch, and its bytes; None if it cannot be kept."""
     from dataclasses import replace
 
     kept, size = {}, 0

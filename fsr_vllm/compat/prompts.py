@@ -55,9 +55,7 @@ ADD_REQUEST = Patch(
 
 
 def wrap_prompts(judge: Callable[[ModelConfig, Mapping[str, Anything], bool], Anything]) -> None:
-    """Let judge(model_config, mm_processor_kwargs, has_media) say what each prompt is processed
-    with; call it often.
-    """
+    """Let judge(model_config, mm_processor_kwargs, has_media) say what a prompt is given."""
 
     def judged(renderer: Renderer, prompt: Anything) -> Anything:
         parts = [prompt[name] for name in _PARTS if isinstance(prompt.get(name), dict)] or [prompt]
@@ -97,9 +95,6 @@ def wrap_offline_parameters(judge: Callable[[ModelConfig, Mapping[str, Anything]
         if isinstance(extra, Mapping) and extra:
             judge(model_config, extra)
 
-    def read_by_nobody(model_config: ModelConfig) -> bool:
-        return not hasattr(model_config.hf_config, SETTINGS_KEY)
-
     def of_llm(stock: Function) -> Function:
         def _add_request(
             self: Anything, prompt: Anything, params: Anything, *args: Anything, **kwargs: Anything
@@ -119,7 +114,8 @@ def wrap_offline_parameters(judge: Callable[[ModelConfig, Mapping[str, Anything]
             **kwargs: Anything,
         ) -> Anything:
             rendered = isinstance(prompt, dict) and "type" in prompt
-            if not rendered or read_by_nobody(self.model_config):
+            inactive = not hasattr(self.model_config.hf_config, SETTINGS_KEY)
+            if inactive or not rendered:
                 checked(self.model_config, params)
             return stock(self, request_id, prompt, params, *args, **kwargs)
 

@@ -26,9 +26,7 @@ _stock_models: dict[str, Anything] = {}
 
 
 def put_models(families: Mapping[str, str]) -> None:
-    """Register our model classes ("module:class" by architecture) over vLLM's own; safe to
-    repeat.
-    """
+    """Register our model classes ("module:class" by architecture) over vLLM's; safe to repeat."""
     from vllm import ModelRegistry
 
     for architecture, target in families.items():

@@ -50,9 +50,7 @@ def wrap_mm_cache_reset(clear: Callable[[Processor], None]) -> None:
 
 
 def on_runner_reset(model: Anything) -> None:
-    """Have `model.fsr_forget()` called whenever this worker's runner drops encoder outputs or
-    multimodal caches.
-    """
+    """Call `model.fsr_forget()` whenever this worker's runner drops encoder outputs or caches."""
     _forget.add(model)
     for patch in RUNNER_RESETS:
         if patch.target.partition(":")[0] in sys.modules:

@@ -66,9 +66,7 @@ def wrap_scheduler(limited: Callable[[VllmConfig], bool]) -> None:
 
 
 def limit(cls: type, limited: Callable[[VllmConfig], bool]) -> bool:
-    """Wrap the step of the scheduler class (or of the one it inherits it from) that picks images;
-    once.
-    """
+    """Wrap the step of the scheduler class, or of its base, that picks images; once."""
 
     def make(stock: Function) -> Function:
         def schedule_encoder_inputs(
@@ -142,9 +140,7 @@ class EncoderGate:
             yield
 
     def admits(self, place: int, left: int) -> bool:
-        """Whether the image fits beside what stock has charged by now; `left` is what stock has
-        left.
-        """
+        """Whether the image fits beside what stock has charged by now; stock has `left` left."""
         # An image that was allowed but loaded from elsewhere was not charged, and costs the tower
         # nothing.
         if self._allowed is not None and left < self._allowed[0]:

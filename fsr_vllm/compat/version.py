@@ -44,9 +44,7 @@ def vllm_version() -> str:
 
 @functools.cache
 def window() -> str | None:
-    """The releases of vLLM that this package requires, as its own metadata says; None where it is
-    not installed.
-    """
+    """The releases of vLLM that this package requires; None where it is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -57,9 +55,7 @@ def window() -> str | None:
 
 
 def outside_window() -> str | None:
-    """Why the plugin must not start beside this vLLM, or None. pip enforces the window, but not for
-    `--no-deps`.
-    """
+    """Why the plugin must not start beside this vLLM, or None; pip's --no-deps evades it."""
     supported = window()
     if supported is None or allowed_anyway():
         return None
@@ -79,9 +75,7 @@ def outside_window() -> str | None:
 
 
 def native_field() -> str | None:
-    """The request field with which vLLM itself sets how many tokens an image gets; None while it
-    has none.
-    """
+    """The request field that sets an image's tokens in vLLM itself; None while it has none."""
     if allowed_anyway():
         return None
     fields = getattr(CHAT_REQUEST.find(), "model_fields", ())

@@ -1,3 +1,1 @@
-"""The vLLM side: placeholders and cache identity (processor), selection (adapter), model families,
-workers.
-"""
+"""The vLLM side: placeholders and cache keys in the front end, rows in the worker."""

@@ -24,9 +24,7 @@ SHALLOW = ("shallow_saliency", "shallow_received")  # read at a block that the m
 
 
 def shallow_key(name: str, layer: int) -> str:
-    """What the hook calls a shallow signal of one block, counted from 0 in a tower of
-    PUBLISHED_DEPTH.
-    """
+    """The hook's name of a shallow signal; blocks are counted from 0, of PUBLISHED_DEPTH."""
     return f"{name}@{layer}"
 
 

@@ -13,10 +13,11 @@ from typing import TypeAlias
 
 from fsr_vllm.compat.attributes import IGNORED_KEY
 from fsr_vllm.compat.chat import wrap_chat_rendering
+from fsr_vllm.compat.errors import as_request_errors
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.types import ModelConfig
 from fsr_vllm.engine import messages as read
-from fsr_vllm.engine.inputs import as_request_errors, requested
+from fsr_vllm.engine.inputs import requested
 from fsr_vllm.params import (
     MAX_QUESTION,
     NOTHING,
@@ -46,7 +47,7 @@ def install() -> None:
     def settle(
         model_config: ModelConfig, conversations: Sequence[Conversation], given: Given
     ) -> list[Given]:
-        with as_request_errors():
+        with as_request_errors(FieldError):
             return settled(model_config, conversations, given)
 
     wrap_chat_rendering(settle)
@@ -73,8 +74,9 @@ def settled(
         if wrong is not None:
             raise FieldError(wrong.field, f"{wrong.field}: {reason}") if reason else wrong
     settings = read_settings(model_config.hf_config)
-    nothing_asked = request is None or request is NOTHING
-    if settings is None or reason or (nothing_asked and not settings.prunes_by_default):
+    if settings is None or reason:
+        return unchanged
+    if request in (None, NOTHING) and not settings.prunes_by_default:
         return unchanged
     return [_settle_one(settings, messages, given, request, most) for messages in conversations]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fsr_vllm.engine.attention_hook import AttentionHook, tapped
+from fsr_vllm.engine.attention_hook import tapped
 from fsr_vllm.engine.families.base import WorkerHalf
 from fsr_vllm.engine.feature_cache import FeatureCache
 from fsr_vllm.engine.stats import Counts
@@ -17,10 +17,6 @@ class Encoder:
     def __init__(self, worker: WorkerHalf, cache: FeatureCache | None, counts: Counts) -> None:
         self._worker, self._counts = worker, counts
         self.cache = cache
-
-    @property
-    def _hook(self) -> AttentionHook:
-        return self._worker.hook
 
     def encode(self, images: Sequence[ImageInput], wanted: frozenset[str]) -> list[EncodedImage]:
         """One EncodedImage per image, the same object where two inputs are one image.
@@ -56,7 +52,7 @@ class Encoder:
             # What was held of an image stays held, or two methods would displace each other's
             # signals in turn.
             held = frozenset().union(*(cache.names(images[place].key) for place in missing))
-            asked = tapped(wanted | held) | self._hook.cheap
+            asked = tapped(wanted | held) | self._worker.hook.cheap
         fresh = self._worker.features([images[place] for place in missing], asked)
         self._counts.add(tower_images=len(missing))
         new = dict(zip(missing, fresh, strict=True))

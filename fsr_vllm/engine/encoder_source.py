@@ -1,6 +1,4 @@
-"""Where a text encoder comes from: a folder, or a name with the revision that was resolved at
-start.
-"""
+"""Where a text encoder comes from: a folder, or a name with the revision found at start."""
 
 from __future__ import annotations
 
@@ -10,9 +8,7 @@ from fsr_vllm.compat.types import HfConfig
 
 
 def split_revision(encoder: str) -> tuple[str, str | None]:
-    """(folder or name, revision) of a text encoder as the settings have it; a folder has no
-    revision.
-    """
+    """(folder or name, revision) of a text encoder in the settings; a folder has no revision."""
     if os.path.isdir(encoder):
         return encoder, None
     name, at, revision = encoder.rpartition("@")
@@ -20,9 +16,7 @@ def split_revision(encoder: str) -> tuple[str, str | None]:
 
 
 def read_config(encoder: str) -> HfConfig:
-    """The encoder's CLIPConfig. Errors: as transformers has them, ValueError for a revision behind
-    a folder.
-    """
+    """The encoder's CLIPConfig; transformers' errors, or ValueError for a folder's revision."""
     from transformers import CLIPConfig
 
     name, revision = split_revision(encoder)
@@ -32,9 +26,7 @@ def read_config(encoder: str) -> HfConfig:
 
 
 def resolved(encoder: str) -> str:
-    """NAME@COMMIT for an encoder by name whose configuration was read, so that every worker loads
-    the same; a folder as it is.
-    """
+    """NAME@COMMIT of a named encoder, so that every worker loads the same; a folder as it is."""
     from transformers.utils import cached_file, extract_commit_hash
 
     name, revision = split_revision(encoder)

@@ -28,18 +28,14 @@ class FsrWorkerExtension:
 
 
 def with_ours(given: str) -> str:
-    """The dotted name of a worker extension that has ours in it: ours alone if `given` is empty;
-    safe to repeat.
-    """
+    """The dotted name of a worker extension with ours in it; safe to repeat."""
     if given in ("", OURS):
         return OURS
     return given if given.startswith(COMBINED) else COMBINED + given.encode().hex()
 
 
 def __getattr__(name: str) -> type:
-    """`With_<hex of a dotted name>`: that class, combined with ours unless it inherits ours
-    already.
-    """
+    """`With_<hex of a dotted name>`: that class with ours, unless it inherits ours already."""
     marker = COMBINED.rpartition(".")[2]
     if not name.startswith(marker):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

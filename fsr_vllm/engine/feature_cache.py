@@ -57,9 +57,7 @@ class FeatureCache:
         return frozenset(entry.tensors) if entry else frozenset()
 
     def put(self, key: bytes, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy an image's tensors in, instead of what was held of it; one that is larger than the
-        block stays out.
-        """
+        """Copy an image's tensors in, instead of older ones; what exceeds the block stays out."""
         if key in self._entries:
             self._free(self._entries.pop(key))
         places, size = {}, 0

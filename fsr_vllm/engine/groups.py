@@ -1,6 +1,4 @@
-"""An image's groups of rows (its tiles): a budget split over them, and what was kept of them
-joined.
-"""
+"""An image's groups of rows (tiles): a budget is split over them, what they keep is joined."""
 
 from __future__ import annotations
 

@@ -4,11 +4,10 @@ refused where they cannot be honoured, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from fsr_vllm.compat.attributes import IGNORED_KEY
-from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.errors import as_request_errors, request_error
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.prompts import wrap_offline_parameters, wrap_prompts
 from fsr_vllm.compat.types import ModelConfig
@@ -30,15 +29,6 @@ def install() -> None:
     wrap_offline_parameters(refuse_extra_args)
 
 
-@contextmanager
-def as_request_errors() -> Iterator[None]:
-    """Turn a FieldError into the error that vLLM shows a client."""
-    try:
-        yield
-    except FieldError as error:
-        raise request_error(str(error), error.field) from None
-
-
 def requested(model_config: ModelConfig, given: Mapping[str, object] | None) -> FsrRequest | None:
     """The request in these mm_processor_kwargs, parsed here unless an earlier stage has; None where
     they hold no field of ours.
@@ -56,9 +46,7 @@ def requested(model_config: ModelConfig, given: Mapping[str, object] | None) -> 
 
 
 def _servable(model_config: ModelConfig, given: Mapping[str, object]) -> dict[str, object]:
-    """Our fields as a client wrote them; FieldError if this server can have none, or one is spelt
-    in another way.
-    """
+    """Our fields as written; FieldError if none can be honoured, or one is misspelt."""
     fields = {key: value for key, value in given.items() if is_ours(key) and value is not None}
     if not fields:
         return fields
@@ -83,7 +71,7 @@ def judged(
         return given
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return without_fields(given)
-    with as_request_errors():
+    with as_request_errors(FieldError):
         if has_media:
             parsed = request_of(given) is not None
             return given if parsed or _servable(model_config, given) else without_fields(given)
@@ -92,9 +80,7 @@ def judged(
 
 
 def refuse_extra_args(model_config: ModelConfig, extra: Mapping[str, object]) -> None:
-    """Refuse fields in SamplingParams.extra_args, which nobody reads offline; where the plugin is
-    left aside they may stay.
-    """
+    """Refuse fields in SamplingParams.extra_args, which nobody reads offline."""
     if getattr(model_config.hf_config, IGNORED_KEY, False):
         return
     name = min(

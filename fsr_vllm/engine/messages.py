@@ -65,9 +65,7 @@ def image_questions(messages: Iterable[object], longest: int = sys.maxsize) -> l
 
 
 def _asked_from(turn: Sequence[tuple[Mapping[str, object], int]], longest: int) -> list[str]:
-    """Per message of a turn, the end of the user's text from there on; only as far back as an image
-    needs it.
-    """
+    """Per message of a turn, the end of the user's text from there on, back to the first image."""
     result = [""] * len(turn)
     first = next((place for place, (_, images) in enumerate(turn) if images), len(turn))
     tail = ""
@@ -104,9 +102,7 @@ def image_details(messages: Iterable[object]) -> list[str | None]:
 
 
 def materialise(messages: Iterable[object]) -> None:
-    """Replace every message content that is neither text nor a list by a list, in place: it can
-    then be read twice.
-    """
+    """Replace contents that are neither text nor a list by lists, to be read twice; in place."""
     for message in _mappings(messages):
         content = message.get("content")
         if isinstance(content, Iterable) and not isinstance(content, (str, bytes, list, Mapping)):

@@ -37,16 +37,15 @@ class FsrModelMixin:
     fsr_text: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        config = vllm_config.model_config.hf_config
-        settings = read_settings(config)
-        active = settings is not None and self.fsr_family.unsupported(config) is None
+        settings = read_settings(vllm_config.model_config.hf_config)
+        if settings is None or settings.unsupported is not None:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+            self.fsr_text = None
+            return
         half = self.fsr_family.worker_half()
-        if active:
-            half.prepare(vllm_config)
+        half.prepare(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.fsr_text = None
-        if settings is None or not active:
-            return
         # vLLM counts an image by its rows when it maps LoRA onto tower tokens, and ours are fewer
         # than the tower's.
         self.supports_tower_connector_lora = False
@@ -156,9 +155,7 @@ class Pruner:
 
 
 def _prototypes(model_config: ModelConfig) -> Tensor | None:
-    """The codebook beside the model, if it has one. Errors: ValueError if its rows are of another
-    width.
-    """
+    """The codebook beside the model, if any; ValueError if its rows are of another width."""
     codebook = prototype_file(model_config.model)
     if codebook is None:
         return None

@@ -50,9 +50,7 @@ class PixelCache:
         return found, list(missing.values())
 
     def put(self, key: bytes, value: KwargsItem, size: int) -> None:
-        """Keep an image of `size` bytes, instead of what was used longest ago; one that is larger
-        than the cache stays out.
-        """
+        """Keep an image of `size` bytes if it fits at all; what was used longest ago goes."""
         with self._lock:
             if size > self._entries.maxsize:
                 return

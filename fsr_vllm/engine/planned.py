@@ -77,7 +77,7 @@ class PlannedInputs(ProcessorInputs):
 
     @classmethod
     def of(cls, inputs: ProcessorInputs, plans: Plans) -> PlannedInputs:
-        """VLLM's inputs with plans; items are planned too where they carry pixels."""
+        """The same inputs with plans."""
         values = {field.name: getattr(inputs, field.name) for field in fields(ProcessorInputs)}
         return cls(**values, fsr=plans)
 

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 
 def prototype_file(model: str) -> str | None:
-    """The codebook beside a model in a local folder (see `fsr_vllm.methods.prototypes`), if there
-    is one.
-    """
+    """The codebook beside a model in a local folder (`methods.prototypes`), if there is one."""
     # It has a folder of its own, since loaders take every *.safetensors file beside the model for
     # weights of the model.
     path = Path(model, "fsr", "prototypes.safetensors")
@@ -84,18 +82,14 @@ class Planner:
 
 
 def identity_salt(settings: ServerSettings, codebook: str = "") -> str:
-    """What shapes the selection of every image of a server and is in no plan; `codebook` is the
-    digest of its file.
-    """
+    """What shapes every selection and is in no plan; `codebook` is the digest of its file."""
     # It matters where KV blocks outlive this server.
     parts = (SELECTION_VERSION, settings.text_encoder, settings.relevance_sign, codebook)
     return "\0".join(["fsr", *map(str, parts)])
 
 
 def identity(base: str, plan: ImagePlan, salt: str) -> str:
-    """Cache identity of a planned image. An unpruned one keeps vLLM's own, whoever asked for it and
-    how.
-    """
+    """Cache identity of a planned image; one that is not pruned keeps vLLM's own."""
     if not plan.pruned:
         return base
     digest = hashlib.sha256(f"{salt}\0{base}\0".encode() + plan.encode())

@@ -15,6 +15,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs
 
 from fsr_vllm.compat.attributes import RESULT_KEY
+from fsr_vllm.compat.errors import as_request_errors
 from fsr_vllm.compat.processing import (
     hf_kwargs_of,
     join_images,
@@ -35,7 +36,7 @@ from fsr_vllm.compat.types import (
     ProcessingInfo,
     Processor,
 )
-from fsr_vllm.engine.inputs import as_request_errors, requested
+from fsr_vllm.engine.inputs import requested
 from fsr_vllm.engine.pixel_cache import PixelCache
 from fsr_vllm.engine.planned import (
     IMAGE,
@@ -51,6 +52,7 @@ from fsr_vllm.engine.wire import pack_plan
 from fsr_vllm.methods import list_methods
 from fsr_vllm.params import (
     Budget,
+    FieldError,
     FsrRequest,
     ImagePlan,
     RequestFields,
@@ -82,9 +84,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         wrap_dummy_inputs(self, self._profiled)
 
     def _hf_processor_applies_updates(self, *args: Anything, **kwargs: Anything) -> bool:
-        """Asked until 0.28: Hugging Face's processor would write the unpruned number of
-        placeholders.
-        """
+        """Asked until 0.28: Hugging Face's processor would write the unpruned placeholders."""
         stock = self.fsr_planner is None
         return stock and super()._hf_processor_applies_updates(*args, **kwargs)
 
@@ -103,7 +103,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
     def apply(self, inputs: Inputs, *args: Anything, **kwargs: Anything) -> Anything:
         """Process one prompt; the result says what was kept of its images."""
         if not isinstance(inputs, PlannedInputs):
-            with as_request_errors():
+            with as_request_errors(FieldError):
                 request = requested(self.info.ctx.model_config, inputs.hf_processor_mm_kwargs)
                 if self.fsr_planner is not None:
                     inputs = plan_request(self.fsr_planner, inputs, request)
@@ -139,9 +139,7 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
     def _preprocess(
         self, items: PlannedItems, args: tuple[Anything, ...], kwargs: dict[str, Anything]
     ) -> Processed:
-        """The stock step for images whose pixels are not in the cache, and all images in their
-        order as its result.
-        """
+        """The stock step for images whose pixels are not cached; its result is of all images."""
         stock, cache = super()._apply_hf_processor_main, self.fsr_pixels
         counted = 0 if items.fsr.dummy else sum(map(len, items.fsr.plans.values()))
         keys = [key for key in items.fsr.keys.get(IMAGE, ()) if key is not None]
@@ -197,16 +195,12 @@ class FsrProcessorMixin(BaseMultiModalProcessor):
         return dataclasses.replace(update, replacement=replacement)
 
     def fsr_stats(self) -> dict[str, int]:
-        """What this front end was asked for and what it preprocessed, with the pixel cache's
-        pixel_*.
-        """
+        """What this front end was asked for and preprocessed, with the pixel cache's pixel_*."""
         pixels = {} if self.fsr_pixels is None else self.fsr_pixels.stats()
         return self._fsr_counts.all() | pixels
 
     def fsr_methods(self) -> list[str]:
-        """The methods a request may name here: those that can be served, and have their inputs in
-        this model.
-        """
+        """The methods a request may name: servable ones whose inputs this model can give."""
         if self.fsr_planner is None:
             return []
         given, known = self.fsr_planner.signals, list_methods()

@@ -48,9 +48,7 @@ class Counts:
 
 
 class Clock:
-    """Seconds spent in named parts: wall time on the CPU, CUDA events read when asked (never in the
-    hot path).
-    """
+    """Seconds in named parts: wall time on the CPU, CUDA events that are read when asked."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)

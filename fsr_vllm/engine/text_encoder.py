@@ -1,6 +1,4 @@
-"""The question's side of relevance: a CLIP text tower loaded beside the model, or the model's own
-embeddings.
-"""
+"""The question's side of relevance: a CLIP text tower, or the model's own embeddings."""
 
 from __future__ import annotations
 
@@ -135,9 +133,7 @@ class ClipText(nn.Module):
         self._cache = _QuestionCache(self._encode)
 
     def take(self, name: str, tensor: torch.Tensor) -> str | None:
-        """Load one tensor of a CLIP checkpoint if it is ours; returns the parameter's name, else
-        None.
-        """
+        """Load one tensor of a CLIP checkpoint; returns the parameter's name, None if not ours."""
         ours = name.removeprefix("vision_model.")
         if name.startswith(("text_model.", "text_projection.")):
             ours = f"text.{name}"
@@ -184,9 +180,7 @@ class ClipText(nn.Module):
     def relevance(
         self, features: torch.Tensor, projected: torch.Tensor, questions: Sequence[str]
     ) -> torch.Tensor:
-        """(B, N) float32, higher = more relevant, from the tower's features (B, N, Dv); "" gives a
-        constant map.
-        """
+        """(B, N) float32, higher = more relevant, from the tower's features (B, N, Dv)."""
         texts = torch.stack([self._cache[question] for question in questions])
         return clip_relevance(
             features, texts, self.post_layernorm, self.visual_projection, self.sign

@@ -1,6 +1,4 @@
-"""The objects that travel between the engine's rooms, on their way from pixels to the rows vLLM
-gets.
-"""
+"""The objects that travel between the engine's rooms, from pixels to the rows vLLM gets."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What travels from the processor to the model beside an image's pixels: its cache key and its
-plan.
-"""
+"""What travels from the processor to the model beside an image's pixels: cache key and plan."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ allowed; the caller turns it into the error of its own surface.
 from fsr_vllm.methods.budget import resolve_budget
 
 from .budget import (
+    MAX_IMAGES,
     Budget,
     FieldError,
     parse_budget_text,
@@ -37,7 +38,7 @@ from .travel import (
 from .wording import cut, did_you_mean, shown
 
 __all__ = [
-    "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan",
+    "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan", "MAX_IMAGES",
     "MAX_QUESTION", "NOTHING", "REQUEST_FIELDS", "REQUEST_KEY", "Report", "RequestFields",
     "SELECTION_VERSION", "SETTINGS_KEY", "ServerSettings", "build_method", "cut", "did_you_mean",
     "given_settings", "ignoring", "own_fields", "parse_budget_text", "per_image", "read_settings",

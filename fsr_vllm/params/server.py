@@ -43,6 +43,10 @@ def _budget(value: object, info: ValidationInfo) -> Budget | None:
     return None if value is None else parse_budget(off, f"fsr.{info.field_name}")
 
 
+def _details(value: object) -> object:
+    return {} if value is None else _off({})(value)
+
+
 def _range(value: object) -> object:
     if value is None or value is False:
         return None
@@ -129,9 +133,9 @@ class ServerSettings(Fields):
     relevance_sign: Annotated[Literal["auto", 1, -1], BeforeValidator(_sign)] = Field(
         default="auto", description="Sign of the tower's patch-text cosine: auto, 1 or -1."
     )
-    detail_budgets: Annotated[
-        dict[Detail, Kept], BeforeValidator(lambda value: _off({})(value) or {})
-    ] = Field(default={}, description="Budgets for image_url.detail, e.g. '{\"low\": 64}'.")
+    detail_budgets: Annotated[dict[Detail, Kept], BeforeValidator(_details)] = Field(
+        default={}, description="Budgets for image_url.detail, e.g. '{\"low\": 64}'."
+    )
     feature_cache_bytes: Bytes = Field(
         default=CACHE_BYTES,
         description="Vision features kept in each worker, so that a known image is not encoded "

@@ -33,9 +33,9 @@ class Fields(BaseModel):
     def validated(cls, values: Mapping[str, Any]) -> Self:
         """The values, if all are known and valid; FieldError for the first that is not."""
         known = cls.options()
-        wrong = sorted(set(map(str, values)) - set(known))
-        if wrong:
-            name = cut(wrong[0])
+        wrong = min(set(map(str, values)) - set(known), default=None)
+        if wrong is not None:
+            name = cut(wrong)
             message = cls.unknown.format(name=repr(name), known=", ".join(known))
             raise FieldError(cls.prefix + name, message + did_you_mean(name, known))
         try:

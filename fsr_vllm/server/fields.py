@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fsr_vllm.params import (
+    MAX_IMAGES,
     Budget,
     FieldError,
     ServerSettings,
@@ -32,23 +33,32 @@ def merged(*places: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place in places:
         for name, value in place.items():
-            first = found.setdefault(name, value)
-            if not (same_budget if name == "fsr_budget" else _same)(first, value):
+            if not _agree(name, found.setdefault(name, value), value):
                 raise FieldError(
                     name, f"{name} stands in two places of the request with different values"
                 )
     return found
 
 
+def _agree(name: str, left: object, right: object) -> bool:
+    """Whether a field is the same in two places."""
+    if isinstance(left, list) and isinstance(right, list) and len(left) > MAX_IMAGES:
+        return len(left) == len(right)  # refused by its length, its entries unread
+    try:
+        return (same_budget if name == "fsr_budget" else _same)(left, right)
+    except RecursionError:  # no field is nested as deep as that
+        return False
+
+
 def _same(left: object, right: object) -> bool:
-    """Whether two JSON values are one, types and all."""
+    """Whether two JSON values are one: 1 and 1.0 are, 1 and true are not."""
     if left is right:
         return True
     if isinstance(left, dict) and isinstance(right, dict):
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(_same, left, right))
-    return type(left) is type(right) and left == right
+    return isinstance(left, bool) is isinstance(right, bool) and left == right
 
 
 def _from_xargs(values: object) -> dict[str, Any]:

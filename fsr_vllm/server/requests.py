@@ -7,11 +7,10 @@ conversations are rendered.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from fsr_vllm.compat.attributes import RESULT_KEY
-from fsr_vllm.compat.errors import request_error
+from fsr_vllm.compat.errors import as_request_errors
 from fsr_vllm.compat.front_end import image_limit
 from fsr_vllm.compat.http import wrap_foreign_bodies, wrap_model_check, wrap_pooling, wrap_renderer
 from fsr_vllm.compat.types import EngineInputs, HttpRequest, ModelConfig, Renderer
@@ -56,21 +55,12 @@ def install(model_alias: bool = False) -> None:
 split = model_alias.split_if_served
 
 
-@contextlib.contextmanager
-def _client_errors() -> Iterator[None]:
-    """Answer a FieldError as vLLM answers its own client errors."""
-    try:
-        yield
-    except FieldError as error:
-        raise request_error(str(error), error.field) from None
-
-
 def note(model_config: ModelConfig, body: object) -> None:
     """Keep the fsr_* fields of a body whose request model drops them (Anthropic, Cohere)."""
     if not isinstance(body, Mapping):
         return
     report = begun()
-    with _client_errors():
+    with as_request_errors(FieldError):
         _search(model_config, body, report)
         report.written = fields.written(
             body, body.get("mm_processor_kwargs"), body.get("vllm_xargs")
@@ -81,7 +71,7 @@ def note(model_config: ModelConfig, body: object) -> None:
 def accept(model_config: ModelConfig, request: HttpRequest, suffix: str | None) -> None:
     """After vLLM knows the model: judge what the request asks for, by whatever way."""
     report = begun()
-    with _client_errors():
+    with as_request_errors(FieldError):
         if suffix is not None:
             report.alias = model_alias.budget(model_config, suffix)
         _search(model_config, request, report)
@@ -101,8 +91,9 @@ def before(renderer: Renderer, request: HttpRequest) -> None:
     if request_of(given) is not None:
         return  # a next turn renders the same request again
     report = current_report.get() or RequestReport()
-    with _client_errors():
+    with as_request_errors(FieldError):
         asked = _asked(renderer.model_config, request, report)
+    report.count()  # where vLLM checked the model in a way that `accept` did not see
     if asked is None and misplaced.has_conversation(request):
         asked = NOTHING if refusal(renderer.model_config.hf_config) is None else None
     # mm_processor_kwargs is not a field of every request model; one that neither has it nor takes
@@ -114,7 +105,7 @@ def before(renderer: Renderer, request: HttpRequest) -> None:
 def before_body(renderer: Renderer, request: HttpRequest) -> None:
     """`before` where the request model may drop fields: `model_extra` is the whole body here."""
     report = current_report.get() or RequestReport()
-    with _client_errors():
+    with as_request_errors(FieldError):
         _search(renderer.model_config, request.model_extra, report)
     before(renderer, request)
 

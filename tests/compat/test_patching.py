@@ -1,8 +1,10 @@
 """The one way to replace something of vLLM's, tried out on a module of its own."""
 
 import asyncio
+import gc
 import inspect
 import sys
+import weakref
 from types import ModuleType
 
 import pytest
@@ -110,6 +112,19 @@ def test_another_owner_and_objects():
         assert Thing().method(1) == ["method", 1, 2]
     assert one.method(1) == ["other", 1]
     assert "method" not in vars(one)
+
+
+def test_an_object_with_a_patch_of_its_own_is_not_kept_alive():
+    class Other(Thing):
+        pass
+
+    one = Other()
+    assert patch("Thing.method", "(self, first)").apply(noting, owner=one)
+    assert one.method(1)[0] == "seen"
+    gone = weakref.ref(one)
+    del one
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize(

@@ -65,15 +65,18 @@ def test_releases_that_check_names_elsewhere(monkeypatch):
     assert not http.wrap_model_check(lambda *args: None, lambda *args: None)
 
 
-def test_refusals_look_once_at_a_request_before_vllm_does(base):
+def test_refusals_look_once_at_a_request_for_a_model_that_is_served(base):
     def judge(model_config, request):
         if "fsr_budget" in request.model_extra:
             raise request_error("fsr_budget: no", "fsr_budget")
 
     http.wrap_refusals(judge)
     assert asyncio.run(base._check_model(SimpleNamespace(model="base", model_extra={}))) is None
+    ours = {"fsr_budget": 1}
     with pytest.raises(ValueError, match="no"):
-        asyncio.run(base._check_model(SimpleNamespace(model="?", model_extra={"fsr_budget": 1})))
+        asyncio.run(base._check_model(SimpleNamespace(model="base", model_extra=ours)))
+    answer = asyncio.run(base._check_model(SimpleNamespace(model="?", model_extra=ours)))
+    assert answer.error.param == "model"  # vLLM's own error, as on an active server
 
 
 def test_bodies_that_request_models_drop_are_read_before_the_handler():

@@ -1,5 +1,7 @@
 """Where a request says its fields: places that must agree, a header, a name; no server."""
 
+import json
+
 import pytest
 
 from fsr_vllm.params import FieldError, ServerSettings
@@ -32,7 +34,7 @@ def test_a_field_may_stand_in_several_places_if_they_agree():
         ("fsr_question", ["q"], "q"),
         ("fsr_question", ["p", "q"], ["p"]),
         ("fsr_options", {"rho": 1}, {"rho": True}),
-        ("fsr_options", {"rho": 1}, {"rho": 1.0}),
+        ("fsr_options", {"rho": "1"}, {"rho": 1}),
         ("fsr_options", {"rho": 1}, {"kappa": 1}),
         ("fsr_options", {"rho": [1]}, {"rho": [True]}),
         ("fsr_method", "fsr", "random"),
@@ -50,10 +52,20 @@ def test_values_that_differ_are_refused_types_and_all(name, one, other):
             assert error.value.field == name
 
 
+def test_values_too_deep_or_too_long_to_be_a_fields_are_not_gone_through():
+    deep, also = json.loads("[" * 900 + "]" * 900), json.loads("[" * 900 + "]" * 900)
+    for name in ("fsr_budget", "fsr_options"):
+        with pytest.raises(FieldError, match="stands in two places"):
+            fields.merged({name: deep}, {name: also})
+    long, other = [0.5] * 20_000, [0.25] * 20_000
+    assert fields.merged({"fsr_budget": long}, {"fsr_budget": other})["fsr_budget"] is long
+
+
 def test_the_first_place_is_what_counts():
     assert fields.merged({"a": 1}, {"b": 2}, {"a": 1, "c": 3}) == {"a": 1, "b": 2, "c": 3}
     first = fields.merged({"fsr_budget": 64}, {"fsr_budget": 64.0})["fsr_budget"]
     assert (first, type(first)) == (64, int)
+    assert fields.merged({"fsr_options": {"rho": 1}}, {"fsr_options": {"rho": 1.0}})
     assert fields.merged() == {}
 
 

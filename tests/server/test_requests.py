@@ -61,6 +61,16 @@ def planned(settings, images=1, **said):
     return fields.fsr_budget, by_load
 
 
+def test_a_request_is_load_once_it_is_rendered_whoever_checked_its_model():
+    monitor = adaptive.LoadMonitor(8, 64)
+    with reported(monitor=monitor) as report:
+        for _ in range(2):
+            requests.before(SimpleNamespace(model_config=configured({})), parsed())
+        assert monitor.load().waiting == 1
+        report.close()
+    assert monitor.load().waiting == 0
+
+
 @pytest.mark.parametrize("given", [None, {}, {"theirs": 1}])
 def test_a_request_without_fields_is_left_alone(given):
     text = [{"role": "user", "content": "hi"}]

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from benchmarks.testbed import build_checkpoint, build_clip_less, build_text_model, data_url, photos
-from fsr_vllm.signals import clip_relevance
+from fsr_vllm.signals.relevance import clip_relevance
 
 QUESTIONS = ["What is this?", "How many cups are on the table?"]
 NEW_TOKENS = 12

@@ -41,7 +41,7 @@ class Family(ABC):
 
     @abstractmethod
     def stock_class(self) -> type:
-        """VLLM's model class, imported when it is needed."""
+        """The model class of vLLM, imported when it is needed."""
 
     @abstractmethod
     def worker_half(self) -> type[WorkerHalf]:
@@ -87,7 +87,7 @@ class WorkerHalf(ABC):
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.hook: AttentionHook  # set by FsrModelMixin, once the layout's layers are hooked
+        self.hook: AttentionHook  # set by Pruner, once the layout's layers are hooked
 
     @staticmethod
     def prepare(vllm_config: VllmConfig) -> None:
@@ -100,9 +100,7 @@ class WorkerHalf(ABC):
 
     @abstractmethod
     def inputs(self, kwargs: Mapping[str, Any], plans: Sequence[Tensor]) -> list[ImageInput]:
-        """One ImageInput per image of what `embed_multimodal` was given; `plans` as `pack_plan`
-        made them.
-        """
+        """One ImageInput per image of `embed_multimodal`'s input, with what `pack_plan` made."""
 
     @abstractmethod
     def features(self, images: Sequence[ImageInput], wanted: frozenset[str]) -> list[ImageFeatures]:

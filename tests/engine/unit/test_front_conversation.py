@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from fsr_vllm.compat.attributes import IGNORED_KEY
+from fsr_vllm.compat.errors import as_request_errors
 from fsr_vllm.engine import conversation
 from fsr_vllm.engine.conversation import budgets_by_detail, settled
-from fsr_vllm.engine.inputs import as_request_errors, judged, refuse_extra_args, requested
+from fsr_vllm.engine.inputs import judged, refuse_extra_args, requested
 from fsr_vllm.params import (
     MAX_QUESTION,
     REQUEST_KEY,
@@ -215,7 +216,7 @@ def test_what_is_asked_for():
 
 
 def test_errors_of_fields_are_errors_of_the_request():
-    with pytest.raises(ValueError, match="why") as error, as_request_errors():
+    with pytest.raises(ValueError, match="why") as error, as_request_errors(FieldError):
         raise FieldError("fsr_budget", "why")
     assert error.value.parameter == "fsr_budget" and error.value.__cause__ is None
 

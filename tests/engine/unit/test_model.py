@@ -67,7 +67,9 @@ def made(active=True, at_once=1000, **settings):
     hf_config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=6))
     if active:
         values = {"text_encoder": "llm", "relevance_sign": 1, **settings}
-        setattr(hf_config, SETTINGS_KEY, ServerSettings.parse(values).model_dump_json())
+        found = {"unsupported": values.pop("unsupported", None)}
+        parsed = ServerSettings.parse(values).model_copy(update=found)
+        setattr(hf_config, SETTINGS_KEY, parsed.model_dump_json())
     config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config, model="/nowhere"),
         load_config=SimpleNamespace(load_format="auto"),
@@ -88,13 +90,15 @@ def test_inactive_every_call_is_the_stock_ones():
     plain = made(active=False)
     assert plain.fsr is None and plain.fsr_text is None
     assert plain.embed_multimodal(pixels=1) == "stock" and plain.calls == [{"pixels": 1}]
+
+
+def test_where_start_up_found_that_it_cannot_prune_nothing_is_built():
+    # Beside a budget of vLLM's own the rest of the settings stays unsettled.
+    plain = made(unsupported="why", text_encoder="auto", relevance_sign="auto")
+    assert plain.fsr is None and plain.fsr_text is None
+    assert plain.embed_multimodal(pixels=1) == "stock"
     assert plain.load_weights([("a", None)]) == {"a"}
     assert not hasattr(plain, "supports_tower_connector_lora")
-
-
-def test_an_unsupported_checkpoint_is_left_alone(monkeypatch):
-    monkeypatch.setattr(FAKE, "unsupported", lambda hf_config: "because", raising=False)
-    assert made().fsr is None
 
 
 def test_pruned_images_are_ours_and_others_the_stock_models():
