@@ -36,7 +36,12 @@ from mutants import ROOT, Mutant, drawn, named
 
 ROOMS = ("engine", "server")
 APART = ("compat",)
-UNIT_TESTS = ("tests/engine/unit", "tests/server")
+UNIT_TESTS = (
+    "tests/engine",  # those that start no engine
+    "tests/server",
+    "tests/methods/test_tower.py",  # the attention hook, from hidden states
+    "tests/compat/test_surfaces.py",
+)
 # Real engines, for what no unit test can see: outputs, caches, and HTTP.
 ENGINE_TESTS = (
     "tests/engine/test_offline.py::test_caches_never_mix_budgets_questions_or_methods",
