@@ -152,5 +152,15 @@ def test_the_text_encoders_tensors_come_with_the_models():
     assert none.fsr.selector._inputs.relevance is None and none.fsr.selector._inputs.words
 
 
+def test_what_methods_may_need_beside_the_images(monkeypatch):
+    codebook = torch.ones(2, 6)
+    monkeypatch.setattr(model, "_prototypes", lambda model_config: codebook)
+    ours = made(text_encoder="llm")
+    inputs = ours.fsr.selector._inputs
+    assert ours.fsr_text is None
+    assert inputs.relevance is inputs.words
+    assert inputs.prototypes is codebook
+
+
 def test_lora_of_the_tower_is_not_offered():
     assert made().supports_tower_connector_lora is False

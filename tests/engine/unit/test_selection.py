@@ -149,8 +149,8 @@ def test_images_of_one_kind_are_pruned_in_one_call_and_counted():
     n = total(*shape)
     room = Room()
     room.embed(
-        image(*shape, plan(n, 3)),
-        image(*shape, plan(n, 3), seed=1),
+        image(*shape, plan(n, 3, question="what?")),
+        image(*shape, plan(n, 3, question="who?"), seed=1),  # of no matter to this method
         image(*shape, plan(n, 2), seed=2),
         image(*shape, ImagePlan(n, n), seed=3),
     )

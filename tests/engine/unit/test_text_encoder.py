@@ -1,6 +1,7 @@
 """The text encoder that is bundled, against transformers' CLIP loaded from the same folder."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -108,6 +109,43 @@ def test_the_language_models_words_of_a_question():
     words.clear()
     found = words.relevance(torch.zeros(1, 3, 2), rows, ["what is this"])[0]
     torch.testing.assert_close(found, -expected, rtol=0, atol=1e-5)
+
+
+class Event:
+    """Stands where torch's CUDA event does; time is the number of events so far."""
+
+    made: ClassVar[list["Event"]] = []
+    waited = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+        self.time = None
+
+    def record(self):
+        Event.made.append(self)
+        self.time = len(Event.made)
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        Event.waited += 1
+
+    def elapsed_time(self, last):
+        return 1000.0 * (last.time - self.time)  # milliseconds
+
+
+def test_on_a_gpu_the_clock_waits_only_when_it_is_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = Clock()
+    for _ in range(1005):  # the oldest events are given back on the way
+        with clock.timing("tower"):
+            pass
+    assert Event.waited == 0
+    assert clock.read() == {"tower": 1005.0}
+    assert 0 < Event.waited <= 1001
+    assert clock.read() == {"tower": 1005.0}
 
 
 def test_counts_and_clock_add_up():
