@@ -17,7 +17,7 @@ from fsr_vllm.engine.attention_hook import SHALLOW, shallow_key, shallow_keys
 from fsr_vllm.engine.families.base import WorkerHalf
 from fsr_vllm.engine.groups import joined, split
 from fsr_vllm.engine.stats import Counts
-from fsr_vllm.engine.types import EncodedImage
+from fsr_vllm.engine.types import EncodedImage, batched
 from fsr_vllm.methods import Method, PrunedTokens, VisualTokens, get_method
 from fsr_vllm.params import ImagePlan
 
@@ -161,7 +161,7 @@ class Selector:
                 image = images[part.image]
                 value = values[part.image] if values is not None else image.signals[name]
                 of_parts.append(value[image.groups[part.group]] if image.groups else value)
-            return torch.stack(of_parts)
+            return batched(of_parts)
 
         needs = _needs(method)
         features = stacked({part.image: images[part.image].rows for part in parts})
@@ -173,7 +173,7 @@ class Selector:
                 given[name] = stacked(name=key)
             elif key in first.group_signals:
                 entries = [images[part.image].group_signals[key][part.group] for part in parts]
-                given[name] = torch.stack(entries)
+                given[name] = batched(entries)
         if "grid" in needs:
             given["grid"] = kind.grid
         if "prototypes" in needs and self._inputs.prototypes is not None:
@@ -198,8 +198,8 @@ class Selector:
         for places in shapes.values():
             some = [asked[place][0] for place in places]
             values = text.relevance(
-                torch.stack([image.tower for image in some if image.tower is not None]),
-                torch.stack([image.rows for image in some]),
+                batched([image.tower for image in some if image.tower is not None]),
+                batched([image.rows for image in some]),
                 [asked[place][1] for place in places],
             )
             for place, value in zip(places, values, strict=True):

@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fsr_vllm.params import ImagePlan
+
+
+def batched(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of equal shape as one batch (B, ...): a view of a single one, a copy of several."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fsr_vllm.compat.model import tower_attentions
 from fsr_vllm.compat.types import HfConfig, Items, ProcessingInfo
 from fsr_vllm.engine.attention_hook import AttentionLayout
 from fsr_vllm.engine.families.base import Box, Family, WorkerHalf
-from fsr_vllm.engine.types import EncodedImage, ImageFeatures, ImageInput
+from fsr_vllm.engine.types import EncodedImage, ImageFeatures, ImageInput, batched
 from fsr_vllm.engine.wire import unpack_plan
 
 # Signals of a whole image rather than one value per patch: maps, and the rows of [CLS].
@@ -108,7 +107,7 @@ class LlavaWorker(WorkerHalf):
         return images
 
     def features(self, images: Sequence[ImageInput], wanted: frozenset[str]) -> list[ImageFeatures]:
-        pixels = torch.stack([image.pixels["pixel_values"] for image in images])
+        pixels = batched([image.pixels["pixel_values"] for image in images])
         with self.hook.reading(wanted) as signals:
             # "full" keeps the [CLS] row at 0; without it this is exactly what the stock model
             # projects.
@@ -120,7 +119,7 @@ class LlavaWorker(WorkerHalf):
         ]
 
     def rows(self, features: Sequence[ImageFeatures], wanted: frozenset[str]) -> list[EncodedImage]:
-        tower = torch.stack([each.tensors["tower"] for each in features])
+        tower = batched([each.tensors["tower"] for each in features])
         patches = tower[:, 1:]
         rows = self.model.multi_modal_projector(patches)
         cls = self.model.multi_modal_projector(tower[:, 0]) if "cls_row" in wanted else None
