@@ -14,6 +14,7 @@ from openai import OpenAI
 
 from benchmarks.testbed import build_adapter
 from fsr_vllm.demo import ENVIRONMENT, SERVE_OPTIONS, serve
+from fsr_vllm.server.report import current_report
 
 WITHOUT_PLUGIN = SERVE_OPTIONS[2:]
 KEY = "secret"
@@ -137,3 +138,17 @@ def main(start, checkpoint):
 def adapter(checkpoint, tmp_path_factory):
     """A LoRA adapter of the language model, with random weights."""
     return build_adapter(tmp_path_factory.mktemp("adapter"), checkpoint, rank=4)
+
+
+@pytest.fixture(scope="package")
+def unpruned(main):
+    """What the main server answers about a photograph whose tokens are all kept."""
+    return main.ask("chelsea", "What is this?")
+
+
+@pytest.fixture
+def own_report():
+    """Tests are one task to Python: none sees what another was asked."""
+    token = current_report.set(None)
+    yield
+    current_report.reset(token)

@@ -17,11 +17,6 @@ def server(main):
     return main
 
 
-@pytest.fixture(scope="module")
-def unpruned(server):
-    return server.ask("chelsea", WHAT)
-
-
 def test_a_budget_per_request(server, unpruned):
     assert unpruned["tokens"] == "576/576"
     for budget, kept in (

@@ -21,13 +21,7 @@ from .hooked import (
     reported,
 )
 
-
-@pytest.fixture(autouse=True)
-def _own_report():
-    """Tests are one task to Python: none sees what another was asked."""
-    token = current_report.set(None)
-    yield
-    current_report.reset(token)
+pytestmark = pytest.mark.usefixtures("own_report")
 
 
 def test_bodies_whose_models_drop_our_fields_are_read_too():

@@ -15,11 +15,6 @@ def server(main):
     return main
 
 
-@pytest.fixture(scope="module")
-def unpruned(server):
-    return server.ask("chelsea", WHAT)
-
-
 BAD_BUDGETS = [
     0,
     -1,

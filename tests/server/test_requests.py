@@ -23,7 +23,6 @@ from fsr_vllm.params import (
 )
 from fsr_vllm.params.request import MAX_QUESTIONS
 from fsr_vllm.server import requests
-from fsr_vllm.server.report import current_report
 
 from .hooked import (
     IMAGE,
@@ -36,13 +35,7 @@ from .hooked import (
     reported,
 )
 
-
-@pytest.fixture(autouse=True)
-def _own_report():
-    """Tests are one task to Python: none sees what another was asked."""
-    token = current_report.set(None)
-    yield
-    current_report.reset(token)
+pytestmark = pytest.mark.usefixtures("own_report")
 
 
 LOW = {"type": "image_url", "image_url": {"url": "u", "detail": "low"}}
