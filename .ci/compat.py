@@ -192,6 +192,7 @@ def run_stage(stage: str, version: str, venv: Path) -> tuple[str, str]:
         if name not in ("VLLM_PLUGINS", "PYTHONPATH")
     }
     environment.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    environment["PYTHONPATH"] = str(ROOT)  # benchmarks/ makes the model, and is not installed
     print(f"compat: vLLM {version}: {stage}, log in {log.relative_to(ROOT)}", flush=True)
     with log.open("w") as out:
         try:
