@@ -10,10 +10,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .grid import snap
+from .grid import SHIFT
 
 # Rows worked on at a time: at N = 2880 a block is 0.7 MB and stays in a core's second-level cache.
 _BLOCK = 64
+# Entries of such a block that is widened to float64 as well.
+_ENTRIES = 2**16
 
 
 def _view(tensor: torch.Tensor | None) -> np.ndarray | None:
@@ -85,39 +87,50 @@ class _Gains:
 
     A token i whose cover rises from lo to hi lowers gain_j by w_i (clip(S_ij, lo, hi) - lo). As
     sums are exact (`grid.py`), updating is recomputing, at about 5 N rows read in all instead of K
-    N. sim: float32 on the grid; weight: float64.
+    N. sim (N, N) float32; weight (N,) float64, or None; cover (N,) float32. Similarities and covers
+    are worked on shifted by SHIFT, where adding rounds to the grid and differences are those of the
+    unshifted values.
     """
 
-    def __init__(self, sim: np.ndarray, weight: np.ndarray, cover: np.ndarray):
+    def __init__(self, sim: np.ndarray, weight: np.ndarray | None, cover: np.ndarray):
         self.sim, self.weight, self.cover = sim, weight, cover
-        size = min(_BLOCK, len(sim)), len(sim)
+        self.most = min(len(sim), max(8, _ENTRIES // len(sim)))
+        size = self.most, len(sim)
         self.block, self.wide = np.empty(size, np.float32), np.empty(size)
         self.values = np.zeros(len(sim))
-        for start in range(0, len(sim), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            x = np.maximum(sim[part], cover[part, None], out=self.block[: len(sim[part])])
-            self.values += self._sum(x, cover[part], weight[part])
+        for start in range(0, len(sim), self.most):
+            part = slice(start, start + self.most)
+            x = np.add(sim[part], SHIFT, out=self.block[: len(sim[part])])
+            np.maximum(x, cover[part, None], out=x)
+            self.values += self._sum(x, cover[part], part)
 
-    def rise(self, row: np.ndarray) -> None:
-        """The cover rises to `row` wherever that is higher."""
+    def rise(self, pick: int) -> None:
+        """The cover rises to the row of `pick` wherever that is higher."""
+        row = self.sim[pick] + np.float32(SHIFT)
         risen = (row > self.cover).nonzero()[0]
-        for start in range(0, len(risen), _BLOCK):
-            index = risen[start : start + _BLOCK]
+        for start in range(0, len(risen), self.most):
+            index = risen[start : start + self.most]
             low, high = self.cover[index], row[index]
             x = self.block[: len(index)]
             self.sim.take(index, 0, x, "clip")  # the other modes copy once more
+            np.add(x, SHIFT, out=x)
             np.maximum(x, low[:, None], out=x)
             np.minimum(x, high[:, None], out=x)
-            self.values -= self._sum(x, low, self.weight[index])
+            self.values -= self._sum(x, low, index)
             self.cover[index] = high
 
-    def _sum(self, x: np.ndarray, low: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """Sum over the rows of weight * (x - low). einsum multiplies and adds in one pass.
+    def _sum(self, x: np.ndarray, low: np.ndarray, tokens: np.ndarray | slice) -> np.ndarray:
+        """Sum over these tokens, the rows of x, of weight * (x - low).
 
         Not a matrix product: its threads would fight with those of the server for these few
-        thousand additions. Widened first: mixed types are several times slower.
+        thousand additions. einsum multiplies and adds in one pass; of mixed types it would take
+        several times as long, so x is widened first.
         """
-        wide = self.wide[: len(x)]
+        if self.weight is None:
+            total = x.sum(0, dtype=np.float64)
+            total -= low.sum(dtype=np.float64)
+            return total
+        wide, weight = self.wide[: len(x)], self.weight[tokens]
         np.copyto(wide, x)
         total = np.einsum("i,ij->j", weight, wide)
         total -= weight.dot(low)
@@ -137,13 +150,13 @@ def coverage(
     """Coverage rounds; gains are updated from the tokens whose cover rose."""
     batch, tokens, _ = similarity.shape
     picks = np.full((batch, width), -1, np.int64)
-    snapped, row_weights = snap(similarity).numpy(), _view(row_weight)
+    sims, row_weights = similarity.numpy(), _view(row_weight)
     scales, bonuses = _view(candidate_weight), _view(candidate_bonus)
     score = np.empty(tokens)
     for b, (chosen, rounds) in enumerate(zip(count.tolist(), steps.tolist(), strict=True)):
-        sim, start = snapped[b], prefix[b, :chosen].numpy()
-        cover = sim[start].max(0, initial=0.0)
-        weight = np.ones(tokens) if row_weights is None else row_weights[b].astype(np.float64)
+        sim, start = sims[b], prefix[b, :chosen].numpy()
+        cover = sim[start].max(0, initial=0.0) + np.float32(SHIFT)
+        weight = None if row_weights is None else row_weights[b].astype(np.float64)
         gains = _Gains(sim, weight, cover)
         gains.values[start] = -np.inf
         # A chosen token stays at -inf; its factor becomes 1 because -inf * 0 would be NaN.
@@ -161,5 +174,5 @@ def coverage(
             if scale is not None:
                 scale[j] = 1.0
             if t + 1 < rounds:
-                gains.rise(sim[j])
+                gains.rise(j)
     return torch.from_numpy(picks)

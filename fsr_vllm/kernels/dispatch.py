@@ -134,15 +134,16 @@ def farthest_from_prefix(
     """The first `count` tokens of an order, then farthest points up to `budget`: (B, budget) int64.
 
     Step by step the token is added that is farthest from all chosen ones. Distance is 1 -
-    similarity (float32), a token's distance to a set the smallest one. Ties go to the lower index. FSR's Focus and Scan in one call (arXiv 2602.05809, eq. 4 and 5):
-    `count` is data dependent, differs from row to row and stays on the device. Also the max-min
-    rule of DivPrune (arXiv 2503.02175, section 3); k-center greedy by Gonzalez, 1985.
+    similarity (float32), a token's distance to a set the smallest one. Ties go to the lower index.
+    FSR's Focus and Scan in one call (arXiv 2602.05809, eq. 4 and 5): `count` is data dependent,
+    differs from row to row and stays on the device. Also the max-min rule of DivPrune (arXiv
+    2503.02175, section 3); k-center greedy by Gonzalez, 1985.
 
     similarity (B, N, N) float32, symmetric (row j is read for the distances to token j); order
     (B, M) int64, the best first, distinct within a row, M >= the largest count; count: int or (B,),
-    of which at least 1 and at most `budget` count; budget in 1..N. Column t < count is order[:, t], the others are in pick order. All
-    backends return the same indices. ValueError for shapes, dtypes, devices or a budget that do not
-    fit; values are not looked at.
+    of which at least 1 and at most `budget` count; budget in 1..N. Column t < count is order[:, t],
+    the others are in pick order. All backends return the same indices. ValueError for shapes,
+    dtypes, devices or a budget that do not fit; values are not looked at.
     """
     similarity = _matrix("similarity", similarity)
     batch, tokens = similarity.shape[:2]
@@ -202,7 +203,7 @@ def coverage_greedy(
     (B,), on the device and never read back: then `max_steps` bounds it; row_weight,
     candidate_weight (B, N) float32 >= 0; candidate_bonus (B, N) float32; selected (B, N) bool:
     chosen beforehand, c is raised by their rows. Columns are in pick order, -1 where a row has no
-    more picks. Similarities are rounded to multiples of 2^-20 and row weights to 2^-30 of about
+    more picks. Similarities are rounded to multiples of 2^-20 and row weights to 2^-28 of about
     their row's sum, so that sums are exact for every N (`grid.py`) and all backends return the same
     indices.
     ValueError for shapes, dtypes, devices or counts that do not fit; values are not looked at.

@@ -3,13 +3,13 @@
 A coverage gain is a sum over all N tokens, and no two backends add in the same order. Float
 rounding would then break exact ties (two candidates that cover the same values in another order)
 differently on each device. So similarities are first rounded to multiples of 2^-20, and row weights
-to 2^-30 of the power of two above their row's sum. Every product is then a multiple of 2^-50 of
-that power, and what is covered, of |S| < 4, adds up to less than 4 times it: 52 of the 53 bits of a
-float64, whatever N is. Additions are exact, and so is taking from a gain what a pick covered.
-Without weights the products are multiples of 2^-20 and sums of any N below 2^31 are exact.
+to 2^-28 of the power of two above their row's sum. Every product is then a multiple of 2^-48 of
+that power, and similarities of |S| < 4, even shifted by SHIFT, add up to less than 16 times it: 52
+of the 53 bits of a float64, whatever N is. Additions are exact, and so is taking from a gain what a
+pick covered. Without weights all are multiples of 2^-20, and sums of any N below 2^29 are exact.
 
 The rounding (at most 4.8e-7 of a cosine) is that of a float32 GEMM of real features, and far below
-that of bfloat16 features; a weight is off by at most 2^-31 of what all of its row weigh together.
+that of bfloat16 features; a weight is off by at most 2^-28 of what all of its row weigh together.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def snap(values: torch.Tensor) -> torch.Tensor:
 
 
 # Steps of a weight per power of two above its row's sum, and of the sum that finds this power.
-_STEPS, _FINE = 2.0**30, 2.0**36
+_STEPS, _FINE = 2.0**28, 2.0**36
 
 
 def snap_weights(weights: torch.Tensor) -> torch.Tensor:
-    """Weights (B, N) rounded to 2^-30 of the power of two above their row's sum, for N <= 2^17.
+    """Weights (B, N) rounded to 2^-28 of the power of two above their row's sum, for N <= 2^17.
 
     Float32, not negative; the answer is float32 too, which holds every such multiple exactly. The
     power is the same on every device: the sum is taken on a grid as well.

@@ -175,7 +175,7 @@ class FSR(Method):
     focus_rule: str = option(
         "clamp",
         choices=("clamp", "whole"),
-        doc="where K_F is more than that: focus takes as many, at least one (paper); or none (ours)",
+        doc="where K_F is more: focus takes as many, at least one (paper), or none (ours)",
     )
     norm_scope: str = option(
         "row",
@@ -191,7 +191,7 @@ class FSR(Method):
         0.6,
         low=0,
         high=1,
-        doc='share of the weight of covered tokens that follows relevance, in scan="coverage" (ours)',
+        doc='share of the weights that follows relevance, in scan="coverage" (ours)',
     )
     coverage_gamma: float = option(
         3.0, low=0, doc='exponent of relevance in that weight, in scan="coverage" (ours)'

@@ -25,7 +25,11 @@ KINDS = ("random", "clusters", "duplicates", "constant", "zeros", "peaked", "fla
 def image(kind: str, n: int, seed: int, d: int = 8) -> tuple[torch.Tensor, ...]:
     """Features (N, D), saliency and relevance (N,)."""
     g = torch.Generator().manual_seed(seed)
-    x, s, r = torch.randn(n, d, generator=g), torch.rand(n, generator=g), torch.randn(n, generator=g)
+    x, s, r = (
+        torch.randn(n, d, generator=g),
+        torch.rand(n, generator=g),
+        torch.randn(n, generator=g),
+    )
     group = torch.randint(max(1, n // 4), (n,), generator=g)
     if kind == "clusters":
         x = 3 * torch.randn(n, d, generator=g)[group] + x
