@@ -36,7 +36,8 @@ from .options import PerToken, check_options, option
 __all__ = [
     "Fidelity", "Method", "PerToken", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens",
     "best_mask", "cosine_similarity", "cosines_by_halves", "each_image", "gather_rows",
-    "indices_of", "mask_of", "minmax", "normalise", "option", "region_bounds", "regions", "square_grid", "topk_stable",
+    "indices_of", "mask_of", "minmax", "normalise", "option", "region_bounds", "regions",
+    "square_grid", "topk_stable",
 ]  # fmt: skip
 
 Fidelity = Literal["exact", "unchecked", "stage-1", "input-probe", "control"]
