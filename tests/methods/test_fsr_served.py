@@ -208,6 +208,20 @@ def test_a_batch_is_its_images(k, dtype):
             assert torch.equal(getattr(whole, item.name)[b], getattr(alone, item.name)), item.name
 
 
+@pytest.mark.parametrize("refining", ["phi", "soft", "off"])
+@pytest.mark.parametrize("rule", ["farthest", "coverage"])
+@pytest.mark.parametrize("limit", ["clamp", "whole"])
+def test_nothing_is_read_back_from_a_device(limit, rule, refining, monkeypatch):
+    # A meta tensor has no values: whatever needs one on the host raises. So a GPU is never waited
+    # for, and the shapes do not depend on the data.
+    monkeypatch.setenv("FSR_KERNELS", "masked")
+    method = get_method("fsr", focus_rule=limit, scan=rule, refine=refining)
+    x, s, r = (torch.empty(*shape, device="meta") for shape in ((2, 30, 16), (2, 30), (2, 30)))
+    found = method.select(VisualTokens(x, s, r), 7)
+    assert found.indices.shape == (2, 7) and found.rows is not None
+    assert found.rows.shape == (2, 7, 16) and found.rows.is_meta
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_greedy_coverage_is_within_its_bound(seed):
     """At least 1 - 1/e of the best set's coverage, found by trying all."""
