@@ -2,8 +2,8 @@
 
 Rows: every method as published, every method that has something to tune as tuned on the validation
 split (`tune`), FSR as served, the oracle, and controls: the question replaced, the sign of
-relevance flipped, relevance left out. The held-out questions are the same for all rows, so differences are
-paired. Writes accuracy.json, .md and .svg.
+relevance flipped, relevance left out. The held-out questions are the same for all rows, so
+differences are paired. Writes accuracy.json, .md and .svg.
 """
 
 from __future__ import annotations
