@@ -82,7 +82,7 @@ def cosines_by_halves(x: Tensor) -> Tensor:
     return torch.threshold_(similarity.neg_(), -1.0 + 1e-6, -1.0).neg_().clamp_(min=-1.0)
 
 
-_STRIP = 128  # columns: as many as a product needs to be fast
+_STRIP = 192  # columns: as many as a product needs to be fast
 
 
 def _strips(rows: Tensor) -> Tensor:
