@@ -24,6 +24,7 @@ GEMM, COSINES, LITERAL, STEPS = (
     "CDPruner re-creation",
 )
 FSR, FSR_RANDOM, CDPRUNER = "fsr, K_F = K/4", "fsr, random signals", "cdpruner"
+FSR_SERVED = "fsr, served"
 KERNELS = ("farthest", "dpp", "coverage")
 _BACKENDS = {"cpu": ("masked", "torch"), "cuda": ("masked", "triton")}
 _SHORTEST = 3  # runs that a median needs
@@ -127,10 +128,10 @@ class Bench:
             fsr, drawn = get_method("fsr"), images.tokens(get_method("fsr"))
             calls[FSR] = lambda: fsr.prune(weighted, cell.k, validate=False)
             calls[FSR_RANDOM] = lambda: fsr.prune(drawn, cell.k, validate=False)
-            notes[FSR], notes[FSR_RANDOM] = (
-                _checked(calls[FSR](), cell),
-                _stages(calls[FSR_RANDOM]()),
-            )
+            served = get_method("fsr", preset="served")
+            calls[FSR_SERVED] = lambda: served.prune(drawn, cell.k, validate=False)
+            notes[FSR] = _checked(calls[FSR](), cell)
+            notes |= {name: _stages(calls[name]()) for name in (FSR_RANDOM, FSR_SERVED)}
         if "cdpruner" in self.methods:
             cdpruner = get_method("cdpruner")
             calls[CDPRUNER] = lambda: cdpruner.prune(weighted, cell.k, validate=False)

@@ -9,7 +9,7 @@ and all but one of the tokens. At the first size all are run; at the others each
 that was its worst there. An option is served where its worst case is at most LIMIT times that of
 FSR as served, over budgets, at the largest size. Writes worst-case-cpu.md and .json. Times are
 those of the process on one thread, which what else runs on the machine disturbs least. Inputs are
-random: an image made for the purpose may cost coverage (`scope`, scan="coverage") more.
+random: an image made for the purpose may cost coverage (`fsr`, `scope`) more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BUDGETS = ("64", "N / 2", "N - 1")
 _REFERENCE = "fsr"
 # Options that do nothing beside the defaults: what goes with them.
 _BESIDE: dict[tuple[str, str], dict[str, Any]] = {
-    ("fsr", "coverage_weight"): {"scan": "coverage"},
+    ("fsr", "kappa"): {"refine": "phi"},
     ("cdpruner", "theta"): {"weighting": "exp"},
     ("scope", "heads"): {"combine": "sum"},
 }

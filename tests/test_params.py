@@ -167,7 +167,7 @@ def test_resolved_values_not_spellings_make_the_plan():
         {"fsr_budget": 144, "fsr_options": {"rho": 0.9}},
     ]
     spelled += [
-        {"fsr_budget": 144, "fsr_options": {"alpha": 3}},
+        {"fsr_budget": 144, "fsr_options": {"beta": 1}},
         {"fsr_budget": 144, "fsr_options": None},
     ]
     assert len({plans({**fields, "fsr_question": " q "})[0] for fields in spelled}) == 1

@@ -2,8 +2,8 @@
 
 Rows: every method as published, every method that has something to tune as tuned on the validation
 split (`tune`), FSR as served, the oracle, and controls: the question replaced, the sign of
-relevance flipped, alpha = 0. The held-out questions are the same for all rows, so differences are
-paired. Writes accuracy.json, .md and .svg.
+relevance flipped, relevance left out. The held-out questions are the same for all rows, so
+differences are paired. Writes accuracy.json, .md and .svg.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def rows(tuning: dict[str, Any], only: Sequence[str] = ()) -> list[Row]:
             found.append(Row(f"{name} (tuned)", name, best, kind="tuned"))
     if served := SERVED_DEFAULTS.get("fsr"):
         found.append(Row("fsr (served)", "fsr", served, kind="served"))
-    base = dict(SERVED_DEFAULTS.get("fsr", {}))
+    base, unasked = dict(SERVED_DEFAULTS.get("fsr", {})), {"alpha": 0.0, "coverage_mix": 0.0}
     found += [
         Row("oracle", "oracle", kind="ceiling"),
         Row("fsr (served), generic text", "fsr", base, text=GENERIC, kind="control"),
         Row("fsr (served), sign flipped", "fsr", base, sign=-1, kind="control"),
-        Row("fsr (served), alpha = 0", "fsr", base | {"alpha": 0.0}, kind="control"),
+        Row("fsr (served), no relevance", "fsr", base | unasked, kind="control"),
     ]
     return [row for row in found if not only or row.method in only or row.label in only]
 

@@ -36,8 +36,9 @@ BUDGETS = (16, 32)
 # Values worth trying, by method and option. What is not here has nothing to tune, or nothing on one
 # small grid.
 SPACE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "fsr": { "alpha": (3.0, 5.0), "max_focus_share": (0.06, 0.12, 0.25, 0.5), "refine": ("phi",
-    "off"), "scan": ("farthest", "saliency", "relevance"), "scan_gamma": (0.25, 0.5, 1.0, 2.0), },
+    "fsr": {"alpha": (0.5, 1.0, 3.0), "max_focus_share": (0.25, 0.5, 0.75, 1.0), "focus_rule":
+    ("clamp", "whole"), "scan": ("farthest", "coverage"), "coverage_mix": (0.0, 0.3, 0.6, 0.9),
+    "refine": ("phi", "soft", "off")},
     "cdpruner": {"weighting": ("product", "exp"), "theta": tuple(round(0.05 * i, 2) for i in
     range(1, 20))}, "vispruner": {"ratio": (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0), "step": (4,
     8, 16)}, "visionzip": {"contextual_share": tuple(round(0.04 * i, 2) for i in range(24))},
@@ -113,8 +114,11 @@ def _key(method: str, options: dict[str, Any]) -> str:
     """Two settings that differ only in an option that has no effect are one."""
     made = get_method(method, **options)
     values = {item.name: getattr(made, item.name) for item in fields(made)}
-    if method == "fsr" and values["scan"] == "farthest":
-        values.pop("scan_gamma")
+    if method == "fsr":
+        unread = {"farthest": ("coverage_mix", "coverage_gamma"), "phi": ("temperature",)}
+        unread |= {"soft": ("kappa",), "off": ("kappa", "temperature")}
+        for name in (*unread.get(values["scan"], ()), *unread[values["refine"]]):
+            values.pop(name)
     if method == "vispruner":
         values["step"] = values["step"] or 8  # what it comes to at this size
     if method == "cdpruner" and values["weighting"] == "product":

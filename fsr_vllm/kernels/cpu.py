@@ -14,6 +14,8 @@ from .grid import SHIFT
 
 # Rows worked on at a time: at N = 2880 a block is 0.7 MB and stays in a core's second-level cache.
 _BLOCK = 64
+# Entries of such a block that is widened to float64 as well.
+_ENTRIES = 2**16
 
 
 def _view(tensor: torch.Tensor | None) -> np.ndarray | None:
@@ -21,16 +23,12 @@ def _view(tensor: torch.Tensor | None) -> np.ndarray | None:
 
 
 def farthest(
-    similarity: torch.Tensor,
-    prefix: torch.Tensor,
-    count: torch.Tensor,
-    weight: torch.Tensor | None,
-    budget: int,
+    similarity: torch.Tensor, prefix: torch.Tensor, count: torch.Tensor, budget: int
 ) -> torch.Tensor:
     """Farthest-point rounds with a running minimum of distances: one row is read per step."""
     batch, tokens, _ = similarity.shape
     picks = np.empty((batch, budget), np.int64)
-    weights, rows = _view(weight), similarity.numpy()
+    rows = similarity.numpy()
     distance = np.empty(tokens, np.float32)
     for b, chosen in enumerate(count.tolist()):
         sim, start = rows[b], prefix[b, :chosen].numpy()
@@ -38,20 +36,12 @@ def farthest(
         # 1 - x rounds monotonically, so the smallest distance is exactly 1 - the largest
         # similarity.
         nearest = np.subtract(1.0, sim[start].max(0))
-        # A chosen token stays at -inf under minimum; its weight becomes 1 because -inf * 0 would be
-        # NaN.
-        nearest[start] = -np.inf
-        scale = None if weights is None else weights[b].copy()
-        if scale is not None:
-            scale[start] = 1.0
+        nearest[start] = -np.inf  # a chosen token stays at -inf under minimum
         for t in range(chosen, budget):
-            score = nearest if scale is None else np.multiply(nearest, scale, out=distance)
-            picks[b, t] = j = int(score.argmax())
+            picks[b, t] = j = int(nearest.argmax())
             np.subtract(1.0, sim[j], out=distance)
             np.minimum(nearest, distance, out=nearest)
             nearest[j] = -np.inf
-            if scale is not None:
-                scale[j] = 1.0
     return torch.from_numpy(picks)
 
 
@@ -97,42 +87,54 @@ class _Gains:
 
     A token i whose cover rises from lo to hi lowers gain_j by w_i (clip(S_ij, lo, hi) - lo). As
     sums are exact (`grid.py`), updating is recomputing, at about 5 N rows read in all instead of K
-    N. Similarities and covers are kept shifted by SHIFT, where adding rounds to the grid and
-    differences are those of the unshifted values.
+    N. sim (N, N) float32; weight (N,) float64, or None; cover (N,) float32. Similarities and covers
+    are worked on shifted by SHIFT, where adding rounds to the grid and differences are those of the
+    unshifted values.
     """
 
     def __init__(self, sim: np.ndarray, weight: np.ndarray | None, cover: np.ndarray):
-        self.sim = sim
-        self.weight = None if weight is None else weight.astype(np.float64)[:, None]
-        self.block = np.empty((min(_BLOCK, len(sim)), len(sim)), np.float32)
+        self.sim, self.weight, self.cover = sim, weight, cover
+        self.most = min(len(sim), max(8, _ENTRIES // len(sim)))
+        size = self.most, len(sim)
+        self.block, self.wide = np.empty(size, np.float32), np.empty(size)
         self.values = np.zeros(len(sim))
-        # From a cover that no token can reach, lowering it to `cover` brings in every gain.
-        self._drop(np.arange(len(sim)), cover, np.full(len(sim), np.inf, np.float32))
-        np.negative(self.values, out=self.values)
+        for start in range(0, len(sim), self.most):
+            part = slice(start, start + self.most)
+            x = np.add(sim[part], SHIFT, out=self.block[: len(sim[part])])
+            np.maximum(x, cover[part, None], out=x)
+            self.values += self._sum(x, cover[part], part)
 
-    def rise(self, low: np.ndarray, high: np.ndarray) -> None:
-        """The cover rises from `low` to `high`."""
-        risen = np.flatnonzero(high > low)
-        self._drop(risen, low[risen], high[risen])
-
-    def _drop(self, tokens: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        for start in range(0, len(tokens), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            index, lo, hi = tokens[part], low[part, None], high[part, None]
+    def rise(self, pick: int) -> None:
+        """The cover rises to the row of `pick` wherever that is higher."""
+        row = self.sim[pick] + np.float32(SHIFT)
+        risen = (row > self.cover).nonzero()[0]
+        for start in range(0, len(risen), self.most):
+            index = risen[start : start + self.most]
+            low, high = self.cover[index], row[index]
             x = self.block[: len(index)]
-            np.take(self.sim, index, axis=0, out=x, mode="clip")  # the other modes copy once more
+            self.sim.take(index, 0, x, "clip")  # the other modes copy once more
             np.add(x, SHIFT, out=x)
-            np.maximum(x, lo, out=x)
-            np.minimum(x, hi, out=x)
-            # Not a matrix product: its threads would fight with those of the server for these few
-            # thousand additions.
-            if self.weight is None:
-                self.values -= x.sum(0, dtype=np.float64)
-                self.values += lo.sum(dtype=np.float64)
-            else:
-                weight = self.weight[index]
-                self.values -= (weight * x).sum(0)
-                self.values += (weight * lo).sum()
+            np.maximum(x, low[:, None], out=x)
+            np.minimum(x, high[:, None], out=x)
+            self.values -= self._sum(x, low, index)
+            self.cover[index] = high
+
+    def _sum(self, x: np.ndarray, low: np.ndarray, tokens: np.ndarray | slice) -> np.ndarray:
+        """Sum over these tokens, the rows of x, of weight * (x - low).
+
+        Not a matrix product: its threads would fight with those of the server for these few
+        thousand additions. einsum multiplies and adds in one pass; of mixed types it would take
+        several times as long, so x is widened first.
+        """
+        if self.weight is None:
+            total = x.sum(0, dtype=np.float64)
+            total -= low.sum(dtype=np.float64)
+            return total
+        wide, weight = self.wide[: len(x)], self.weight[tokens]
+        np.copyto(wide, x)
+        total = np.einsum("i,ij->j", weight, wide)
+        total -= weight.dot(low)
+        return total
 
 
 def coverage(
@@ -153,10 +155,9 @@ def coverage(
     score = np.empty(tokens)
     for b, (chosen, rounds) in enumerate(zip(count.tolist(), steps.tolist(), strict=True)):
         sim, start = sims[b], prefix[b, :chosen].numpy()
-        cover = np.full(tokens, SHIFT, np.float32)
-        if chosen:
-            np.maximum(cover, sim[start].max(0) + np.float32(SHIFT), out=cover)
-        gains = _Gains(sim, None if row_weights is None else row_weights[b], cover)
+        cover = sim[start].max(0, initial=0.0) + np.float32(SHIFT)
+        weight = None if row_weights is None else row_weights[b].astype(np.float64)
+        gains = _Gains(sim, weight, cover)
         gains.values[start] = -np.inf
         # A chosen token stays at -inf; its factor becomes 1 because -inf * 0 would be NaN.
         scale = None if scales is None else scales[b].astype(np.float64)
@@ -168,14 +169,10 @@ def coverage(
                 value = np.multiply(value, scale, out=score)
             if bonuses is not None:
                 value = np.add(value, bonuses[b], out=score)
-            j = int(value.argmax())
-            picks[b, t] = j
+            picks[b, t] = j = int(value.argmax())
             gains.values[j] = -np.inf
             if scale is not None:
                 scale[j] = 1.0
-            if t + 1 == rounds:
-                break
-            higher = np.maximum(cover, sim[j] + np.float32(SHIFT))
-            gains.rise(cover, higher)
-            cover = higher
+            if t + 1 < rounds:
+                gains.rise(j)
     return torch.from_numpy(picks)

@@ -128,27 +128,24 @@ def farthest_from_prefix(
     order: torch.Tensor,
     count: int | torch.Tensor,
     budget: int,
-    weight: torch.Tensor | None = None,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
     """The first `count` tokens of an order, then farthest points up to `budget`: (B, budget) int64.
 
     Step by step the token is added that is farthest from all chosen ones. Distance is 1 -
-    similarity (float32), a token's distance to a set the smallest one; times `weight`, if given.
-    Ties go to the lower index. FSR's Focus and Scan in one call (arXiv 2602.05809, eq. 4 and 5):
-    `count` is data dependent, differs from row to row and stays on the device. Also the max-min
-    rule of DivPrune (arXiv 2503.02175, section 3); k-center greedy by Gonzalez, 1985.
+    similarity (float32), a token's distance to a set the smallest one. Ties go to the lower index.
+    FSR's Focus and Scan in one call (arXiv 2602.05809, eq. 4 and 5): `count` is data dependent,
+    differs from row to row and stays on the device. Also the max-min rule of DivPrune (arXiv
+    2503.02175, section 3); k-center greedy by Gonzalez, 1985.
 
     similarity (B, N, N) float32, symmetric (row j is read for the distances to token j); order
     (B, M) int64, the best first, distinct within a row, M >= the largest count; count: int or (B,),
-    of which at least 1 and at most `budget` count; budget in 1..N; weight (B, N) float32 >= 0, for
-    the scanned tokens only. Column t < count is order[:, t], the others are in pick order. All
-    backends return the same indices. ValueError for shapes, dtypes, devices or a budget that do not
-    fit; values are not looked at.
+    of which at least 1 and at most `budget` count; budget in 1..N. Column t < count is order[:, t],
+    the others are in pick order. All backends return the same indices. ValueError for shapes,
+    dtypes, devices or a budget that do not fit; values are not looked at.
     """
     similarity = _matrix("similarity", similarity)
-    weight = _vector("weight", weight, similarity)
     batch, tokens = similarity.shape[:2]
     fits = order.dim() == 2 and order.shape[0] == batch and order.shape[1] >= 1
     if not fits or order.dtype != torch.int64 or order.device != similarity.device:
@@ -159,7 +156,7 @@ def farthest_from_prefix(
         raise ValueError(f"budget must lie in 1..{tokens}, is {budget}")
     prefix = order.detach() if order.stride(1) == 1 else order.detach().contiguous()
     given = _counts("count", count, similarity).clamp(1, min(budget, order.shape[1]))
-    return _module(similarity, backend).farthest(similarity, prefix, given, weight, budget)
+    return _module(similarity, backend).farthest(similarity, prefix, given, budget)
 
 
 def dpp_greedy(kernel: torch.Tensor, k: int, *, backend: str | None = None) -> torch.Tensor:
@@ -206,8 +203,9 @@ def coverage_greedy(
     (B,), on the device and never read back: then `max_steps` bounds it; row_weight,
     candidate_weight (B, N) float32 >= 0; candidate_bonus (B, N) float32; selected (B, N) bool:
     chosen beforehand, c is raised by their rows. Columns are in pick order, -1 where a row has no
-    more picks. Similarities are rounded to multiples of 2^-20 and row weights to 2^-20 of their
-    row's largest, so that sums are exact (`grid.py`) and all backends return the same indices.
+    more picks. Similarities are rounded to multiples of 2^-20 and row weights to 2^-28 of about
+    their row's sum, so that sums are exact for every N (`grid.py`) and all backends return the same
+    indices.
     ValueError for shapes, dtypes, devices or counts that do not fit; values are not looked at.
     """
     similarity = _matrix("similarity", similarity)

@@ -31,11 +31,7 @@ def _is_chosen(prefix: torch.Tensor, count: torch.Tensor, tokens: int) -> torch.
 
 
 def farthest(
-    similarity: torch.Tensor,
-    prefix: torch.Tensor,
-    count: torch.Tensor,
-    weight: torch.Tensor | None,
-    budget: int,
+    similarity: torch.Tensor, prefix: torch.Tensor, count: torch.Tensor, budget: int
 ) -> torch.Tensor:
     """Farthest-point rounds with a running minimum of distances, `budget` steps for every row."""
     batch, tokens, _ = similarity.shape
@@ -45,11 +41,8 @@ def farthest(
     nearest = nearest.masked_fill_(chosen, -torch.inf)
     picks = torch.empty((batch, budget), dtype=torch.int64, device=similarity.device)
     for t in range(budget):
-        score = nearest
-        if weight is not None:  # a weight of 0 must not turn -inf, a chosen token, into NaN
-            score = torch.where(score == -torch.inf, score, score * weight)
         given = prefix[:, min(t, prefix.shape[1] - 1)]
-        j = torch.where(t < count, given, _pick(score, places))
+        j = torch.where(t < count, given, _pick(nearest, places))
         picks[:, t] = j
         # A given token was counted in above: once more changes nothing.
         nearest = torch.minimum(nearest, 1 - _row(similarity, j)).scatter_(

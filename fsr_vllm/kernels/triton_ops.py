@@ -27,8 +27,8 @@ _UNROLL = 4
 # middle of serving.
 @triton.jit(do_not_specialize=["prefix_stride", "width"])
 def _farthest(
-    similarity, prefix, prefix_stride, count, weight, picks, tokens, width,
-    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    similarity, prefix, prefix_stride, count, picks, tokens, width,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
@@ -47,13 +47,8 @@ def _farthest(
             row = tl.load(similarity + j * tokens + place, mask=inside, other=0.0)
             nearest = tl.where(place == j, float("-inf"), tl.minimum(nearest, 1.0 - row))
             tl.store(picks + t, j)
-    if WEIGHTED:
-        scale = tl.load(weight + image * tokens + place, mask=inside, other=0.0)
     for t in range(chosen, width):
-        score = nearest
-        if WEIGHTED:
-            score *= tl.where(nearest == float("-inf"), 1.0, scale)  # -inf * 0 would be NaN
-        j = tl.argmax(score, 0, tie_break_left=True).to(tl.int64)
+        j = tl.argmax(nearest, 0, tie_break_left=True).to(tl.int64)
         tl.store(picks + t, j)
         row = tl.load(similarity + j * tokens + place, mask=inside, other=0.0)
         nearest = tl.where(place == j, float("-inf"), tl.minimum(nearest, 1.0 - row))
@@ -215,19 +210,15 @@ def _launch(tokens: int) -> tuple[int, dict[str, object]]:
 
 
 def farthest(
-    similarity: torch.Tensor,
-    prefix: torch.Tensor,
-    count: torch.Tensor,
-    weight: torch.Tensor | None,
-    budget: int,
+    similarity: torch.Tensor, prefix: torch.Tensor, count: torch.Tensor, budget: int
 ) -> torch.Tensor:
     """Farthest-point rounds, one launch."""
     batch, tokens, _ = similarity.shape
     picks = torch.empty((batch, budget), dtype=torch.int64, device=similarity.device)
     block, options = _launch(tokens)
     _farthest[(batch,)](
-        similarity, prefix, prefix.stride(0), count, similarity if weight is None else weight,
-        picks, tokens, budget, WEIGHTED=weight is not None, BLOCK=block, UNROLL=_UNROLL, **options,
+        similarity, prefix, prefix.stride(0), count, picks, tokens, budget,
+        BLOCK=block, UNROLL=_UNROLL, **options,
     )  # fmt: skip
     return picks
 

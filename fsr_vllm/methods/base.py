@@ -19,6 +19,7 @@ from .checks import checked_fields
 from .ops import (
     best_mask,
     cosine_similarity,
+    cosines_by_halves,
     each_image,
     gather_rows,
     indices_of,
@@ -34,8 +35,9 @@ from .options import PerToken, check_options, option
 
 __all__ = [
     "Fidelity", "Method", "PerToken", "PrunedTokens", "ScoreMethod", "Selection", "VisualTokens",
-    "best_mask", "cosine_similarity", "each_image", "gather_rows", "indices_of", "mask_of",
-    "minmax", "normalise", "option", "region_bounds", "regions", "square_grid", "topk_stable",
+    "best_mask", "cosine_similarity", "cosines_by_halves", "each_image", "gather_rows",
+    "indices_of", "mask_of", "minmax", "normalise", "option", "region_bounds", "regions",
+    "square_grid", "topk_stable",
 ]  # fmt: skip
 
 Fidelity = Literal["exact", "unchecked", "stage-1", "input-probe", "control"]

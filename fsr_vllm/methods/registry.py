@@ -48,7 +48,13 @@ RENAMED = {"none": "truncate"}
 # is not listed is served with its published defaults. FSR's: benchmarks/results/accuracy.md
 # (docs/testbed.md says how).
 SERVED_DEFAULTS: dict[str, dict[str, Any]] = {
-    "fsr": {"alpha": 3.0, "max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 2.0}
+    "fsr": {
+        "alpha": 0.5,
+        "max_focus_share": 0.75,
+        "focus_rule": "whole",
+        "scan": "coverage",
+        "refine": "soft",
+    }
 }
 
 

@@ -17,7 +17,7 @@ from .server import ServerSettings
 # Part of every pruned image's cache identity. Raise it whenever the same plan may keep other tokens
 # than before, so that KV blocks in external or persistent caches of older versions are not taken
 # for current ones.
-SELECTION_VERSION = 2
+SELECTION_VERSION = 3
 
 
 @dataclass(frozen=True)

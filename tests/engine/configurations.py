@@ -31,9 +31,7 @@ MIXED = [
     request("chelsea", WHAT),
     request("chelsea", WHO, fsr_budget=64, fsr_question=WHO),
     request("chelsea", WHAT, fsr_budget=64, fsr_question=WHO),
-    request(
-        "chelsea", WHAT, fsr_budget=64, fsr_question=WHAT, fsr_options={"max_focus_share": 0.5}
-    ),
+    request("chelsea", WHAT, fsr_budget=64, fsr_question=WHAT, fsr_options={"scan": "farthest"}),
     request("chelsea", WHAT, fsr_budget=64, fsr_method="random"),
     request("First", "chelsea", "then", "rocket", WHAT, fsr_budget=[16, 100]),
     request("First", "chelsea", "then", "rocket", WHAT, fsr_budget=["off", 0.25]),

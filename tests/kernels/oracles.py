@@ -87,16 +87,15 @@ def _best(score: dict[int, float]) -> int:
     return min(score, key=lambda i: (-score[i], i))
 
 
-def farthest(similarity, chosen: list[int], steps: int, weight=None) -> list[int]:
-    """argmax over i not in A of w_i min over j in A of (1 - S_ij); with A empty every minimum
-    counts as 1.
+def farthest(similarity, chosen: list[int], steps: int) -> list[int]:
+    """argmax over i not in A of min over j in A of (1 - S_ij); with A empty every minimum counts
+    as 1.
     """
     s = np.asarray(similarity, dtype=np.float64)
-    w = np.ones(len(s)) if weight is None else np.asarray(weight, dtype=np.float64)
     taken, picks = list(chosen), []
     for _ in range(min(steps, len(s) - len(taken))):
         score = {
-            i: w[i] * min((1 - s[i, j] for j in taken), default=1.0)
+            i: min((1 - s[i, j] for j in taken), default=1.0)
             for i in range(len(s))
             if i not in taken
         }
@@ -143,14 +142,14 @@ def first_best(score: torch.Tensor) -> int:
     return int((score == score.max()).nonzero()[0])
 
 
-def farthest_from_prefix(similarity, order, count, budget, weight=None) -> torch.Tensor:
+def farthest_from_prefix(similarity, order, count, budget) -> torch.Tensor:
     """The token whose nearest chosen token is farthest away, by 1 - similarity."""
     picks = []
     for b, sim in enumerate(similarity):
         given = int(count if isinstance(count, int) else count[b])
         chosen = order[b, : min(max(given, 1), budget)].tolist()
         while len(chosen) < budget:
-            score = (1 - sim[chosen]).amin(0) * (1 if weight is None else weight[b])
+            score = (1 - sim[chosen]).amin(0)
             score[chosen] = -torch.inf
             chosen.append(first_best(score))
         picks.append(chosen)

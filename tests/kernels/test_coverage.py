@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fsr_vllm.kernels.grid import snap, snap_weights
+from fsr_vllm.kernels import coverage_greedy
+from fsr_vllm.kernels.grid import SHIFT, snap, snap_weights
 
 from . import oracles
 from .oracles import cases, coarse, draws, each, fractions, lopsided, matrix, quick
@@ -142,11 +145,88 @@ def test_the_grid_is_exact():
     snapped = snap(values)
     assert (snapped - values).abs().max() <= 2**-21
     assert torch.equal(snapped.double() * 2**20, (snapped.double() * 2**20).round())
-    weights = torch.rand(3, 4096, generator=generator) * torch.tensor([[1.0], [1e-6], [300.0]])
-    heavy = snap_weights(weights)
-    assert ((heavy - weights).abs().amax(1) <= weights.amax(1) * 2**-20).all()
-    # Adding in any order gives the same float64.
-    products = heavy.double() * snapped.clamp_min(0).double()
-    shuffled = products[:, torch.randperm(4096, generator=generator)]
-    assert products.sum(1).tolist() == shuffled.cumsum(1)[:, -1].tolist()
-    assert snap_weights(torch.zeros(1, 3)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+@quick
+@given(st.integers(1, 300), st.integers(0, 999), st.sampled_from([0.0, 1.0, 12.0, 1000.0]))
+def test_weights_are_rounded_to_a_share_of_their_sum(tokens, seed, power):
+    generator = torch.Generator().manual_seed(seed)
+    # Flat, or one token that outweighs all others; large and small as a whole.
+    weights = torch.rand(3, tokens, generator=generator) ** power + 1e-30
+    weights *= torch.tensor([[1.0], [1e-6], [300.0]])
+    heavy, total = snap_weights(weights), weights.double().sum(1, keepdim=True)
+    step = 2.0 ** (total.log2().floor() + 1 - 28)  # at most: from a power of two on it is half
+    assert ((heavy.double() - weights.double()).abs() <= step / 2).all()
+    assert torch.equal((heavy.double() / step * 2).round() * step / 2, heavy.double())
+    order = torch.randperm(tokens, generator=generator)
+    assert torch.equal(snap_weights(weights[:, order]), heavy[:, order])
+    assert snap_weights(torch.zeros(1, tokens)).tolist() == [[0.0] * tokens]
+
+
+@pytest.mark.parametrize("tokens", [4096, 16_384, 2**17])
+@pytest.mark.parametrize("power", [0.0, 1.0, 30.0])
+def test_sums_are_exact_for_any_number_of_tokens(tokens, power):
+    """Every order of adding gives the same float64, and it is the sum of the integers."""
+    generator = torch.Generator().manual_seed(tokens)
+    values = SHIFT + snap(torch.rand(1, tokens, generator=generator) * 4)  # as the CPU adds them
+    heavy = snap_weights(torch.rand(1, tokens, generator=generator) ** power + 1e-4)
+    products = (heavy.double() * values.double())[0]
+    shuffled = products[torch.randperm(tokens, generator=generator)]
+    assert products.sum() == shuffled.cumsum(0)[-1] == products.flip(0).cumsum(0)[-1]
+    unit = 2.0 ** math.ceil(math.log2(float(heavy.double().sum()))) * 2.0**-29
+    integers = (heavy.double() / unit).long()[0] * (values.double() * 2**20).long()[0]
+    assert torch.equal((heavy.double() / unit).round(), heavy.double() / unit)
+    assert float(products.sum()) == int(integers.sum()) * unit * 2.0**-20
+
+
+def full_greedy(similarity, steps, weight, chosen=()):
+    """Every gain anew for every pick, in integers: what incremental gains must come to."""
+    sim = (snap(similarity).double() * 2**20).long()
+    heavy = snap_weights(weight[None])[0].double()
+    units = (heavy / 2.0 ** math.floor(math.log2(float(heavy.sum()))) * 2**29).long()
+    taken = list(chosen)
+    cover = torch.cat([sim[taken], torch.zeros_like(sim[:1])]).amax(0)
+    for _ in range(min(steps, len(sim) - len(taken))):
+        gain = torch.zeros(len(sim), dtype=torch.int64)
+        for start in range(0, len(sim), 512):
+            part = slice(start, start + 512)
+            rise = (sim[part] - cover[part, None]).clamp_min(0)
+            gain += (rise * units[part, None]).sum(0)
+        gain[taken] = -1
+        taken.append(oracles.first_best(gain))
+        cover = torch.maximum(cover, sim[taken[-1]])
+    return taken[len(chosen) :]
+
+
+@quick
+@given(cases, fractions, st.sampled_from(["flat", "random", "spiked", "ties"]), st.booleans())
+def test_incremental_gains_are_those_of_a_full_greedy(case, steps, how, begun):
+    kind, tokens, seed = case
+    similarity, generator = matrix(kind, tokens, seed), torch.Generator().manual_seed(seed)
+    noise = torch.rand(1, tokens, generator=generator)
+    weight = {
+        "flat": torch.full((1, tokens), 1 / 3),
+        "random": noise,
+        "spiked": 1e-4 + noise**40,
+        "ties": (noise * 3).ceil() / 7,
+    }[how]
+    _, selected = draws(tokens, seed)
+    chosen = selected[0].nonzero()[:, 0].tolist() if begun else []
+    want = full_greedy(similarity[0], steps, weight[0], chosen)
+    for backend in ("torch", "masked"):
+        got = coverage_greedy(
+            similarity, steps, weight, selected=selected if begun else None, backend=backend
+        )
+        assert got[0].tolist() == want + [-1] * (steps - len(want)), backend
+
+
+def test_incremental_gains_stay_exact_beyond_4096_tokens():
+    """Many rows rise by little at each pick: where sums were rounded, gains would drift."""
+    tokens, generator = 4500, torch.Generator().manual_seed(5)
+    x = torch.randn(tokens // 3, 16, generator=generator).repeat(3, 1)  # every token three times
+    x = torch.nn.functional.normalize(x + 1, dim=-1)
+    weight = torch.rand(tokens // 3, generator=generator).pow(9).repeat(3) + 1e-5
+    similarity = x @ x.T
+    similarity = similarity.tril() + similarity.tril(-1).T
+    want = full_greedy(similarity, 12, weight)
+    assert coverage_greedy(similarity[None], 12, weight[None], backend="torch")[0].tolist() == want

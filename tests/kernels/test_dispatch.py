@@ -65,12 +65,12 @@ def test_what_does_not_fit_is_refused_by_name():
         ("selected must be torch.bool", lambda: coverage_greedy(similarity, 2, selected=order)),
         ("selected must have shape", lambda: coverage_greedy(similarity, 2, selected=none[:1])),
         (
-            "weight must have shape",
-            lambda: farthest_from_prefix(similarity, order, 1, 2, torch.ones(2, 6, 1)),
+            "row_weight must have shape",
+            lambda: coverage_greedy(similarity, 2, torch.ones(2, 6, 1)),
         ),
         (
-            "weight must have shape .* on cpu",
-            lambda: farthest_from_prefix(similarity, order, 1, 2, none.float().to("meta")),
+            "row_weight must have shape .* on cpu",
+            lambda: coverage_greedy(similarity, 2, none.float().to("meta")),
         ),
         ("row_weight must be torch.float32", lambda: coverage_greedy(similarity, 2, none.double())),
         ("max_steps", lambda: coverage_greedy(similarity, torch.tensor([1, 2]))),
@@ -109,7 +109,7 @@ def test_the_masked_loops_read_nothing_back():
     order = torch.empty(2, 10, dtype=torch.int64, device="meta")
     weight = similarity[0, :2]
     for picks in (
-        farthest_from_prefix(similarity, order, steps, 4, weight, backend="masked"),
+        farthest_from_prefix(similarity, order, steps, 4, backend="masked"),
         dpp_greedy(similarity, 4, backend="masked"),
         coverage_greedy(similarity, steps, weight, weight, chosen, 4, backend="masked"),
     ):
@@ -125,7 +125,7 @@ def test_no_images_and_inputs_that_require_gradients():
     similarity = matrix("random", 6, 1).requires_grad_()
     weight = torch.rand(1, 6, requires_grad=True)
     for call in (
-        lambda s, w: farthest_from_prefix(s, order, 1, 3, w),
+        lambda s, w: farthest_from_prefix(s, order, 1, 3),
         lambda s, w: dpp_greedy(s, 3),
         lambda s, w: coverage_greedy(s, 3, w, w, candidate_bonus=w),
     ):

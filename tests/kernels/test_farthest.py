@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from . import oracles
-from .oracles import cases, coarse, draws, each, fractions, lopsided, matrix, quick
+from .oracles import cases, coarse, each, fractions, lopsided, matrix, quick
 
 LOOPS = oracles.implementations("farthest_from_prefix")
 every_loop = each(LOOPS)
@@ -22,32 +21,26 @@ def shuffled(tokens: int, seed: int, batch: int = 1) -> torch.Tensor:
 
 @every_loop
 @quick
-@given(cases, fractions, fractions, st.booleans())
-def test_picks_are_the_order_and_then_what_the_definition_says(loop, case, count, budget, weighted):
+@given(cases, fractions, fractions)
+def test_picks_are_the_order_and_then_what_the_definition_says(loop, case, count, budget):
     kind, tokens, seed = case
     similarity = coarse(matrix(kind, tokens, seed), 2**-10)
     budget, order = max(1, min(budget, tokens)), shuffled(tokens, seed)
-    weight = draws(tokens, seed)[0] if weighted else None
-    picks = loop(similarity, order, torch.tensor([count]), budget, weight)
+    picks = loop(similarity, order, torch.tensor([count]), budget)
     assert picks.shape == (1, budget)
     assert picks.dtype == torch.int64
     chosen = order[0, : min(max(count, 1), budget)].tolist()
-    own = None if weight is None else weight[0]
-    scanned = oracles.farthest(similarity[0], chosen, budget - len(chosen), own)
+    scanned = oracles.farthest(similarity[0], chosen, budget - len(chosen))
     assert picks[0].tolist() == chosen + scanned
 
 
 @quick
-@given(cases, fractions, fractions, st.booleans())
-def test_backends_agree_on_unrounded_similarities(case, count, budget, weighted):
+@given(cases, fractions, fractions)
+def test_backends_agree_on_unrounded_similarities(case, count, budget):
     kind, tokens, seed = case
     similarity = matrix(kind, tokens, seed, batch=2)
-    weight = None
-    if weighted:
-        noise = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed))
-        weight = noise * draws(tokens, seed, batch=2)[0]
     counts, budget = torch.tensor([count, 1]), max(1, min(budget, tokens))
-    asked = (similarity, shuffled(tokens, seed, 2), counts, budget, weight)
+    asked = (similarity, shuffled(tokens, seed, 2), counts, budget)
     first, *others = (loop(*asked) for loop in LOOPS.values())
     assert all(torch.equal(first, other) for other in others)
 
@@ -62,18 +55,9 @@ def test_backends_read_the_same_rows_of_a_matrix_that_is_not_symmetric(tokens):
 @every_loop
 @pytest.mark.parametrize("kind", oracles.KINDS)
 def test_all_tokens_in_the_end_none_twice(loop, kind):
-    picks = loop(matrix(kind, 17, 1), shuffled(17, 0), 1, 17, torch.zeros(1, 17))
+    picks = loop(matrix(kind, 17, 1), shuffled(17, 0), 1, 17)
     assert sorted(picks[0].tolist()) == list(range(17))
     assert loop(torch.ones(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64), 1, 1).tolist() == [[0]]
-
-
-@every_loop
-def test_weights_of_one_change_nothing_and_weights_of_zero_leave_the_lowest_index(loop):
-    similarity, order = matrix("random", 30, 5), torch.arange(30)[None]
-    plain = loop(similarity, order, 2, 12)
-    assert torch.equal(plain, loop(similarity, order, 2, 12, torch.ones(1, 30)))
-    zero = loop(similarity, order.flip(1), 2, 6, torch.zeros(1, 30))
-    assert zero.tolist() == [[29, 28, 0, 1, 2, 3]]
 
 
 @every_loop
@@ -95,10 +79,9 @@ def test_counts_differ_per_row_and_orders_may_be_short_and_strided(loop):
 def test_strides_do_not_matter_and_inputs_stay_as_they_are(loop):
     wide = matrix("random", 24, 8, batch=2)
     similarity, order = wide[:, ::2, ::2], shuffled(12, 1, batch=2)
-    weight = draws(12, 8, batch=2)[0].repeat(1, 2)[:, ::2]
-    before = [x.clone() for x in (wide, weight, order)]
-    expected = loop(similarity.clone(), order, 3, 9, weight.clone())
-    assert torch.equal(loop(similarity, order, 3, 9, weight), expected)
+    before = [x.clone() for x in (wide, order)]
+    expected = loop(similarity.clone(), order, 3, 9)
+    assert torch.equal(loop(similarity, order, 3, 9), expected)
     shared = loop(similarity[:1].expand(2, -1, -1), order, 3, 9)
     assert torch.equal(shared[:1], loop(similarity[:1], order[:1], 3, 9))
-    assert all(torch.equal(a, b) for a, b in zip(before, (wide, weight, order), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (wide, order), strict=True))

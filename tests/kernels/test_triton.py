@@ -41,12 +41,12 @@ def calls(sizes: dict[int, int]) -> dict[str, Call]:
             everything = {"row_weight": weight, "candidate_weight": quarters}
             rounds: dict[str, Call] = {
                 "farthest": ("farthest_from_prefix", (uneven, order, count, steps), {}),
-                "farthest, weighted": (
+                "farthest, one": (
                     "farthest_from_prefix",
-                    (similarity, order[:, :1].clone(), 1, steps, weight),
+                    (similarity, order[:, :1].clone(), 1, steps),
                     {},
                 ),
-                "prefix": ("farthest_from_prefix", (similarity, order, count, steps, quarters), {}),
+                "prefix": ("farthest_from_prefix", (similarity, order, count, steps), {}),
                 "dpp": ("dpp_greedy", (kernel if number % 2 else similarity, steps), {}),
                 "dpp, full rank": ("dpp_greedy", (uneven + torch.eye(tokens), steps), {}),
                 "coverage": (
@@ -123,7 +123,6 @@ FLOATS = (
     "similarity",
     "kernel",
     "factor",
-    "weight",
     "covered",
     "row_weight",
     "scale",
@@ -146,7 +145,7 @@ TYPES = {
 @pytest.mark.parametrize(
     ("name", "constants", "types"),
     [
-        ("_farthest", {"WEIGHTED": True, "BLOCK": 4096, "UNROLL": 4}, {}),
+        ("_farthest", {"BLOCK": 4096, "UNROLL": 4}, {}),
         ("_dpp", {"BLOCK": 4096, "UNROLL": 4}, {"steps": "i32"}),
         ("_cover", {"COLUMNS": 64, "UNROLL": 4}, {}),
         ("_gains", {"WEIGHTED": True, "ROWS": 32, "COLUMNS": 64}, {}),

@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 from benchmarks.inputs import near_square
-from fsr_vllm.methods import VisualTokens, get_method, list_methods
+from fsr_vllm.methods import SERVED_DEFAULTS, VisualTokens, get_method, list_methods
 from fsr_vllm.methods.base import Method
 
 # Same examples in every run: a failure is a change of the code, and CI does not find old bugs on
@@ -40,14 +40,13 @@ _LISTED = [
     Case("fsr", equivariant=True),
     Case("fsr", {"rho": 0.0}, equivariant=True),
     Case("fsr", {"max_focus_share": 0.25}, equivariant=True),
-    Case(
-        "fsr",
-        {"max_focus_share": 0.25, "scan": "saliency", "norm_scope": "group"},
-        equivariant=True,
-    ),
+    Case("fsr", {"max_focus_share": 0.25, "norm_scope": "group", "kappa": 2.0}, equivariant=True),
     # Not equivariant: two tokens that cover only each other gain the same, and then the index
     # decides.
-    Case("fsr", {"max_focus_share": 0.25, "scan": "coverage", "refine": "uniform", "kappa": 2.0}),
+    Case("fsr", SERVED_DEFAULTS["fsr"]),
+    Case("fsr", {**SERVED_DEFAULTS["fsr"], "rho": 0.1}),  # so that there is a focus
+    Case("fsr", {"max_focus_share": 0.25, "scan": "coverage"}),
+    Case("fsr", {"rho": 0.3, "focus_rule": "whole", "refine": "soft"}),
     Case("fsr", {"rho": 0.0, "refine": "off"}, equivariant=True),
     Case("cdpruner"),  # the features of make_tokens have rank 6: past 6 picks rounding decides
     Case("cdpruner", {"weighting": "exp", "norm_scope": "row"}),
@@ -97,8 +96,10 @@ OPTION_NEEDS: dict[str, dict[str, dict[str, Any]]] = {
     "fsr": {
         "kappa": {"rho": 0.5},
         "scan": {"rho": 0.5},
-        "scan_gamma": {"rho": 0.5, "scan": "saliency"},
-        "coverage_weight": {"rho": 0.5, "scan": "coverage"},
+        "focus_rule": {"max_focus_share": 0.25},
+        "coverage_mix": {"rho": 0.5, "scan": "coverage"},
+        "coverage_gamma": {"rho": 0.5, "scan": "coverage"},
+        "temperature": {"rho": 0.5, "refine": "soft"},
         "refine": {"rho": 0.5},
     },
     "cdpruner": {"theta": {"weighting": "exp"}},

@@ -40,9 +40,6 @@ class Settings:
     rho: float = 0.9
     kappa: float = 1.0
     max_focus_share: float = 1.0
-    scan: str = "farthest"
-    scan_gamma: float = 1.0
-    coverage_weight: str = "phi"
     refine: str = "phi"
     margin: Margin = field(default_factory=Margin)
 
@@ -99,32 +96,14 @@ def focus_count(phi: list[float], order: list[int], rho: float, margin: Margin) 
     raise AssertionError("unreachable: all of Z is held by all tokens")
 
 
-def scan(
-    features: list[list[float]],
-    chosen: list[int],
-    rounds: int,
-    maps: dict[str, list[float]],
-    how: Settings,
-):
-    """Equation (5) and its variants; returns S in the order of picking."""
+def scan(features: list[list[float]], chosen: list[int], rounds: int, margin: Margin):
+    """Equation (5); returns S in the order of picking."""
     n, anchors = len(features), []
     for _ in range(rounds):
         taken = chosen + anchors
         left = [i for i in range(n) if i not in taken]
-        score = {}
-        for i in left:
-            delta = min(1.0 - cos(features[i], features[j]) for j in taken)
-            if how.scan == "farthest":
-                score[i] = delta
-            elif how.scan != "coverage":
-                score[i] = maps[how.scan][i] ** how.scan_gamma * delta
-            else:
-                weight = maps[how.coverage_weight]
-                score[i] = 0.0
-                for t in range(n):
-                    covered = max(0.0, max(cos(features[t], features[j]) for j in taken))
-                    score[i] += weight[t] * max(0.0, cos(features[t], features[i]) - covered)
-        anchors.append(best(left, score, how.margin))
+        score = {i: min(1.0 - cos(features[i], features[j]) for j in taken) for i in left}
+        anchors.append(best(left, score, margin))
     return anchors
 
 
@@ -171,7 +150,7 @@ def merge(
 def fsr(features, saliency, relevance, budget: int, **options) -> Result:
     """All of it for one image; lists of floats in, budget < N."""
     how = Settings(**options)
-    s, phi = scaled(saliency), priority(saliency, relevance, how.alpha, how.beta)
+    phi = priority(saliency, relevance, how.alpha, how.beta)
     order = ranking(phi, how.margin)
     k_focus = focus_count(phi, order, how.rho, how.margin)
     num_focus = min(k_focus, budget, max(1, math.floor(how.max_focus_share * budget + 1e-9)))
@@ -179,23 +158,15 @@ def fsr(features, saliency, relevance, budget: int, **options) -> Result:
     focus, anchors = order[:num_focus], []
     if not focus:
         anchors = [max(range(len(phi)), key=lambda i: (phi[i], saliency[i], -i))]
-    ones = [1.0] * len(phi)
-    maps = {
-        "phi": phi,
-        "saliency": s,
-        "relevance": ones if relevance is None else scaled(relevance),
-        "uniform": ones,
-    }
-    anchors = anchors + scan(
-        features, focus + anchors, budget - num_focus - len(anchors), maps, how
-    )
+    rounds = budget - num_focus - len(anchors)
+    anchors = anchors + scan(features, focus + anchors, rounds, how.margin)
 
     pairs = (
         assign(features, focus + anchors, anchors, how.kappa, how.margin)
         if how.refine != "off"
         else []
     )
-    rows = merge(features, pairs, phi if how.refine == "phi" else ones)
+    rows = merge(features, pairs, phi)
 
     indices = sorted(focus + anchors)
     merged_into = [-1] * len(features)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fsr_vllm.methods import list_methods
+from fsr_vllm.methods import SERVED_DEFAULTS, list_methods
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 
@@ -48,8 +48,12 @@ def test_a_row_says_what_the_registry_says(row):
 
 
 def test_the_options_of_fsr():
-    rows = {
-        row["option"].strip("`"): json.loads(row["default"].strip("`"))
-        for row in table("option", "default")
-    }
-    assert rows == dict(list_methods()["fsr"].options)
+    def column(name: str) -> dict[str, object]:
+        return {
+            row["option"].strip("`"): json.loads(row[name].strip("`"))
+            for row in table("option", "paper", "served")
+            if row[name]
+        }
+
+    assert column("paper") == dict(list_methods()["fsr"].options)
+    assert column("served") == SERVED_DEFAULTS["fsr"]

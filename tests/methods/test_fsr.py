@@ -28,14 +28,7 @@ SETTINGS = [
     {"max_focus_share": 0.0, "kappa": 0.3},
     {"alpha": 0.0, "beta": 2.0, "rho": 0.5},
     {"alpha": 1.5, "beta": 0.0, "rho": 0.5},
-    {"rho": 0.5, "scan": "saliency"},
-    {"rho": 0.5, "scan": "saliency", "scan_gamma": 2.0, "refine": "uniform"},
-    {"rho": 0.5, "scan": "relevance"},
-    {"max_focus_share": 0.06, "scan": "relevance", "scan_gamma": 2.0},  # as served
-    {"rho": 0.5, "scan": "coverage", "coverage_weight": "relevance"},
-    {"rho": 0.5, "scan": "coverage"},
-    {"rho": 0.0, "scan": "coverage", "coverage_weight": "saliency"},
-    {"rho": 0.5, "scan": "coverage", "coverage_weight": "uniform", "refine": "off"},
+    {"rho": 0.5, "refine": "off"},
 ]
 every_setting = pytest.mark.parametrize("options", SETTINGS, ids=str)
 
@@ -132,6 +125,13 @@ def test_literal_k_focus():
     assert focus(phi, None, 4).order.tolist() == [[2, 0, 3, 4]]
     for share, wanted in [(0.0, 1), (0.25, 1), (0.6, 2), (0.75, 3)]:
         assert focus(phi, None, 4, rho=1.0, max_focus_share=share).num_focus.item() == wanted
+    for share, wanted in [(0.0, 0), (0.75, 0), (0.99, 0), (1.0, 4)]:
+        whole = focus(phi, None, 4, rho=1.0, max_focus_share=share, rule="whole")
+        assert whole.num_focus.item() == wanted and whole.k_focus.item() == 4
+    for budget, wanted in [(5, 0), (6, 4), (7, 4)]:  # 4 of at most 0.75 of K
+        six = torch.tensor([[0.5, 0.0, 1.0, 0.25, 0.25, 0.0, 0.0, 0.0]])
+        whole = focus(six, None, budget, rho=1.0, max_focus_share=0.75, rule="whole")
+        assert whole.num_focus.item() == wanted, budget
     wide = torch.rand(1, 150, generator=torch.Generator().manual_seed(0))
     assert focus(wide, None, 100, rho=1.0, max_focus_share=0.29).num_focus.item() == 29
 

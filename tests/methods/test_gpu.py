@@ -14,12 +14,6 @@ from fsr_vllm.methods import VisualTokens, get_method, list_methods
 
 CELL = Cell(576, 64, 128, 3)
 DEVICE = "cuda"
-BY_RELEVANCE = {
-    "max_focus_share": 0.06,
-    "scan": "relevance",
-    "scan_gamma": 0.5,
-}  # nearly all is scanned
-
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -30,10 +24,10 @@ def moved(tokens: VisualTokens, device: str) -> VisualTokens:
     )
 
 
-@pytest.mark.parametrize("name", [*list_methods(), "fsr, by relevance"])
+@pytest.mark.parametrize("name", [*list_methods(), "fsr, served"])
 def test_a_gpu_keeps_the_same(name):
-    name, _, scan = name.partition(", ")
-    method = get_method(name, **(BY_RELEVANCE if scan else {}))
+    name, _, preset = name.partition(", ")
+    method = get_method(name, preset=preset or "paper")
     tokens = Images.draw(CELL, "cpu", torch.float32).tokens(method)
     here, there = method.prune(tokens, CELL.k), method.prune(moved(tokens, DEVICE), CELL.k)
     # Products of matrices differ in the last bits, so a near tie may end otherwise, and what

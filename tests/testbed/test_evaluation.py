@@ -78,7 +78,7 @@ def test_every_registered_method_has_a_row():
         "oracle",
         "fsr (served), generic text",
         "fsr (served), sign flipped",
-        "fsr (served), alpha = 0",
+        "fsr (served), no relevance",
     } <= set(labels)
     assert [line.label for line in rows({}, ["random"])] == ["random"]
 

@@ -79,8 +79,13 @@ def test_pruned_accuracy(bench):
         assert fsr > least * full, budget
         assert fsr > chance + 0.1, budget
         assert fsr > mean(bench, bench.method("truncate", budget)) + 0.1, budget
-    flipped = mean(bench, bench.method("fsr", 16, served, sign=-1))
-    assert mean(bench, bench.method("fsr", 16, served)) > flipped + 0.1
+    # A wrong sign does little harm at 16 tokens, where the scan covers the picture all the same; at
+    # 8 it shows that relevance is read.
+    for budget, least, most in ((16, -0.05, 0.05), (8, 0.1, 1.0)):
+        right, flipped = (
+            mean(bench, bench.method("fsr", budget, served, sign=sign)) for sign in (1, -1)
+        )
+        assert least < right - flipped < most, budget
     assert mean(bench, bench.oracle(32)) > 0.9 * full
 
 
