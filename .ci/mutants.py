@@ -66,6 +66,8 @@ def drawn(rooms: Sequence[str], count: int, seed: int) -> list[Mutant]:
     print(f"{len(places)} possible mutants of {', '.join(rooms)}; {count} drawn with seed {seed}")
     found: dict[str, Mutant] = {}
     for path, index in places:
+        if len(found) >= count:
+            break
         room, module, mutations = made[path]
         mutation = mutations[index]
         code = cst.ensure_type(
@@ -74,8 +76,6 @@ def drawn(rooms: Sequence[str], count: int, seed: int) -> list[Mutant]:
         line, change = difference(module.code, code)
         if code not in found and line and line not in silent_lines(module.code) and parses(code):
             found[code] = Mutant(room, str(path.relative_to(ROOT)), change, code)
-        if len(found) == count:
-            break
     return list(found.values())
 
 
