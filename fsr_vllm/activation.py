@@ -221,6 +221,7 @@ def _found(model_config: ModelConfig, settings: ServerSettings) -> dict[str, Any
         "text_encoder": encoder,
         "relevance_sign": sign,
         "tokens_per_image": family.most_tokens(model_config.hf_config),
+        "one_size": family.one_size,
         "signals": tuple(sorted(family.signals)),
     }
 
