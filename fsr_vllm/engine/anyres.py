@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     columns: range
 
     @property
-    def count(self) -> int:
+    def all_tiles(self) -> int:
         """Tiles that the tower computes, the base tile included."""
         return 1 + self.tiles[0] * self.tiles[1]
 

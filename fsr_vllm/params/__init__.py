@@ -8,6 +8,7 @@ from fsr_vllm.methods.budget import resolve_budget
 
 from .budget import (
     MAX_IMAGES,
+    Asked,
     Budget,
     FieldError,
     Total,
@@ -39,7 +40,7 @@ from .travel import (
 from .wording import cut, did_you_mean, shown
 
 __all__ = [
-    "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan",
+    "Asked", "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan",
     "MAX_IMAGES", "MAX_QUESTION", "NOTHING", "REQUEST_FIELDS", "REQUEST_KEY", "Report",
     "RequestFields", "SELECTION_VERSION", "SETTINGS_KEY", "ServerSettings", "Total",
     "build_method", "cut", "did_you_mean", "given_settings", "ignoring", "own_fields",

@@ -71,6 +71,8 @@ class Total(BaseModel):
         return kept
 
 
+Asked = Budget | list[Budget] | Total  # what a request may ask for
+
 _WRITTEN = re.compile(r"\s*([0-9]{1,7})\s*:\s*([0-9]{1,7})\s*", re.ASCII)
 
 
@@ -131,9 +133,9 @@ def parse_total(value: Mapping[str, object], field: str) -> Total:
     """{"total": K} with K from 1 to MAX_BUDGET, also as NumPy's number; FieldError otherwise."""
     known = set(value) == {TOTAL}
     number = whole(value[TOTAL]) if known else None
-    if isinstance(number, Integral) and not isinstance(number, bool):
-        if 1 <= int(number) <= MAX_BUDGET:
-            return Total(total=int(number))
+    is_integer = isinstance(number, Integral) and not isinstance(number, bool)
+    if is_integer and 1 <= int(number) <= MAX_BUDGET:  # type: ignore[call-overload]
+        return Total(total=int(number))  # type: ignore[call-overload]
     raise FieldError(
         field,
         f'{field} must be, as an object, {{"{TOTAL}": K}} with an integer from 1 to {MAX_BUDGET:,} '
@@ -141,7 +143,7 @@ def parse_total(value: Mapping[str, object], field: str) -> Total:
     )
 
 
-def parse_budgets(value: object, field: str = "fsr_budget") -> Budget | list[Budget] | Total:
+def parse_budgets(value: object, field: str = "fsr_budget") -> Asked:
     """One budget for each image, a list with one per image of the whole conversation, or a total
     over all of them.
     """
@@ -164,7 +166,7 @@ def parse_budgets(value: object, field: str = "fsr_budget") -> Budget | list[Bud
     return [parse_budget(item, field) for item in value]
 
 
-def parse_budget_text(text: str, field: str) -> Budget | list[Budget] | Total:
+def parse_budget_text(text: str, field: str) -> Asked:
     """A budget written as text (header, model name): 128, 0.22, off, or JSON: a list of these, or
     {"total": K}.
     """

@@ -38,7 +38,8 @@ def joint_tiles(options: Mapping[str, Any] | None) -> bool:
     given = (options or {}).get("tiles", "split")
     if given not in ("split", "joint"):
         raise FieldError(
-            "fsr_options", f'fsr_options.tiles must be "split", "joint" or absent; got {shown(given)}'
+            "fsr_options",
+            f'fsr_options.tiles must be "split", "joint" or absent; got {shown(given)}',
         )
     return bool(given == "joint")
 

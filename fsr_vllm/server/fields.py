@@ -8,7 +8,7 @@ from typing import Any
 
 from fsr_vllm.params import (
     MAX_IMAGES,
-    Budget,
+    Asked,
     FieldError,
     ServerSettings,
     Total,
@@ -97,7 +97,7 @@ def with_header(values: dict[str, Any], header: str, settings: ServerSettings) -
     return {**values, "fsr_budget": budget}
 
 
-def header_budget(text: str) -> Budget | list[Budget] | Total:
+def header_budget(text: str) -> Asked:
     """The budget of one or several header lines, which HTTP joins by commas, if all agree."""
     one, *others = dict.fromkeys(_lines(text))
     budget = parse_budget_text(one, BUDGET_HEADER)

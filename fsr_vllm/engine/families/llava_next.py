@@ -143,7 +143,7 @@ class LlavaNextWorker(WorkerHalf):
         for pixels, shape, packed in values:
             key, plan = unpack_plan(packed)
             height, width = shape.tolist()
-            tiles = pixels[: _layout(self.model.config, (height, width)).count]
+            tiles = pixels[: _layout(self.model.config, (height, width)).all_tiles]
             work = len(tiles) * _side(self.model.config) ** 2
             images.append(ImageInput({"pixel_values": tiles}, plan, key, (height, width), work))
         return images
@@ -218,7 +218,7 @@ class LlavaNextWorker(WorkerHalf):
         It is found on the CPU, where counts are known without waiting for a device.
         """
         config, device = self.model.config, self.model.image_newline.device
-        side, tiles = _side(config), _layout(config, size).count
+        side, tiles = _side(config), _layout(config, size).all_tiles
         numbers = torch.arange(tiles * side**2, dtype=torch.float64).view(tiles, -1, 1)
         newline = numbers.new_full((1,), -1)
         rows = merged(self.model, size, numbers, newline, "spatial_unpad")[:, 0].long()
