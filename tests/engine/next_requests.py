@@ -109,8 +109,8 @@ CONFIGURATIONS = {
         "steps": [
             [request(WIDE, WHAT)],
             [request(WIDE, WHAT, fsr_budget="off")],
-            [request(WIDE, WHAT, fsr_budget=0.3)],
-            [request(WIDE, THIN, WHAT, fsr_budget={"total": 60})],
+            [request(WIDE, WHAT, fsr_budget=0.5)],
+            [request(WIDE, THIN, WHAT, fsr_budget={"total": 90})],
             [request(WIDE, THIN, WHAT, fsr_budget={"total": 50})],
             [request(WIDE, PADDED, WHAT, fsr_budget={"total": 6})],
         ],

@@ -233,8 +233,8 @@ def test_a_prefill_that_cuts_images_gives_the_same_answers(outcome):
 def test_a_maximum_bounds_every_image(outcome):
     default, off, share, above, within, below = outcome("maximum")["results"]
     assert default[0]["placeholders"] == [40]
-    assert "all visual tokens of an image" in off["error"] or "above" in off["error"]
-    assert "above this server's maximum 40" in share["error"]
-    assert "above this server's maximum 40" in above["error"] and '"total": 60' in above["error"]
+    assert 'fsr_budget "off" of 192 = 192, above this server\'s maximum 40' in off["error"]
+    assert "fsr_budget 0.5 of 126 = 63, above this server's maximum 40" in share["error"]
+    assert "above this server's maximum 40" in above["error"] and '"total": 90' in above["error"]
     assert sum(within[0]["placeholders"]) == 50 and max(within[0]["placeholders"]) <= 40
     assert "below this server's minimum 4" in below["error"]
