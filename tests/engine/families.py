@@ -3,9 +3,9 @@ as JSON.
 
 Usage: python families.py SPEC OUT. A step is a list of requests generated together. A request is
 {"parts": [...], "fields": {...} or absent}: a part NAME@WxH is a photograph in that size, any other
-is text. With "then" the request goes on: its answer and those parts are a second turn. "probe"
-lists requests of one image, of which a worker tells rows and signals. A failing step is reported as
-{"error": ..., "type": [...]}.
+is text. "uuids" names the images; with "alone" their data stays away. With "then" the request goes
+on: its answer and those parts are a second turn. "probe" lists requests of one image, of which a
+worker tells rows and signals. A failing step is reported as {"error": ..., "type": [...]}.
 """
 
 import json
@@ -47,6 +47,10 @@ def prompt(request, image="<image>"):
     made = {"prompt": f"USER: {text} ASSISTANT:"}
     if any(images):
         made["multi_modal_data"] = {"image": [one for one in images if one is not None]}
+    if "uuids" in request:
+        made["multi_modal_uuids"] = {"image": request["uuids"]}
+        if request.get("alone"):
+            made["multi_modal_data"] = {"image": [None] * len(request["uuids"])}
     if "fields" in request:
         made["mm_processor_kwargs"] = request["fields"]
     return made

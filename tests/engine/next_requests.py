@@ -1,5 +1,7 @@
 """What the engines of `test_llava_next` are asked, and how they are configured."""
 
+import os
+
 import fsr_vllm
 
 WHAT, WHO = "What is in the picture?", "Who holds the red ball?"
@@ -79,6 +81,22 @@ SERVED.remove("codebook")  # no codebook lies beside this checkpoint
 METHODS = [
     request(WIDE, WHAT, fsr_budget=45, fsr_method=each, fsr_question=WHAT) for each in SERVED
 ]
+JOINTLY_SERVED = [name for name in SERVED if name not in ("prumerge", "vflowopt")]
+METHODS += [
+    request(WIDE, WHAT, fsr_budget=45, fsr_method=each, fsr_question=WHAT, fsr_options=JOINT)
+    for each in JOINTLY_SERVED
+]
+NAMED = request(THIN, "and", WIDE, WHAT, fsr_budget=[9, 0.25], fsr_method="fastervlm")
+NAMED["uuids"] = ["thin", "wide"]
+ALONE = {**NAMED, "alone": True}
+# The images; their names alone, in a second engine step; another plan; a name that nobody gave.
+UUIDS = [
+    NAMED,
+    ALONE,
+    {**ALONE, "fields": {**NAMED["fields"], "fsr_budget": [9, 0.5]}},
+    {**ALONE, "uuids": ["thin", "unknown"]},
+    {**NAMED, "uuids": ["wide", "thin"]},
+]
 BAD = [
     request(WIDE, THIN, WHAT, fsr_budget=[8]),
     request(WIDE, THIN, WHAT, fsr_budget={"total": 1}),
@@ -86,6 +104,7 @@ BAD = [
     request(WIDE, WHAT, fsr_budget=8, fsr_method="vflowopt", fsr_options=JOINT),
     request(WIDE, WHAT, fsr_budget=8, fsr_options={"tiles": "both"}),
 ]
+CORES = sorted(os.sched_getaffinity(0))
 PROBE = {"worker_extension_cls": "tests.engine.probe.ProbeExtension"}
 NO_CACHES = {
     "additional_config": {"fsr": {"feature_cache_bytes": 0, "pixel_cache_bytes": 0}},
@@ -96,13 +115,22 @@ CONFIGURATIONS = {
     "stock": {"llm": {}, "steps": [PLAIN], "env": {"VLLM_PLUGINS": "none"}},
     "active": {
         "llm": {"additional_config": {"fsr": {}}, **PROBE},
-        "steps": [PLAIN, OFF, ALL, MIXED, MIXED, TURNS, METHODS, *[[one] for one in BAD], PLAIN],
+        "steps": [PLAIN, OFF, ALL, MIXED, MIXED, TURNS, METHODS]
+        + [[one] for one in (*BAD, *UUIDS)]
+        + [PLAIN],
         "probe": [(part, WHO) for part in (WIDE, TALL, THIN, PADDED, NARROW)],
     },
     "no caches": {"llm": NO_CACHES, "steps": [PLAIN, *[[one] for one in MIXED], TURNS]},
     "chunked": {
         "llm": {"additional_config": {"fsr": {}}, "max_num_batched_tokens": 32, "max_num_seqs": 8},
         "steps": [PLAIN, MIXED],
+    },
+    "tensor parallel": {
+        "llm": {"additional_config": {"fsr": {}}, **PROBE, "tensor_parallel_size": 2},
+        "steps": [PLAIN, MIXED],
+        "probe": [(part, WHO) for part in (WIDE, THIN)],
+        # One core each where there are two.
+        "env": {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, (CORES * 2)[:2]))},
     },
     "maximum": {
         "llm": {"additional_config": {"fsr": {"max_budget": 40, "min_budget": 4}}},

@@ -13,10 +13,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from .next_requests import ALL_ASKED, BAD, CONFIGURATIONS, JOINT, MIXED, SERVED, TURNS, WIDE, images
+from .next_requests import (
+    ALL_ASKED,
+    BAD,
+    CONFIGURATIONS,
+    JOINT,
+    JOINTLY_SERVED,
+    METHODS,
+    MIXED,
+    SERVED,
+    TURNS,
+    UUIDS,
+    WIDE,
+    images,
+)
 from .transformers_next import Reference
 
 pytestmark = pytest.mark.engine
+FULL = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +154,12 @@ def test_budgets_questions_and_tiles_matter(outcome):
     assert len(wide) == len(set(wide)) == 9
 
 
-def test_rows_and_signals_are_those_of_transformers(outcome, reference):
-    for (part, question), (probed,) in zip(
-        CONFIGURATIONS["active"]["probe"], outcome("active")["probed"], strict=True
-    ):
+@pytest.mark.parametrize("name", ["active", pytest.param("tensor parallel", marks=FULL)])
+def test_rows_and_signals_are_those_of_transformers(outcome, reference, name):
+    asked, found = CONFIGURATIONS[name]["probe"], outcome(name)["probed"]
+    each = [(*one, rank) for one, ranks in zip(asked, found, strict=True) for rank in ranks]
+    assert len(each) == len(asked) * (2 if name == "tensor parallel" else 1)
+    for part, question, probed in each:
         image = reference.image(part)
         patches = torch.tensor(probed["patches"])
         assert torch.equal(patches[:, 0], image["tiles"])
@@ -186,9 +202,12 @@ def test_a_second_turn_keeps_what_the_first_one_kept(outcome, reference):
 
 def test_every_served_method_keeps_exactly_its_budget(outcome):
     answers = outcome("active")["results"][6]
-    assert [answer["placeholders"] for answer in answers] == [[45]] * len(SERVED)
-    distinct = {tuple(answer["logprobs"]) for answer in answers}
-    assert len(distinct) >= len(SERVED) - 3
+    assert [answer["placeholders"] for answer in answers] == [[45]] * len(METHODS)
+    split, joint = answers[: len(SERVED)], answers[len(SERVED) :]
+    for some in (split, joint):
+        assert len({tuple(answer["logprobs"]) for answer in some}) >= len(some) - 3
+    for name, one in zip(JOINTLY_SERVED, joint, strict=True):
+        assert one["logprobs"] != split[SERVED.index(name)]["logprobs"], name
 
 
 def test_what_cannot_be_is_refused_and_the_engine_lives_on(outcome):
@@ -213,7 +232,19 @@ def test_each_image_goes_through_the_tower_once(outcome):
     assert worker["feature_hits"] > 20 and worker["feature_entries"] == 6
 
 
-@pytest.mark.full
+def test_a_name_alone_stands_for_an_image_of_known_size(outcome):
+    start = 7 + len(BAD)
+    sent, alone, other, unknown, swapped = outcome("active")["results"][start : start + len(UUIDS)]
+    same(alone, sent)
+    assert alone[0]["placeholders"] == [9, 35]
+    assert "not provided" in other["error"]
+    assert "uuid 'unknown': this server does not know the image" in unknown["error"]
+    # Each name is given to the other image: what was sent last counts.
+    assert swapped[0]["placeholders"] == [9, 35]
+    same(swapped, sent)
+
+
+@FULL
 def test_caches_on_and_off_give_the_same_answers(outcome):
     off, on = outcome("no caches")["results"], outcome("active")["results"]
     same(off[0], on[0])
@@ -222,19 +253,20 @@ def test_caches_on_and_off_give_the_same_answers(outcome):
     same([one["then"] for one in off[-1]], [one["then"] for one in on[5]])
 
 
-@pytest.mark.full
-def test_a_prefill_that_cuts_images_gives_the_same_answers(outcome):
-    cut, whole = outcome("chunked")["results"], outcome("active")["results"]
+@FULL
+@pytest.mark.parametrize("name", ["chunked", "tensor parallel"])
+def test_the_same_answers_where_prefills_cut_images_and_with(outcome, name):
+    cut, whole = outcome(name)["results"], outcome("active")["results"]
     same(cut[0], whole[0])
     same(cut[1], whole[3])
 
 
-@pytest.mark.full
+@FULL
 def test_a_maximum_bounds_every_image(outcome):
     default, off, share, above, within, below = outcome("maximum")["results"]
     assert default[0]["placeholders"] == [40]
     assert 'fsr_budget "off" of 192 = 192, above this server\'s maximum 40' in off["error"]
-    assert "fsr_budget 0.5 of 126 = 63, above this server's maximum 40" in share["error"]
+    assert "fsr_budget 0.5 of 140 = 70, above this server's maximum 40" in share["error"]
     assert "above this server's maximum 40" in above["error"] and '"total": 90' in above["error"]
     assert sum(within[0]["placeholders"]) == 50 and max(within[0]["placeholders"]) <= 40
     assert "below this server's minimum 4" in below["error"]
