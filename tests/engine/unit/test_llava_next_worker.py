@@ -1,13 +1,17 @@
 """LLaVA-NeXT's worker half, on a model that does not exist but for vLLM's merge of tiles."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 
+from fsr_vllm.engine.encoder import Encoder
 from fsr_vllm.engine.families.llava_next import LLAVA_NEXT, LlavaNextWorker
+from fsr_vllm.engine.feature_cache import FeatureCache
+from fsr_vllm.engine.stats import Counts
 from fsr_vllm.engine.types import ImageInput
 from fsr_vllm.engine.wire import pack_plan
 from fsr_vllm.params import ImagePlan
@@ -193,3 +197,25 @@ def test_the_same_image_makes_the_same_rows_alone(encoded):
         assert torch.allclose(alone.rows, found[place].rows, atol=1e-5)
         assert torch.equal(alone.patches, found[place].patches)
     assert isinstance(images[0], ImageInput)
+
+
+def test_images_of_every_shape_come_out_of_the_cache_as_they_went_in(encoded):
+    half, images, _, found = encoded
+    half.hook.cheap = frozenset({"saliency"})
+    encoder = Encoder(half, FeatureCache(1 << 20), Counts())
+    half.hook.signals = Hook(sum(TILES)).signals
+    first = encoder.encode(images, ALL)
+    again = encoder.encode(images[::-1], ALL)[::-1]
+    for one, other, known in zip(first, again, found, strict=True):
+        assert torch.equal(one.patches, known.patches)
+        assert torch.allclose(one.rows, other.rows, atol=1e-5)
+        assert torch.equal(one.signals["saliency"], other.signals["saliency"])
+    assert encoder.cache.stats()["feature_entries"] == len(SHAPES)
+    # A hit beside a miss.
+    new = replace(images[0], key=b"n" * 16)
+    half.hook.signals = Hook(TILES[0]).signals
+    mixed = encoder.encode([images[3], new, images[1]], ALL)
+    for one, place in zip(mixed, (3, 0, 1), strict=True):
+        assert torch.allclose(one.rows, found[place].rows, atol=1e-5)
+        assert torch.equal(one.patches, found[place].patches)
+    assert half.model.runs[-2:] == [sum(TILES), TILES[0]]
