@@ -221,6 +221,7 @@ def _found(model_config: ModelConfig, settings: ServerSettings) -> dict[str, Any
         "text_encoder": encoder,
         "relevance_sign": sign,
         "tokens_per_image": family.most_tokens(model_config.hf_config),
+        "one_size": family.one_size,
         "signals": tuple(sorted(family.signals)),
     }
 
@@ -252,9 +253,10 @@ def in_force(architecture: str, settings: ServerSettings) -> str:
     total = settings.tokens_per_image or 0
 
     def tokens(budget: Budget) -> str:
+        up_to = "" if settings.one_size else "up to "
         if budget == "off":
-            return f"all {total}"
-        return f"{params.resolve_budget(budget, total)} of {total}"
+            return f"all {up_to}{total}"
+        return f"{up_to}{params.resolve_budget(budget, total)} of {total}"
 
     low, high = settings.min_budget, settings.max_budget
     default = f"by default {tokens(settings.default_budget)} visual tokens per image"

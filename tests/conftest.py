@@ -1,6 +1,8 @@
 """Shared by all tests: the small random checkpoints, built once, and photographs."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,17 @@ def checkpoint(tmp_path_factory) -> Path:
     from benchmarks.testbed import build_checkpoint
 
     return build_checkpoint(tmp_path_factory.mktemp("checkpoint") / "llava")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> Callable[[str], Path]:
+    """The small random checkpoint of a family of `tests.checkpoints`, by name; built when first
+    asked for.
+    """
+    from tests.checkpoints import build
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return functools.cache(lambda name: build(name, folder / name))
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,11 @@ class Encoder:
         ]
         missing = [place for place, entry in enumerate(found) if entry is None]
         if not missing:
-            return [ImageFeatures(entry) for entry in found if entry is not None]
+            return [
+                ImageFeatures(entry, image.size)
+                for entry, image in zip(found, images, strict=True)
+                if entry is not None
+            ]
         asked = wanted
         if cache is not None:
             # What was held of an image stays held, or two methods would displace each other's
@@ -63,7 +67,7 @@ class Encoder:
             else:
                 # A copy: what the cache takes now may lie where this entry is.
                 copied = {name: tensor.clone() for name, tensor in entry.items()}
-                features.append(ImageFeatures(copied))
+                features.append(ImageFeatures(copied, images[place].size))
         for place, each in new.items():
             if cache is not None and (key := images[place].key):
                 cache.put(key, each.tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -26,6 +27,17 @@ def split(keep: int, sizes: Sequence[int]) -> list[int]:
             given[place] += more
             left -= more
     return given
+
+
+def as_one(image: EncodedImage) -> EncodedImage:
+    """The image with all its groups as one, in row order; what was told of each group is left out.
+
+    Signals of a whole group, such as attention within a tile, do not add up to one of the image.
+    """
+    if len(image.groups) < 2:
+        return image
+    group = torch.cat(image.groups).sort().values
+    return replace(image, groups=(group,), grids=(None,), group_signals={})
 
 
 def joined(image: EncodedImage, keep: int, groups: Mapping[int, PrunedTokens]) -> PrunedTokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -123,10 +123,9 @@ class Pruner:
 
     def embed(self, images: Sequence[ImageInput]) -> list[Tensor]:
         """The rows of each image that vLLM gets."""
-        step = max(1, self._at_once // max(image.plan.total for image in images))
         rows: list[Tensor] = []
-        for start in range(0, len(images), step):
-            rows += self._embed(images[start : start + step])
+        for some in at_once(images, self._at_once):
+            rows += self._embed(some)
         return rows
 
     def _embed(self, images: Sequence[ImageInput]) -> list[Tensor]:
@@ -152,6 +151,19 @@ class Pruner:
         cache = self.encoder.cache
         seconds = {f"seconds_{part}": value for part, value in self.clock.read().items()}
         return self.counts.read() | (cache.stats() if cache is not None else {}) | seconds
+
+
+def at_once(images: Sequence[ImageInput], most: int) -> Iterator[list[ImageInput]]:
+    """The images in runs that cost at most `most` patches each, or are one image alone."""
+    run: list[ImageInput] = []
+    cost = 0
+    for image in images:
+        if run and cost + image.cost > most:
+            yield run
+            run, cost = [], 0
+        run.append(image)
+        cost += image.cost
+    yield run
 
 
 def _prototypes(model_config: ModelConfig) -> Tensor | None:

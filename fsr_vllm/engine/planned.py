@@ -122,8 +122,9 @@ def planned(
     inputs = _bare(inputs)
     plans, by_load = {}, None
     for modality in PLAN_FIELDS.keys() & inputs.mm_data_items.keys():
-        items = inputs.mm_data_items[modality]
-        plans[modality], by_load = planner.plan(request, items, inputs.hf_processor_mm_kwargs)
+        items, options = inputs.mm_data_items[modality], inputs.hf_processor_mm_kwargs
+        uuids = (inputs.mm_uuid_items or {}).get(modality)
+        plans[modality], by_load = planner.plan(request, items, options, uuids)
     if not plans:
         return inputs
     keys: dict[str, list[bytes | None]] = {name: [None] * len(some) for name, some in plans.items()}
@@ -131,10 +132,24 @@ def planned(
     caching = planner.settings.pixel_cache_bytes or planner.settings.feature_cache_bytes
     if caching and not dummy and IMAGE in plans:
         hashes, images = image_hashes(inputs, planner.info)
-        keys[IMAGE] = [image_key(image) for image in images]
+        sizes = _sizes(planner, inputs.mm_data_items[IMAGE])
+        keys[IMAGE] = [image_key(each + size) for each, size in zip(images, sizes, strict=True)]
         fsr = replace(fsr, hashes=hashes)
     inputs.mm_data_items = PlannedItems(inputs.mm_data_items, fsr)
     return PlannedInputs.of(inputs, fsr)
+
+
+def _sizes(planner: Planner, images: Items) -> list[str]:
+    """What tells images apart that come under one uuid, where their size shapes all that is kept.
+
+    Otherwise the tiles of one would be taken for those of another.
+    """
+    if planner.family.one_size:
+        return [""] * images.get_count()
+    places = range(images.get_count())
+    known = [place for place in places if images.get(place) is not None]
+    sizes = {place: images.get_image_size(place) for place in known}
+    return [str(tuple(sizes[place])) if place in sizes else "" for place in places]
 
 
 def _bare(inputs: ProcessorInputs) -> ProcessorInputs:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cachetools import LRUCache
 
 from fsr_vllm import adaptive
 from fsr_vllm.compat.identity import mark
@@ -20,10 +23,13 @@ from fsr_vllm.params import (
     ServerSettings,
     resolve,
     resolve_budget,
+    shown,
 )
 
 if TYPE_CHECKING:
     from fsr_vllm.engine.families.base import Family
+
+KNOWN_UUIDS = 1 << 16  # images that clients named, whose number of tokens is remembered
 
 
 def prototype_file(model: str) -> str | None:
@@ -35,7 +41,11 @@ def prototype_file(model: str) -> str | None:
 
 
 class Planner:
-    """Plans the images of one model under one server's settings; it keeps nothing of a prompt."""
+    """Plans the images of one model under one server's settings.
+
+    Of a prompt it keeps nothing but the number of tokens of images that have a `uuid`, where that
+    follows from their size: a later prompt may name them without sending them.
+    """
 
     def __init__(self, settings: ServerSettings, family: Family, info: ProcessingInfo) -> None:
         """`info` is vLLM's processing info. Errors: ValueError if requests that rely on the
@@ -51,22 +61,51 @@ class Planner:
             self.signals.add("prototypes")
             digest = hashlib.sha256(Path(codebook).read_bytes()).hexdigest()
         self.salt = identity_salt(settings, digest)
+        self._known: LRUCache[tuple[str, str], int] = LRUCache(KNOWN_UUIDS)
+        self._lock = threading.Lock()
         self._check_defaults()
 
     def plan(
-        self, request: FsrRequest, images: Items, options: Mapping[str, object]
+        self,
+        request: FsrRequest,
+        images: Items,
+        options: Mapping[str, object],
+        uuids: Sequence[str | None] | None = None,
     ) -> tuple[list[ImagePlan], int | None]:
         """One plan per image, in prompt order; and the default budget, where it follows the load
-        and was used. `options` are the Hugging Face processor's.
+        and was used. `options` are the Hugging Face processor's, `uuids` what clients call images.
 
         Errors: FieldError where the images cannot have what the client asked for.
         """
-        totals = [
-            self.family.total(self.info, images, index, options)
-            for index in range(images.get_count())
-        ]
+        count = images.get_count()
+        names = uuids or [None] * count
+        totals = [self._total(images, place, options, names[place]) for place in range(count)]
         fields, by_load = completed(self.settings, request.fields, request.derived, totals)
-        return resolve(fields, self.settings, totals, self.signals), by_load
+        plans = resolve(fields, self.settings, totals, self.signals)
+        return plans, by_load
+
+    def _total(
+        self, images: Items, place: int, options: Mapping[str, object], uuid: str | None
+    ) -> int:
+        """N of an image; FieldError if only its `uuid` is there and nothing is known of that."""
+        total = self.family.total(self.info, images, place, options)
+        if self.family.one_size or not uuid:
+            if total is None:
+                raise FieldError("uuid", "an image was named without data and without a uuid")
+            return total
+        key = (uuid, repr(sorted(options.items())))
+        with self._lock:
+            if total is not None:
+                self._known[key] = total
+            total = self._known.get(key)
+        if total is None:
+            raise FieldError(
+                "uuid",
+                f"uuid {shown(uuid)}: this server does not know the image behind it, whose size "
+                "says how many visual tokens it has: send the image itself; its data was not "
+                "provided",
+            )
+        return total
 
     def _check_defaults(self) -> None:
         settings = self.settings

@@ -15,7 +15,7 @@ from torch import Tensor
 from fsr_vllm.compat.parallel import broadcast_from_first, tensor_parallel_size
 from fsr_vllm.engine.attention_hook import SHALLOW, shallow_key, shallow_keys
 from fsr_vllm.engine.families.base import WorkerHalf
-from fsr_vllm.engine.groups import joined, split
+from fsr_vllm.engine.groups import as_one, joined, split
 from fsr_vllm.engine.stats import Counts
 from fsr_vllm.engine.types import EncodedImage, batched
 from fsr_vllm.methods import Method, PrunedTokens, VisualTokens, get_method
@@ -95,6 +95,10 @@ class Selector:
         self, images: Sequence[EncodedImage], plans: Sequence[ImagePlan]
     ) -> list[PrunedTokens | None]:
         """Exactly K rows of each image whose plan prunes it, None for the others."""
+        images = [
+            as_one(image) if plan.tiles else image
+            for image, plan in zip(images, plans, strict=True)
+        ]
         kinds: dict[_Kind, list[_Part]] = defaultdict(list)
         for place, (image, plan) in enumerate(zip(images, plans, strict=True)):
             if not plan.pruned:

@@ -24,6 +24,14 @@ class ImageInput:
     pixels: Mapping[str, Any]  # this image's part of what `embed_multimodal` was given, by its name
     plan: ImagePlan
     key: bytes | None = None  # of the feature cache; None: never cached
+    # What the host has to know of it: (height, width) in pixels, or a grid; the family says.
+    size: tuple[int, ...] = ()
+    work: int = 0  # patches that the tower computes for it; 0: as many as its tokens
+
+    @property
+    def cost(self) -> int:
+        """What the image counts where the tower's work is limited."""
+        return self.work or self.plan.total
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +43,7 @@ class ImageFeatures:
     """
 
     tensors: Mapping[str, Tensor]
+    size: tuple[int, ...] = ()  # the image's own, see ImageInput; never on a device
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,10 @@ from fsr_vllm.methods.budget import resolve_budget
 
 from .budget import (
     MAX_IMAGES,
+    Asked,
     Budget,
     FieldError,
+    Total,
     parse_budget_text,
     per_image,
     readable,
@@ -38,10 +40,11 @@ from .travel import (
 from .wording import cut, did_you_mean, shown
 
 __all__ = [
-    "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan", "MAX_IMAGES",
-    "MAX_QUESTION", "NOTHING", "REQUEST_FIELDS", "REQUEST_KEY", "Report", "RequestFields",
-    "SELECTION_VERSION", "SETTINGS_KEY", "ServerSettings", "build_method", "cut", "did_you_mean",
-    "given_settings", "ignoring", "own_fields", "parse_budget_text", "per_image", "read_settings",
-    "readable", "refusal", "request_of", "resolve", "resolve_budget", "same_budget",
-    "served_methods", "shown", "with_request", "without_fields",
+    "Asked", "Budget", "Derived", "FieldError", "FsrRequest", "HOW_TO_ACTIVATE", "ImagePlan",
+    "MAX_IMAGES", "MAX_QUESTION", "NOTHING", "REQUEST_FIELDS", "REQUEST_KEY", "Report",
+    "RequestFields", "SELECTION_VERSION", "SETTINGS_KEY", "ServerSettings", "Total",
+    "build_method", "cut", "did_you_mean", "given_settings", "ignoring", "own_fields",
+    "parse_budget_text", "per_image", "read_settings", "readable", "refusal", "request_of",
+    "resolve", "resolve_budget", "same_budget", "served_methods", "shown", "with_request",
+    "without_fields",
 ]  # fmt: skip

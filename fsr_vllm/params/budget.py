@@ -1,12 +1,14 @@
-"""Budgets as requests and servers write them, one per image or one for all; and ranges."""
+"""Budgets as requests and servers write them: one per image, one for each, or one total; ranges."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from fsr_vllm.methods import budget as one_budget
 from fsr_vllm.methods.budget import MAX_BUDGET, whole
@@ -21,6 +23,55 @@ Budget = (
     | Annotated[float, Field(gt=0, lt=1)]
     | Literal["off"]
 )
+
+TOTAL = "total"
+
+
+class Total(BaseModel):
+    """A budget over all images of a request together, written {"total": K}.
+
+    `share` divides it, once the images' sizes are known.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    total: Annotated[int, Field(ge=1, le=MAX_BUDGET)]
+
+    def share(self, sizes: Sequence[int], field: str = "fsr_budget") -> list[int]:
+        """Tokens of each image: in proportion to its N = `sizes`, by largest remainders.
+
+        An image keeps at least one token and at most all of its own; together they keep exactly
+        min(total, all tokens). Equal remainders go to the earlier image.
+        Errors: FieldError where there are more images than tokens.
+        """
+        if self.total < len(sizes):
+            raise FieldError(
+                field,
+                f'{field} {{"{TOTAL}": {self.total}}} is fewer than the {len(sizes)} images of '
+                "this request; every image keeps at least one visual token",
+            )
+        if self.total >= sum(sizes):
+            return list(sizes)
+        kept = [0] * len(sizes)
+        # Whose part is below one token gets one; that lowers the parts of the others in turn.
+        while True:
+            rest = [place for place, tokens in enumerate(kept) if not tokens]
+            left = self.total - (len(sizes) - len(rest))
+            whole_size = sum(sizes[place] for place in rest)
+            small = [place for place in rest if sizes[place] * left < whole_size]
+            if not small:
+                break
+            for place in small:
+                kept[place] = 1
+        parts = {place: divmod(sizes[place] * left, whole_size) for place in rest}
+        spare = left - sum(part for part, _ in parts.values())
+        first = sorted(rest, key=lambda place: (-parts[place][1], place))[:spare]
+        for place, (part, _) in parts.items():
+            kept[place] = part + (place in first)
+        return kept
+
+
+Asked = Budget | list[Budget] | Total  # what a request may ask for
 
 _WRITTEN = re.compile(r"\s*([0-9]{1,7})\s*:\s*([0-9]{1,7})\s*", re.ASCII)
 
@@ -66,24 +117,59 @@ def same_budget(left: object, right: object) -> bool:
     """Whether two budgets as written are one; 64 and 64.0 are, 1 and true are not."""
     if left is right:  # a list of any length, and NaN, which is no budget
         return True
+    left, right = _written_total(left), _written_total(right)
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(same_budget(left[k], right[k]) for k in left)
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(same_budget, left, right))
     return type(whole(left)) is type(whole(right)) and whole(left) == whole(right)
 
 
-def parse_budgets(value: object, field: str = "fsr_budget") -> Budget | list[Budget]:
-    """One budget for all images, or a list with one per image of the whole conversation."""
+def _written_total(value: object) -> object:
+    return value.model_dump() if isinstance(value, Total) else value
+
+
+def parse_total(value: Mapping[str, object], field: str) -> Total:
+    """{"total": K} with K from 1 to MAX_BUDGET, also as NumPy's number; FieldError otherwise."""
+    known = set(value) == {TOTAL}
+    number = whole(value[TOTAL]) if known else None
+    is_integer = isinstance(number, Integral) and not isinstance(number, bool)
+    if is_integer and 1 <= int(number) <= MAX_BUDGET:  # type: ignore[call-overload]
+        return Total(total=int(number))  # type: ignore[call-overload]
+    raise FieldError(
+        field,
+        f'{field} must be, as an object, {{"{TOTAL}": K}} with an integer from 1 to {MAX_BUDGET:,} '
+        f"(visual tokens kept of all images together); got {shown(dict(value))}",
+    )
+
+
+def parse_budgets(value: object, field: str = "fsr_budget") -> Asked:
+    """One budget for each image, a list with one per image of the whole conversation, or a total
+    over all of them.
+    """
+    if isinstance(value, Total):
+        return value
+    if isinstance(value, Mapping):
+        return parse_total(value, field)
     if not isinstance(value, (list, tuple)):
         return parse_budget(value, field)
     if not value:
         raise FieldError(field, f"{field} as a list needs one entry per image; got an empty list")
     if len(value) > MAX_IMAGES:
         raise FieldError(field, f"{field} may have {MAX_IMAGES} entries; got {len(value)}")
+    if any(isinstance(item, (Mapping, Total)) for item in value):
+        raise FieldError(
+            field,
+            f'{field}: {{"{TOTAL}": K}} is for all images of a request and cannot be an entry of a '
+            "list; give the total alone, or one budget per image",
+        )
     return [parse_budget(item, field) for item in value]
 
 
-def parse_budget_text(text: str, field: str) -> Budget | list[Budget]:
-    """A budget written as text (header, command line): 128, 0.22, off, or a JSON list of these."""
+def parse_budget_text(text: str, field: str) -> Asked:
+    """A budget written as text (header, model name): 128, 0.22, off, or JSON: a list of these, or
+    {"total": K}.
+    """
     stripped = text.strip()
     if stripped.lower() in ("off", '"off"'):
         return "off"

@@ -31,9 +31,27 @@ def known_method(name: str, field: str) -> str:
     return name
 
 
+def joint_tiles(options: Mapping[str, Any] | None) -> bool:
+    """Whether `tiles` among a request's options is "joint": all tiles of an image are one set of
+    tokens, where otherwise ("split") a budget is divided over them. FieldError for other values.
+    """
+    given = (options or {}).get("tiles", "split")
+    if given not in ("split", "joint"):
+        raise FieldError(
+            "fsr_options",
+            f'fsr_options.tiles must be "split", "joint" or absent; got {shown(given)}',
+        )
+    return bool(given == "joint")
+
+
 def build_method(method: str, options: Mapping[str, Any] | None) -> Method:
-    """The method with the defaults of its preset, then `options`; FieldError if wrong."""
+    """The method with the defaults of its preset, then `options`; FieldError if wrong.
+
+    `preset` and `tiles` are options of every method, and not handed to it.
+    """
     given = dict(options or {})
+    joint_tiles(given)
+    given.pop("tiles", None)
     preset = given.pop("preset", None)
     if preset not in (None, "paper", "served"):
         raise FieldError(

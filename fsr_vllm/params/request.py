@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from .budget import MAX_IMAGES, Budget, FieldError, parse_budgets, readable
+from .budget import MAX_IMAGES, Asked, Budget, FieldError, Total, parse_budgets, readable
 from .method import build_method, known_method
 from .server import ServerSettings
 from .validation import Fields
@@ -48,10 +48,11 @@ class RequestFields(Fields):
     }
 
     # Descriptions are part of the server's OpenAPI schema.
-    fsr_budget: Annotated[Budget | list[Budget], BeforeValidator(parse_budgets)] | None = Field(
+    fsr_budget: Annotated[Asked, BeforeValidator(parse_budgets)] | None = Field(
         default=None,
         description="Visual tokens kept per image: a number of tokens, a share between 0 and 1, "
-        'or "off"; or a list of these with one entry per image, in prompt order.',
+        'or "off"; a list of these with one entry per image, in prompt order; or {"total": K} '
+        "for all images of the request together.",
     )
     fsr_method: Annotated[str, AfterValidator(_known)] | None = Field(
         default=None, description="Which tokens are kept; GET /v1/fsr/config lists the methods."
@@ -81,8 +82,8 @@ class RequestFields(Fields):
         return fields
 
     def budgets(self) -> list[Budget] | None:
-        """All budgets asked for, as a list; None when the request has none."""
-        if self.fsr_budget is None:
+        """All budgets asked for image by image; None when the request has none."""
+        if self.fsr_budget is None or isinstance(self.fsr_budget, Total):
             return None
         return self.fsr_budget if isinstance(self.fsr_budget, list) else [self.fsr_budget]
 

@@ -30,7 +30,8 @@ HOW_TO_ACTIVATE = (
     "or VLLM_PLUGINS=fsr)"
 )
 DETAILS = ("low", "high", "auto", "original")  # every `image_url.detail` of OpenAI's API
-_FOUND = ("tokens_per_image", "unsupported", "signals")  # what start-up finds, which is no option
+# What start-up finds, which is no option.
+_FOUND = ("tokens_per_image", "one_size", "unsupported", "signals")
 
 
 def _off(meaning: object) -> Callable[[object], object]:
@@ -163,6 +164,7 @@ class ServerSettings(Fields):
     )
     # What start-up finds:
     tokens_per_image: int | None = None  # the most visual tokens that an image can have
+    one_size: bool = True  # whether every image has as many
     unsupported: str | None = None  # why this model's images cannot be pruned
     signals: tuple[str, ...] = ()  # what the model's family can give a method
 
@@ -223,6 +225,11 @@ class ServerSettings(Fields):
         """Whether some request without fsr fields is pruned."""
         return self.default_budget != "off" or any(b != "off" for b in self.detail_budgets.values())
 
+    @property
+    def every_total(self) -> int | None:
+        """The visual tokens of every image; None where that depends on the image."""
+        return self.tokens_per_image if self.one_size else None
+
     def check_bounds(
         self, budget: Budget, field: str = "fsr_budget", total: int | None = None
     ) -> None:
@@ -251,6 +258,19 @@ class ServerSettings(Fields):
             raise FieldError(field, f"{written}, {self._limit(field, 'maximum')}")
         if kept < low and budget != "off":
             raise FieldError(field, f"{written}, {self._limit(field, 'minimum')}")
+
+    def check_part(self, kept: int, total: int, written: str, field: str) -> None:
+        """Refuse what an image of `total` tokens gets of a budget over several, outside the range.
+
+        An image that keeps all its tokens is never below it.
+        """
+        low, high = self.min_budget or 1, self.max_budget or MAX_BUDGET
+        if kept > high or kept < min(low, total):
+            which = "maximum" if kept > high else "minimum"
+            raise FieldError(
+                field,
+                f"{written} gives an image of {total} tokens {kept}, {self._limit(field, which)}",
+            )
 
     def _limit(self, field: str, which: str) -> str:
         """What a budget exceeds: a request's the server's bound, an option's another option."""

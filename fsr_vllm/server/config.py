@@ -57,7 +57,8 @@ def described(model_config: ModelConfig, processor: Processor) -> dict[str, Any]
         "default_tokens": None if total is None else resolve_budget(default, total),
         "adaptive": None if low_high is None else {"low": low_high[0], "high": low_high[1]},
         "detail_budgets": settings.detail_budgets,
-        "tokens_per_image": total,
+        "tokens_per_image": total,  # of the largest image, where they are not of one size
+        "one_size": settings.one_size,
         "method": settings.method,
         "options": asdict(build_method(settings.method, None)),
         "methods": methods,

@@ -8,9 +8,10 @@ from typing import Any
 
 from fsr_vllm.params import (
     MAX_IMAGES,
-    Budget,
+    Asked,
     FieldError,
     ServerSettings,
+    Total,
     own_fields,
     parse_budget_text,
     same_budget,
@@ -62,8 +63,11 @@ def _same(left: object, right: object) -> bool:
 
 
 def _from_xargs(values: object) -> dict[str, Any]:
-    """Fields in vLLM's own carrier of extra arguments, where fsr_options is JSON text."""
+    """Fields in vLLM's own carrier of extra arguments, where objects are JSON text."""
     fields = own_fields(values)
+    budget = fields.get("fsr_budget")
+    if isinstance(budget, str) and budget.lstrip().startswith("{"):
+        fields["fsr_budget"] = parse_budget_text(budget, "fsr_budget")
     if isinstance(fields.get("fsr_options"), str):
         try:
             fields["fsr_options"] = json.loads(fields["fsr_options"])
@@ -80,9 +84,9 @@ def with_header(values: dict[str, Any], header: str, settings: ServerSettings) -
     A budget of the header alone is judged under the header's name, one of both under the body's.
     """
     budget = header_budget(header)
-    if "fsr_budget" not in values:
+    if "fsr_budget" not in values and not isinstance(budget, Total):
         for one in budget if isinstance(budget, list) else [budget]:
-            settings.check_bounds(one, BUDGET_HEADER, settings.tokens_per_image)
+            settings.check_bounds(one, BUDGET_HEADER, settings.every_total)
     stated = values.get("fsr_budget", budget)
     if not same_budget(stated, budget):
         raise FieldError(
@@ -93,7 +97,7 @@ def with_header(values: dict[str, Any], header: str, settings: ServerSettings) -
     return {**values, "fsr_budget": budget}
 
 
-def header_budget(text: str) -> Budget | list[Budget]:
+def header_budget(text: str) -> Asked:
     """The budget of one or several header lines, which HTTP joins by commas, if all agree."""
     one, *others = dict.fromkeys(_lines(text))
     budget = parse_budget_text(one, BUDGET_HEADER)
@@ -106,12 +110,12 @@ def header_budget(text: str) -> Budget | list[Budget]:
 
 
 def _lines(text: str) -> list[str]:
-    """Header values apart: at the commas that stand outside of a list."""
+    """Header values apart: at the commas that stand outside of a list or an object."""
     depth = 0
     lines: list[list[str]] = [[]]
     for piece in text.split(","):
         if depth <= 0 and lines[-1]:
             lines.append([])
         lines[-1].append(piece)
-        depth += piece.count("[") - piece.count("]")
+        depth += sum(piece.count(mark) for mark in "[{") - sum(piece.count(mark) for mark in "]}")
     return [",".join(line).strip() for line in lines]

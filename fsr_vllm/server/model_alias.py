@@ -1,4 +1,5 @@
-"""Model names with a budget behind them: `NAME@fsr128`, `NAME@fsr0.25`, `NAME@fsroff`.
+"""Model names with a budget behind them: `NAME@fsr128`, `NAME@fsr0.25`, `NAME@fsroff`,
+`NAME@fsr{"total":640}`.
 
 They are for clients that can set nothing but the model. The suffix comes off before vLLM checks
 the name, so that an unknown model or adapter is vLLM's usual 404. A name that is served as it
@@ -8,7 +9,7 @@ stands, suffix and all, keeps its own meaning.
 from __future__ import annotations
 
 from fsr_vllm.compat.types import HttpRequest, ModelConfig
-from fsr_vllm.params import Budget, FieldError, parse_budget_text, read_settings, refusal
+from fsr_vllm.params import Budget, FieldError, Total, parse_budget_text, read_settings, refusal
 
 MARK = "@fsr"
 
@@ -29,7 +30,7 @@ def split_if_served(model_config: ModelConfig, request: HttpRequest) -> str | No
     return split(request) if settings is not None and settings.model_alias else None
 
 
-def budget(model_config: ModelConfig, suffix: str) -> Budget:
+def budget(model_config: ModelConfig, suffix: str) -> Budget | Total:
     """The budget behind a name; FieldError if it is none, or this server cannot give it."""
     reason, settings = refusal(model_config.hf_config), read_settings(model_config.hf_config)
     if reason or settings is None:
@@ -43,7 +44,8 @@ def budget(model_config: ModelConfig, suffix: str) -> Budget:
             raise FieldError(
                 "model", f"model: one budget stands behind {MARK}; lists go into fsr_budget"
             )
-        settings.check_bounds(value, where, settings.tokens_per_image)
+        if not isinstance(value, Total):
+            settings.check_bounds(value, where, settings.every_total)
     except FieldError as error:
         raise FieldError("model", str(error)) from None
     return value

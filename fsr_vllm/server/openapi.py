@@ -36,7 +36,7 @@ def describe_fields(app: FastAPI) -> None:
 
 
 def _add(schema: dict[str, Any]) -> None:
-    own = RequestFields.model_json_schema()["properties"]
+    own = _inlined(RequestFields.model_json_schema())
     header = {
         "name": BUDGET_HEADER,
         "in": "header",
@@ -52,6 +52,19 @@ def _add(schema: dict[str, Any]) -> None:
         content = post.get("requestBody", {}).get("content", {})
         for model in _models(schema, content.get("application/json", {}).get("schema", {})):
             model.setdefault("properties", {}).update(own)
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """The properties of a schema, with what they refer to in place of the references."""
+    known = schema.get("$defs", {})
+
+    def put(value: Any) -> Any:  # noqa: ANN401 - any part of a JSON schema
+        if isinstance(value, dict):
+            name = value.get("$ref", "").rpartition("/")[2]
+            return put(known[name]) if name else {key: put(part) for key, part in value.items()}
+        return [put(part) for part in value] if isinstance(value, list) else value
+
+    return {name: put(value) for name, value in schema["properties"].items()}
 
 
 def _models(schema: dict[str, Any], body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fsr_vllm.adaptive import LoadMonitor
-from fsr_vllm.params import Budget, FieldError, FsrRequest
+from fsr_vllm.params import Budget, FieldError, FsrRequest, Total
 
 
 @dataclass
@@ -16,7 +16,7 @@ class RequestReport:
 
     header: str | None = None  # of the budget, as written
     wrong_header: FieldError | None = None  # why a header that looks like ours is none
-    alias: Budget | None = None  # the budget behind the model's name
+    alias: Budget | Total | None = None  # the budget behind the model's name
     written: dict[str, Any] = field(default_factory=dict)  # fsr_* of the body
     asked: FsrRequest | None = None  # all of these together, validated
     name: str = ""  # what the client called the first of them

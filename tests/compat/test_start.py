@@ -189,6 +189,14 @@ def test_the_commit_of_an_encoder_by_name_is_logged():
     assert "requests may ask for 1 or more" in said
 
 
+def test_where_sizes_vary_the_largest_image_is_what_is_logged():
+    settings = ServerSettings.parse({"budget": 0.25, "detail_budgets": {"high": "off"}})
+    found = settings.model_copy(update={"tokens_per_image": 2928, "one_size": False})
+    said = activation.in_force(ARCHITECTURE, found)
+    assert "by default up to 732 of 2928 visual tokens per image" in said
+    assert "by image detail high: all up to 2928" in said
+
+
 CONFLICT = "--video-pruning-rate: no"
 
 

@@ -7,7 +7,7 @@ from base64 import b64decode
 import torch
 
 from fsr_vllm.engine.types import ImageInput
-from fsr_vllm.engine.wire import unpack_plan
+from fsr_vllm.engine.wire import pack_plan, unpack_plan
 from fsr_vllm.params import ImagePlan
 
 
@@ -29,6 +29,30 @@ class ProbeExtension:
         return {name: encoded.signals[name].tolist() for name in names} | {
             "relevance": relevance[0].tolist()
         }
+
+    @torch.inference_mode()
+    def probe_rows(self, part: str, question: str) -> dict[str, list]:
+        """Rows, signals and relevance of a photograph that `families.picture` makes, with the tile
+        and patch of each row, by the worker half and the checkpoint's image processor.
+        """
+        from transformers import AutoProcessor
+
+        from .families import picture
+
+        model = self.model_runner.get_model()
+        worker, pruner = model.fsr.worker, model.fsr
+        names = ("saliency", "received", "shallow_saliency@5", "keys")
+        processor = AutoProcessor.from_pretrained(self.model_runner.model_config.model)
+        kwargs = dict(processor.image_processor([picture(part)], return_tensors="pt"))
+        plan = ImagePlan(1, 1, question=question)
+        image = worker.inputs(kwargs, [pack_plan(None, plan)])[0]
+        wanted = frozenset(names)
+        (encoded,) = worker.rows(worker.features([image], wanted), wanted | {"metric"})
+        text = pruner.selector._inputs.relevance
+        (relevance,) = pruner.selector._relevance(text, [(encoded, question)])
+        signals = {name: encoded.signals[name].tolist() for name in (*names, "metric")}
+        found = {"rows": encoded.rows.tolist(), "relevance": relevance.tolist(), **signals}
+        return found | {"patches": encoded.patches.tolist()}
 
     def probe_steps(self) -> list[int]:
         """Unpruned tokens that each engine step so far gave the model to encode; starts to watch

@@ -95,10 +95,30 @@ def test_several_images(server):
     parts = ("First", "chelsea", "then", "rocket", WHAT)
     whole = server.ask(*parts)
     assert whole["tokens"] == "1152/1152"
-    for budget, kept in ((64, 128), ([64, "off"], 640), ([1, 0.25], 145)):
+    for budget, kept in ((64, 128), ([64, "off"], 640), ([1, 0.25], 145), ({"total": 333}, 333)):
         answer = server.ask(*parts, fsr_budget=budget)
         assert answer["tokens"] == f"{kept}/1152"
         assert answer["prompt"] == whole["prompt"] - 1152 + kept
+
+
+def test_a_total_over_all_images_by_every_way(server):
+    parts = ("First", "chelsea", "then", "rocket", WHAT)
+    by_body = server.ask(*parts, fsr_budget={"total": 333})
+    assert server.ask(*parts, fsr_budget=[167, 166]) == by_body
+    assert server.ask(*parts, headers={"x-fsr-budget": '{"total": 333}'}) == by_body
+    asked = {"messages": server.messages(*parts), "max_tokens": 8, "temperature": 0}
+    for body in (
+        {"model": 'fsr-demo@fsr{"total":333}'},
+        {"model": "fsr-demo", "vllm_xargs": {"fsr_budget": '{"total": 333}'}},
+        {"model": "fsr-demo", "mm_processor_kwargs": {"fsr_budget": {"total": 333}}},
+    ):
+        answer = server.post({**asked, **body})
+        assert answer.headers["x-fsr-visual-tokens"] == "333/1152", answer.text
+        assert answer.json()["choices"][0]["message"]["content"] == by_body["text"]
+    refused = server.post({**asked, "model": "fsr-demo", "fsr_budget": {"total": 1}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "fsr_budget"
+    assert "fewer than the 2 images" in refused.json()["error"]["message"]
 
 
 def test_text_only_has_nothing_to_prune(server):

@@ -34,6 +34,7 @@ def test_the_configuration_of_a_server_without_limits(main):
         "adaptive": None,
         "detail_budgets": {},
         "tokens_per_image": 576,
+        "one_size": True,
         "method": "fsr",
         "text_encoder": "text_encoder",  # a folder of this machine: its last part alone
         "model_alias": True,

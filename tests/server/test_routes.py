@@ -102,6 +102,7 @@ def test_the_configuration_of_a_server_with_bounds():
         "adaptive": None,
         "detail_budgets": {"low": 32},
         "tokens_per_image": 576,
+        "one_size": True,
         "method": "fsr",
         "methods": ["fsr", "random"],
         "text_encoder": "a/b@main",

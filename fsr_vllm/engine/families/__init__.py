@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .base import Family
 
-_OBJECTS = {"LlavaForConditionalGeneration": "llava:LLAVA"}  # architecture: "file:family object"
+_OBJECTS = {  # architecture: "file:family object"
+    "LlavaForConditionalGeneration": "llava:LLAVA",
+    "LlavaNextForConditionalGeneration": "llava_next:LLAVA_NEXT",
+}
 PREFIX = "Fsr"
 
 # What vLLM's model registry is given for each architecture.

@@ -38,6 +38,7 @@ class Family(ABC):
 
     architecture: ClassVar[str]  # as vLLM registers it
     signals: ClassVar[frozenset[str]]  # fields of VisualTokens that the worker half can fill
+    one_size: ClassVar[bool] = False  # whether every image has `most_tokens`, whatever its size
 
     @abstractmethod
     def stock_class(self) -> type:
@@ -66,11 +67,11 @@ class Family(ABC):
     @abstractmethod
     def total(
         self, info: ProcessingInfo, images: Items, index: int, options: Mapping[str, Any]
-    ) -> int:
+    ) -> int | None:
         """Visual tokens N of an image without pruning.
 
         `info` is vLLM's processing info and `options` are the processor's. An image may come
-        without its pixels, where vLLM has it cached under a `uuid`.
+        without its pixels, where vLLM has it cached under a `uuid`: None where N is not known then.
         """
 
     def shorten(self, placeholder: Placeholder, plan: ImagePlan) -> Placeholder:
@@ -78,8 +79,10 @@ class Family(ABC):
         return placeholder[: plan.keep]
 
     @abstractmethod
-    def boxes(self, info: ProcessingInfo, size: tuple[int, int]) -> list[Box]:
-        """The part of the original image, `size` = (width, height) pixels, that each row shows."""
+    def boxes(self, info: ProcessingInfo, size: tuple[int, int]) -> Sequence[Box | None]:
+        """The part of the original image, `size` = (width, height) pixels, that each row shows;
+        None for a row that shows nothing of it, such as a newline.
+        """
 
 
 class WorkerHalf(ABC):

@@ -22,6 +22,7 @@ class Llava(Family):
     """The front half; every image is resized to the tower's one size."""
 
     architecture = "LlavaForConditionalGeneration"
+    one_size = True
     signals = frozenset(
         [
             "saliency",

@@ -185,3 +185,65 @@ def test_counts_start_at_zero_and_add_up():
         "visual_tokens_total": 278,
         "preprocessed_images": 5,
     }
+
+
+class Sized(Front):
+    """Of an image that is named alone, nothing is known."""
+
+    def total(self, info, images, index, options):
+        return None if images.get(index) is None else super().total(info, images, index, options)
+
+
+def test_an_image_that_is_named_alone_has_the_size_it_had():
+    info = processor({}).info
+    planner = Planner(ServerSettings(), Sized(), info)
+    both = info.parse_mm_data({"image": [picture(70, 30), picture(20, 50)]})["image"]
+    alone = info.parse_mm_data({"image": [None, picture(20, 50)]})["image"]
+    request = FsrRequest(fields(fsr_budget=4))
+    with pytest.raises(FieldError, match="'a': this server does not know the image") as error:
+        planner.plan(request, alone, {}, ["a", "b"])
+    assert error.value.field == "uuid"
+    sent, _ = planner.plan(request, both, {}, ["a", None])
+    assert planner.plan(request, alone, {}, ["a", None])[0] == sent
+    for uuids, options in ((["b", None], {}), (["a", None], {"patch": 5}), (None, {})):
+        with pytest.raises(FieldError, match="uuid"):
+            planner.plan(request, alone, options, uuids)
+    # The same name for another picture: what was sent last counts.
+    planner.plan(request, info.parse_mm_data({"image": [picture(50, 50)]})["image"], {}, ["a"])
+    assert planner.plan(request, alone, {}, ["a", None])[0][0].total == 5 * 6
+
+
+def test_a_total_is_divided_by_the_images_own_sizes():
+    info = processor({}).info
+    planner = Planner(ServerSettings(), Front(), info)
+    images = info.parse_mm_data({"image": [picture(70, 30), picture(20, 50)]})["image"]
+    plans, _ = planner.plan(FsrRequest(fields(fsr_budget={"total": 13})), images, {})
+    assert [(plan.total, plan.keep) for plan in plans] == [(24, 8), (15, 5)]
+    plans, _ = planner.plan(FsrRequest(fields(fsr_budget={"total": 39})), images, {})
+    assert not any(plan.pruned for plan in plans)
+    with pytest.raises(FieldError, match="fewer than the 2 images"):
+        planner.plan(FsrRequest(fields(fsr_budget={"total": 1})), images, {})
+
+
+def test_tiles_are_part_of_a_plan_where_they_are_joint():
+    info = processor({}).info
+    planner = Planner(ServerSettings(), Front(), info)
+    images = info.parse_mm_data({"image": [picture(70, 30)]})["image"]
+
+    def planned(**options):
+        asked = FsrRequest(fields(fsr_budget=4, fsr_method="fastervlm", fsr_options=options))
+        return planner.plan(asked, images, {})[0][0]
+
+    plain, split, joint = planned(), planned(tiles="split"), planned(tiles="joint")
+    assert plain == split and joint.tiles == "joint"
+    assert b"tiles" not in plain.encode() and b'"tiles":"joint"' in joint.encode()
+    assert ImagePlan.decode(joint.encode()) == joint and ImagePlan.decode(plain.encode()) == plain
+    assert identity("base", plain, salt()) != identity("base", joint, salt())
+    with pytest.raises(FieldError, match="tiles must be") as error:
+        fields(fsr_budget=4, fsr_options={"tiles": "many"})
+    assert error.value.field == "fsr_options"
+    for method in ("vflowopt", "prumerge"):
+        asked = FsrRequest(fields(fsr_budget=4, fsr_method=method, fsr_options={"tiles": "joint"}))
+        planner.signals |= {"attention", "last_query", "last_key"}
+        with pytest.raises(FieldError, match="which every tile has for itself"):
+            planner.plan(asked, images, {})

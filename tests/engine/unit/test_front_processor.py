@@ -131,6 +131,16 @@ def test_pixels_are_kept_by_image_alone():
     assert pixels(all_known) == [((3, 7), {1.0}), ((5, 2), {2.0})]
 
 
+def test_images_of_two_sizes_under_one_name_are_two():
+    """Their tiles differ in number: those of one would be taken for the other's."""
+    ours = processor({})
+    (small, large), size = (picture(40, 20, 1), picture(50, 20, 2)), [(2, 4), (2, 5)]
+    for number, one in enumerate((small, large, small)):
+        result = apply(ours, [one], ["name"], fsr_budget=3 + number)
+        assert pixels(result) == [(size[number % 2], {1.0 + number % 2})]
+    assert ours.seen == [1, 1]
+
+
 def test_kept_pixels_do_not_hold_the_batch_they_came_with():
     ours = processor({})
     apply(ours, [A, B])

@@ -8,6 +8,7 @@ import torch
 from fsr_vllm.engine import model, selection
 from fsr_vllm.engine.model import FsrModelMixin
 from fsr_vllm.engine.text_encoder import WEIGHTS
+from fsr_vllm.engine.types import ImageInput
 from fsr_vllm.engine.wire import PLAN_FIELD, pack_plan
 from fsr_vllm.params import SETTINGS_KEY, ImagePlan, ServerSettings
 
@@ -129,6 +130,16 @@ def test_the_tower_gets_no_more_at_once_than_an_unpruned_step_holds():
     small = made(at_once=1, feature_cache_bytes=0)
     small.embed_multimodal(**given(*[plan(N, 1)] * 2))
     assert [count for count, _ in small.fsr.worker.runs] == [1, 1]
+
+
+def test_an_image_counts_what_the_tower_computes_for_it():
+    def costs(*works):
+        images = [ImageInput({}, plan(N, 1), work=work) for work in works]
+        return [[image.cost for image in run] for run in model.at_once(images, 100)]
+
+    assert costs(60, 40, 1) == [[60, 40], [1]]
+    assert costs(200, 99, 2, 1) == [[200], [99], [2, 1]]
+    assert costs(0) == [[N]]
 
 
 def test_new_weights_make_all_that_was_computed_stale():

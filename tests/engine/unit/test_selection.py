@@ -1,6 +1,7 @@
 """Encoder and selection on a fake family: features -> rows -> select -> finish, in milliseconds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,31 @@ def test_a_budget_above_the_candidates_takes_the_first_newlines():
     assert pruned[0].indices.tolist() == expected
     assert torch.equal(rows[0], encoded[0].rows[expected])
     assert pruned[0].is_focus.all() and (pruned[0].merged_into == -1).all()
+
+
+def test_joint_tiles_are_one_set_of_tokens():
+    shape = (3, (2, 3))
+    n = total(*shape)
+    apart = plan(n, 7)
+    joint = replace(apart, tiles="joint")
+    one, other = image(*shape, apart), image(*shape, joint)
+    encoded, pruned, rows = Room().embed(one, other)
+    known = one.pixels["tiles"].sum(-1).flatten()  # saliency of all patches
+    best = set(known.topk(7).indices.tolist())
+    places = encoded[1].patches[pruned[1].indices]
+    assert {int(tile) * 6 + int(patch) for tile, patch in places} == best
+    assert torch.equal(rows[1], encoded[1].rows[pruned[1].indices])
+    tiles = encoded[0].patches[pruned[0].indices, 0].tolist()
+    assert [tiles.count(tile) for tile in range(3)] == [3, 2, 2]
+    assert not torch.equal(pruned[0].indices, pruned[1].indices)
+
+
+def test_a_joint_budget_above_all_candidates_takes_newlines_too():
+    shape = (2, (2, 3))  # 12 patches, 4 newlines
+    joint = replace(plan(total(*shape), 14), tiles="joint")
+    encoded, pruned, _ = Room().embed(image(*shape, joint))
+    newlines = (encoded[0].patches[:, 0] < 0).nonzero()[:, 0].tolist()
+    assert pruned[0].indices.tolist() == sorted(set(range(16)) - set(newlines[2:]))
 
 
 def test_what_is_merged_is_told_as_places_of_the_image():
