@@ -228,7 +228,8 @@ def test_quantised(files, plain):
     for.
     """
     model = quantise(files.model, files.folder / "int8")
-    result = files.run("quantised", {"model": str(model)})
+    # In bfloat16: the kernel that CPUs with AMX take reads nothing wider.
+    result = files.run("quantised", {"model": str(model), "dtype": "bfloat16"})
     check(result, result)
     near = [
         answer["logprobs"][0][0] == pytest.approx(full["logprobs"][0][0], abs=0.5)
