@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fsr_vllm.compat.model import tower_attentions
 from fsr_vllm.compat.types import HfConfig, Items, ProcessingInfo
+from fsr_vllm.engine import clip_tower
 from fsr_vllm.engine.attention_hook import AttentionLayout
+from fsr_vllm.engine.clip_tower import side_of
 from fsr_vllm.engine.families.base import Box, Family, WorkerHalf
 from fsr_vllm.engine.types import EncodedImage, ImageFeatures, ImageInput, batched
 from fsr_vllm.engine.wire import unpack_plan
@@ -23,22 +24,7 @@ class Llava(Family):
 
     architecture = "LlavaForConditionalGeneration"
     one_size = True
-    signals = frozenset(
-        [
-            "saliency",
-            "shallow_saliency",
-            "received",
-            "shallow_received",
-            "attention",
-            "keys",
-            "last_query",
-            "last_key",
-            "metric",
-            "cls_row",
-            "grid",
-            "text",
-        ]
-    )
+    signals = clip_tower.SIGNALS
 
     def stock_class(self) -> type:
         from vllm.model_executor.models.llava import LlavaForConditionalGeneration
@@ -50,20 +36,10 @@ class Llava(Family):
 
     def unsupported(self, hf_config: HfConfig) -> str | None:
         """FSR's saliency is the attention of a CLIP tower's [CLS] to the patches."""
-        name, tower = self.architecture, hf_config.vision_config.model_type
-        if tower != "clip_vision_model":
-            return (
-                f"{name} with a {tower} vision tower is not supported "
-                "(supported: clip_vision_model)"
-            )
-        if not isinstance(hf_config.vision_feature_layer, int):
-            return f"{name} with several vision feature layers is not supported"
-        if hf_config.vision_feature_select_strategy != "default":
-            return f"{name} is supported with vision_feature_select_strategy default only"
-        return None
+        return clip_tower.unsupported(self.architecture, hf_config)
 
     def most_tokens(self, hf_config: HfConfig) -> int:
-        return _side(hf_config) ** 2
+        return side_of(hf_config) ** 2
 
     def total(
         self, info: ProcessingInfo, images: Items, index: int, options: Mapping[str, Any]
@@ -81,7 +57,7 @@ class Llava(Family):
             edge = min(width, height)
             left, top = (width - edge) / 2, (height - edge) / 2
             width = height = edge
-        side = _side(info.get_hf_config())
+        side = side_of(info.get_hf_config())
         x, y = (
             [start + length * step / side for step in range(side + 1)]
             for start, length in ((left, width), (top, height))
@@ -97,8 +73,7 @@ class LlavaWorker(WorkerHalf):
     """The worker half: what is kept of an image is the tower's output, [CLS] row included."""
 
     def attention_layout(self) -> AttentionLayout:
-        depth = self.model.config.vision_config.num_hidden_layers
-        return AttentionLayout(tower_attentions(self.model.vision_tower), depth)
+        return clip_tower.attention_layout(self.model)
 
     def inputs(self, kwargs: Mapping[str, Any], plans: Sequence[Tensor]) -> list[ImageInput]:
         images = []
@@ -124,7 +99,7 @@ class LlavaWorker(WorkerHalf):
         patches = tower[:, 1:]
         rows = self.model.multi_modal_projector(patches)
         cls = self.model.multi_modal_projector(tower[:, 0]) if "cls_row" in wanted else None
-        side = _side(self.model.config)
+        side = side_of(self.model.config)
         images = []
         for place, each in enumerate(features):
             signals = {name: value for name, value in each.tensors.items() if name != "tower"}
@@ -141,11 +116,6 @@ class LlavaWorker(WorkerHalf):
                 )
             )
         return images
-
-
-def _side(hf_config: HfConfig) -> int:
-    vision = hf_config.vision_config
-    return vision.image_size // vision.patch_size
 
 
 LLAVA = Llava()

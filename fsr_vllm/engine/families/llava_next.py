@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fsr_vllm.compat.model import tower_attentions
 from fsr_vllm.compat.tiles import merged, stock_tokens
 from fsr_vllm.compat.types import HfConfig, Items, Model, ProcessingInfo
-from fsr_vllm.engine import anyres
+from fsr_vllm.engine import anyres, clip_tower
 from fsr_vllm.engine.attention_hook import AttentionLayout
+from fsr_vllm.engine.clip_tower import side_of
 from fsr_vllm.engine.families.base import Box, Family, WorkerHalf
 from fsr_vllm.engine.types import EncodedImage, ImageFeatures, ImageInput
 from fsr_vllm.engine.wire import unpack_plan
@@ -32,22 +32,7 @@ class LlavaNext(Family):
 
     architecture = "LlavaNextForConditionalGeneration"
     one_size = False
-    signals = frozenset(
-        [
-            "saliency",
-            "shallow_saliency",
-            "received",
-            "shallow_received",
-            "attention",
-            "keys",
-            "last_query",
-            "last_key",
-            "metric",
-            "cls_row",
-            "grid",
-            "text",
-        ]
-    )
+    signals = clip_tower.SIGNALS
 
     def stock_class(self) -> type:
         from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
@@ -59,21 +44,12 @@ class LlavaNext(Family):
 
     def unsupported(self, hf_config: HfConfig) -> str | None:
         """Saliency is the attention of a CLIP tower's [CLS]; the merge needs whole grids."""
-        name, tower = self.architecture, hf_config.vision_config.model_type
-        if tower != "clip_vision_model":
-            return (
-                f"{name} with a {tower} vision tower is not supported (supported: "
-                "clip_vision_model, whose [CLS] attention is the saliency of methods)"
-            )
-        if not isinstance(hf_config.vision_feature_layer, int):
-            return f"{name} with several vision feature layers is not supported"
-        if hf_config.vision_feature_select_strategy != "default":
-            return f"{name} is supported with vision_feature_select_strategy default only"
-        return None
+        why = ", whose [CLS] attention is the saliency of methods"
+        return clip_tower.unsupported(self.architecture, hf_config, why)
 
     def most_tokens(self, hf_config: HfConfig) -> int:
         """Of an image that fills one of the resolutions; padding only makes it fewer."""
-        side, tile = _side(hf_config), hf_config.vision_config.image_size
+        side, tile = side_of(hf_config), hf_config.vision_config.image_size
         grids = [
             (height // tile * side, width // tile * side)
             for height, width in hf_config.image_grid_pinpoints
@@ -90,7 +66,7 @@ class LlavaNext(Family):
     def boxes(self, info: ProcessingInfo, size: tuple[int, int]) -> list[Box | None]:
         """The base tile is the whole image, squeezed into a square; a newline shows nothing."""
         config, original = info.get_hf_config(), (size[1], size[0])
-        side, tile = _side(config), config.vision_config.image_size
+        side, tile = side_of(config), config.vision_config.image_size
         base = [[length * line / side for line in range(side + 1)] for length in original]
         layout = _layout(config, original)
         lines = anyres.edges(original, layout.tiles, tile, side)
@@ -130,8 +106,7 @@ class LlavaNextWorker(WorkerHalf):
         self._order = lru_cache(KNOWN_SIZES)(self._ordered)
 
     def attention_layout(self) -> AttentionLayout:
-        depth = self.model.config.vision_config.num_hidden_layers
-        return AttentionLayout(tower_attentions(self.model.vision_tower), depth)
+        return clip_tower.attention_layout(self.model)
 
     def inputs(self, kwargs: Mapping[str, Any], plans: Sequence[Tensor]) -> list[ImageInput]:
         """Tiles that the image processor added to make all images of a prompt alike are left off.
@@ -144,7 +119,7 @@ class LlavaNextWorker(WorkerHalf):
             key, plan = unpack_plan(packed)
             height, width = shape.tolist()
             tiles = pixels[: _layout(self.model.config, (height, width)).all_tiles]
-            work = len(tiles) * _side(self.model.config) ** 2
+            work = len(tiles) * side_of(self.model.config) ** 2
             images.append(ImageInput({"pixel_values": tiles}, plan, key, (height, width), work))
         return images
 
@@ -209,7 +184,7 @@ class LlavaNextWorker(WorkerHalf):
     def place(self, image: EncodedImage, per_patch: Tensor) -> Tensor:
         assert image.patches is not None
         tile, patch = image.patches.unbind(1)
-        places = (tile * _side(self.model.config) ** 2 + patch).clamp(min=0)
+        places = (tile * side_of(self.model.config) ** 2 + patch).clamp(min=0)
         return per_patch[places].masked_fill(tile < 0, 0)
 
     def _ordered(self, size: tuple[int, int]) -> _Order:
@@ -218,7 +193,7 @@ class LlavaNextWorker(WorkerHalf):
         It is found on the CPU, where counts are known without waiting for a device.
         """
         config, device = self.model.config, self.model.image_newline.device
-        side, tiles = _side(config), _layout(config, size).all_tiles
+        side, tiles = side_of(config), _layout(config, size).all_tiles
         numbers = torch.arange(tiles * side**2, dtype=torch.float64).view(tiles, -1, 1)
         newline = numbers.new_full((1,), -1)
         rows = merged(self.model, size, numbers, newline, "spatial_unpad")[:, 0].long()
@@ -242,12 +217,7 @@ class LlavaNextWorker(WorkerHalf):
 
 def _layout(hf_config: HfConfig, size: tuple[int, int]) -> anyres.Layout:
     tile = hf_config.vision_config.image_size
-    return anyres.layout(size, hf_config.image_grid_pinpoints, tile, _side(hf_config))
-
-
-def _side(hf_config: HfConfig) -> int:
-    vision = hf_config.vision_config
-    return int(vision.image_size // vision.patch_size)
+    return anyres.layout(size, hf_config.image_grid_pinpoints, tile, side_of(hf_config))
 
 
 LLAVA_NEXT = LlavaNext()
