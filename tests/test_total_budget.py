@@ -206,3 +206,10 @@ def test_the_schema_that_a_server_shows_stands_by_itself():
     assert total["properties"]["total"]["maximum"] == 1_000_000
     assert "$ref" not in str(shown)
     assert fields.BUDGET_HEADER == "x-fsr-budget"
+
+
+def test_errors_show_a_total_as_it_is_written():
+    body = {"fsr_budget": 64}
+    with pytest.raises(FieldError) as error:
+        fields.with_header(body, '{"total":640}', ServerSettings())
+    assert 'fsr_budget 64 in the body differs from {"total": 640} in' in str(error.value)

@@ -13,6 +13,7 @@ from cachetools import LRUCache
 from fsr_vllm import adaptive
 from fsr_vllm.compat.identity import mark
 from fsr_vllm.compat.types import Items, ProcessingInfo
+from fsr_vllm.engine.wire import image_key
 from fsr_vllm.params import (
     SELECTION_VERSION,
     Derived,
@@ -61,7 +62,7 @@ class Planner:
             self.signals.add("prototypes")
             digest = hashlib.sha256(Path(codebook).read_bytes()).hexdigest()
         self.salt = identity_salt(settings, digest)
-        self._known: LRUCache[tuple[str, str], int] = LRUCache(KNOWN_UUIDS)
+        self._known: LRUCache[bytes, int] = LRUCache(KNOWN_UUIDS)
         self._lock = threading.Lock()
         self._check_defaults()
 
@@ -93,7 +94,8 @@ class Planner:
             if total is None:
                 raise FieldError("uuid", "an image was named without data and without a uuid")
             return total
-        key = (uuid, repr(sorted(options.items())))
+        # A digest: clients write both, as long as they like.
+        key = image_key(repr((uuid, sorted(options.items()))))
         with self._lock:
             if total is not None:
                 self._known[key] = total

@@ -28,14 +28,15 @@ TOTAL = "total"
 
 
 class Total(BaseModel):
-    """A budget over all images of a request together, written {"total": K}.
-
-    `share` divides it, once the images' sizes are known.
-    """
+    """A budget over all images of a request together, written {"total": K}."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     total: Annotated[int, Field(ge=1, le=MAX_BUDGET)]
+
+    def __repr__(self) -> str:
+        """As requests write it: errors show it."""
+        return f'{{"{TOTAL}": {self.total}}}'
 
     def share(self, sizes: Sequence[int], field: str = "fsr_budget") -> list[int]:
         """Tokens of each image: in proportion to its N = `sizes`, by largest remainders.
@@ -47,7 +48,7 @@ class Total(BaseModel):
         if self.total < len(sizes):
             raise FieldError(
                 field,
-                f'{field} {{"{TOTAL}": {self.total}}} is fewer than the {len(sizes)} images of '
+                f"{field} {self!r} is fewer than the {len(sizes)} images of "
                 "this request; every image keeps at least one visual token",
             )
         if self.total >= sum(sizes):

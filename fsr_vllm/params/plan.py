@@ -62,8 +62,7 @@ def _budgets(
         return per_image(asked, len(totals), "fsr_budget")
     parts = asked.share(totals)
     for kept, total in zip(parts, totals, strict=True):
-        written = f'fsr_budget {{"total": {asked.total}}}'
-        settings.check_part(kept, total, written, "fsr_budget")
+        settings.check_part(kept, total, f"fsr_budget {asked!r}", "fsr_budget")
     return parts
 
 

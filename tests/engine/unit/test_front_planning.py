@@ -5,6 +5,7 @@ import pytest
 from fsr_vllm import adaptive
 from fsr_vllm.engine.planned import FrontCounts, PlannedItems, Plans
 from fsr_vllm.engine.planning import Planner, completed, identity, identity_salt
+from fsr_vllm.engine.wire import image_key
 from fsr_vllm.params import (
     Derived,
     FieldError,
@@ -211,6 +212,16 @@ def test_an_image_that_is_named_alone_has_the_size_it_had():
     # The same name for another picture: what was sent last counts.
     planner.plan(request, info.parse_mm_data({"image": [picture(50, 50)]})["image"], {}, ["a"])
     assert planner.plan(request, alone, {}, ["a", None])[0][0].total == 5 * 6
+
+
+def test_what_is_remembered_of_a_name_does_not_grow_with_it():
+    info = processor({}).info
+    planner = Planner(ServerSettings(), Sized(), info)
+    image = info.parse_mm_data({"image": [picture(70, 30)]})["image"]
+    request = FsrRequest(fields(fsr_budget=4))
+    for options, uuid in (({}, "a" * 10_000), ({"junk": "x" * 10_000}, "a"), ({}, "\ud800")):
+        planner.plan(request, image, options, [uuid])
+    assert [len(key) for key in planner._known] == [len(image_key("a"))] * 3
 
 
 def test_a_total_is_divided_by_the_images_own_sizes():
